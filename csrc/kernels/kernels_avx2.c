@@ -1,0 +1,834 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* AVX2 + FMA + F16C kernels.
+ *
+ * Packed int4. A panel is SUBS sub-panels of 16 outputs, each [k / 8][16] dwords; a dword holds 8 k
+ * of one output, k 0..3 in the low nibbles of its bytes and k 4..7 in the high ones, all as code
+ * + 8. So v & 0x0f.. and (v >> 4) & 0x0f.. are unsigned bytes in k order and the activation codes,
+ * signed, are broadcast 4 k at a time as they stand. maddubs gives 16-bit pair sums, two lanes per
+ * output. The + 8 is taken back once per group: sum (w + 8) a - 8 sum a. */
+#include "../sq_kernels.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "../sq_cpu.h"
+#include "../sq_internal.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+/* Integer sums may be reassociated by the compiler, which then keeps products instead of sums in
+ * registers and spills (gcc 12: 1.5x slower). An empty instruction that may change x forbids it. */
+#define KEEP_ORDER(x) __asm__("" : "+x"(x))
+
+enum {
+    MR = 4,     /* rows of a packed tile: 4 x 16 outputs are 8 accumulators of 16 registers */
+    MR_F32 = 6, /* rows of a float32 tile: 12 accumulators */
+    SUB = 16,   /* outputs of a sub-panel: two vectors */
+    SUBS = 2,   /* sub-panels of a panel; rows up to MR_WIDE take them together */
+    NR = SUB * SUBS,
+    MR_WIDE = 1,
+    VECS_MAX = 4,
+    BLOCK_K = 8, /* k of a dword: two maddubs steps */
+    SUB_BLOCK_BYTES = SUB * 4
+};
+_Static_assert(MR <= SQ_MR_MAX && NR <= SQ_NR_MAX, "the tail panel's buffer");
+
+/* Steps of maddubs whose pair sums fit a signed 16-bit lane.
+ * 4-bit activations: a pair is at most 2 * 15 * 8 = 240 in absolute value; 32767 / 240 = 136.5.
+ * 8-bit activations: at most 2 * 15 * 128 = 3840; 32767 / 3840 = 8.5. */
+#define SQ_ACC16_MAX_STEPS_A4 136
+#define SQ_ACC16_MAX_STEPS_A8 8
+_Static_assert(SQ_ACC16_MAX_STEPS_A4 * 2 * 15 * 8 <= INT16_MAX &&
+                   (SQ_ACC16_MAX_STEPS_A4 + 1) * 2 * 15 * 8 > INT16_MAX,
+               "A4: 136 steps, not one more");
+_Static_assert(SQ_ACC16_MAX_STEPS_A8 * 2 * 15 * 128 <= INT16_MAX &&
+                   (SQ_ACC16_MAX_STEPS_A8 + 1) * 2 * 15 * 128 > INT16_MAX,
+               "A8: 8 steps, not one more");
+/* The 32-bit sums hold all of k: 15 * 128 * 2^20 < 2^31. */
+_Static_assert((int64_t)15 * 128 * SQ_PACKED_K_MAX <= INT32_MAX, "32-bit sums over all of k");
+enum {
+    A4_BLOCKS = SQ_ACC16_MAX_STEPS_A4 / 2, /* of BLOCK_K between two widenings */
+    A8_BLOCKS = SQ_ACC16_MAX_STEPS_A8 / 2
+};
+_Static_assert(A8_BLOCKS *BLOCK_K == SQ_K_ALIGN, "A8 widens once per aligned block of k");
+
+/* ---- packed int4 x codes ---------------------------------------------------------------- */
+
+/* Moves nibble j to the low half of byte j (j < 4) or the high half of byte j - 4. */
+static uint32_t
+interleave_nibbles(uint32_t word)
+{
+    uint32_t low = word & 0xffff, high = word >> 16;
+    low = (low | low << 8) & 0x00ff00ff;
+    low = (low | low << 4) & 0x0f0f0f0f;
+    high = (high | high << 8) & 0x00ff00ff;
+    high = (high | high << 4) & 0x0f0f0f0f;
+    return low | high << 4;
+}
+
+static void
+sq_pack_panel_4x32__avx2(const int32_t *words, int64_t k, uint8_t *panel)
+{
+    const int64_t blocks = k / BLOCK_K;
+    for (int64_t s = 0; s < SUBS; s++) {
+        for (int64_t b = 0; b < blocks; b++) {
+            for (int64_t j = 0; j < SUB; j++) {
+                const uint32_t v = interleave_nibbles((uint32_t)words[(s * SUB + j) * blocks + b]);
+                memcpy(panel + (s * blocks + b) * SUB_BLOCK_BYTES + j * 4, &v, sizeof v);
+            }
+        }
+    }
+}
+
+static ALWAYS_INLINE __m256i
+broadcast_codes(const int8_t *a)
+{
+    int32_t four;
+    memcpy(&four, a, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+/* acc += the products of one block of 8 k: low nibbles, then high ones. */
+static ALWAYS_INLINE void
+multiply_block(const int rows, const int vecs, const int8_t *a, int64_t ld_a, const uint8_t *w,
+               int64_t sub_bytes, __m256i acc[MR][VECS_MAX])
+{
+    const __m256i nibble = _mm256_set1_epi8(15);
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        __m256i codes[VECS_MAX];
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            const __m256i raw = _mm256_load_si256((const __m256i *)(w + v / 2 * sub_bytes) + v % 2);
+            codes[v] = _mm256_and_si256(half ? _mm256_srli_epi16(raw, 4) : raw, nibble);
+        }
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const __m256i four = broadcast_codes(a + r * ld_a + half * 4);
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                acc[r][v] = _mm256_add_epi16(acc[r][v], _mm256_maddubs_epi16(codes[v], four));
+                KEEP_ORDER(acc[r][v]);
+            }
+        }
+    }
+}
+
+/* One tile of rows x (8 vecs) outputs. blocks_max is the number of blocks between two widenings. */
+static ALWAYS_INLINE void
+tile_codes(const struct sq_panel_args *args, const int rows, const int vecs, const int blocks_max,
+           int64_t sub)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
+    const uint8_t *w = args->panel + sub * sub_bytes;
+    const int8_t *a = args->a;
+    __m256 total[MR][VECS_MAX];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            total[r][v] = _mm256_setzero_ps();
+        }
+    }
+    for (int64_t begin = 0; begin < args->k; begin += args->g) {
+        __m256i wide[MR][VECS_MAX];
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const int32_t *sums = args->a_sums + r * args->ld_sums + begin / SQ_K_ALIGN;
+            const __m256i offset = _mm256_set1_epi32(-8 * (sums[args->g / SQ_K_ALIGN] - sums[0]));
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                wide[r][v] = offset;
+            }
+        }
+        for (int64_t left = args->g / BLOCK_K; left > 0;) {
+            const int64_t blocks = sq_min_i64(left, blocks_max);
+            __m256i acc[MR][VECS_MAX];
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                UNROLL
+                for (int v = 0; v < vecs; v++) {
+                    acc[r][v] = _mm256_setzero_si256();
+                }
+            }
+            for (int64_t b = 0; b < blocks; b++) {
+                multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc);
+                a += BLOCK_K;
+                w += SUB_BLOCK_BYTES;
+            }
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                UNROLL
+                for (int v = 0; v < vecs; v++) {
+                    wide[r][v] = _mm256_add_epi32(wide[r][v], _mm256_madd_epi16(acc[r][v], ones));
+                }
+            }
+            left -= blocks;
+        }
+        const float *scales = args->w_scales + begin / args->g * NR + sub * SUB;
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                const __m256 sum = _mm256_cvtepi32_ps(wide[r][v]);
+                total[r][v] =
+                    _mm256_add_ps(total[r][v], _mm256_mul_ps(_mm256_loadu_ps(scales + 8 * v), sum));
+            }
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const __m256 scale = _mm256_set1_ps(args->a_scales[r]);
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            _mm256_storeu_ps(args->y + r * args->ld_y + sub * SUB + 8 * v,
+                             _mm256_mul_ps(scale, total[r][v]));
+        }
+    }
+}
+
+/* Instantiates a tile function for each number of rows: up to MR_WIDE the whole panel at once, for
+ * enough independent chains, above sub-panel by sub-panel. */
+#define DISPATCH_ROWS(tile, ...)                    \
+    switch (args->m) {                              \
+        case 1:                                     \
+            tile(args, 1, 2 * SUBS, __VA_ARGS__ 0); \
+            return;                                 \
+        case 2:                                     \
+            for (int64_t s = 0; s < SUBS; s++) {    \
+                tile(args, 2, 2, __VA_ARGS__ s);    \
+            }                                       \
+            return;                                 \
+        case 3:                                     \
+            for (int64_t s = 0; s < SUBS; s++) {    \
+                tile(args, 3, 2, __VA_ARGS__ s);    \
+            }                                       \
+            return;                                 \
+        default:                                    \
+            for (int64_t s = 0; s < SUBS; s++) {    \
+                tile(args, 4, 2, __VA_ARGS__ s);    \
+            }                                       \
+            return;                                 \
+    }
+_Static_assert(MR == 4 && MR_WIDE == 1, "the cases of DISPATCH_ROWS");
+
+static void
+sq_gemm_a4w4_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    DISPATCH_ROWS(tile_codes, A4_BLOCKS, )
+}
+
+static void
+sq_gemm_a8w4_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    DISPATCH_ROWS(tile_codes, A8_BLOCKS, )
+}
+
+/* ---- packed int4 x float32 -------------------------------------------------------------- */
+
+/* acc += the products of k number j of a block: nibble position 8 (j % 4) + 4 (j / 4). With code +
+ * 8 XORed by 8 the nibble is two's complement, and two shifts extend its sign. */
+static ALWAYS_INLINE void
+multiply_value(const int rows, const int vecs, const int j, const float *a, int64_t ld_a,
+               const __m256i raw[VECS_MAX], __m256 acc[MR][VECS_MAX])
+{
+    const int position = 8 * (j % 4) + 4 * (j / 4);
+    __m256 weight[VECS_MAX];
+    UNROLL
+    for (int v = 0; v < vecs; v++) {
+        const __m256i code = _mm256_srai_epi32(_mm256_slli_epi32(raw[v], 28 - position), 28);
+        weight[v] = _mm256_cvtepi32_ps(code);
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const __m256 value = _mm256_broadcast_ss(a + r * ld_a + j);
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            acc[r][v] = _mm256_fmadd_ps(value, weight[v], acc[r][v]);
+        }
+    }
+}
+
+static ALWAYS_INLINE void
+tile_values(const struct sq_panel_args *args, const int rows, const int vecs, int64_t sub)
+{
+    const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
+    const __m256i sign = _mm256_set1_epi8((char)0x88);
+    const uint8_t *w = args->panel + sub * sub_bytes;
+    const float *a = args->a;
+    __m256 total[MR][VECS_MAX];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            total[r][v] = _mm256_setzero_ps();
+        }
+    }
+    for (int64_t begin = 0; begin < args->k; begin += args->g) {
+        __m256 acc[MR][VECS_MAX];
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                acc[r][v] = _mm256_setzero_ps();
+            }
+        }
+        for (int64_t k = 0; k < args->g; k += BLOCK_K) {
+            __m256i raw[VECS_MAX];
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                raw[v] = _mm256_xor_si256(
+                    _mm256_load_si256((const __m256i *)(w + v / 2 * sub_bytes) + v % 2), sign);
+            }
+            UNROLL
+            for (int j = 0; j < BLOCK_K; j++) {
+                multiply_value(rows, vecs, j, a, args->ld_a, raw, acc);
+            }
+            a += BLOCK_K;
+            w += SUB_BLOCK_BYTES;
+        }
+        const float *scales = args->w_scales + begin / args->g * NR + sub * SUB;
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                total[r][v] = _mm256_add_ps(
+                    total[r][v], _mm256_mul_ps(_mm256_loadu_ps(scales + 8 * v), acc[r][v]));
+            }
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            _mm256_storeu_ps(args->y + r * args->ld_y + sub * SUB + 8 * v, total[r][v]);
+        }
+    }
+}
+
+static void
+sq_gemm_a16w4_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    DISPATCH_ROWS(tile_values, )
+}
+
+/* ---- float32 gemm ----------------------------------------------------------------------- */
+
+/* Lanes 0 .. count - 1 of 8, count may be beyond either end. */
+static ALWAYS_INLINE __m256i
+lane_mask(int64_t count)
+{
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)sq_max_i64(0, sq_min_i64(count, 8))),
+                              index);
+}
+
+enum { GEMM_KC = 256, GEMM_COPY_ROWS = 24, STREAM_ROWS = 8 };
+
+/* c [rows][8 vecs] (masked when tail) continues its chains over k. */
+static ALWAYS_INLINE void
+tile_f32(const int rows, const int vecs, const int tail, int64_t columns, int64_t k, const float *a,
+         int64_t ld_a, const float *b, int64_t ld_b, float *c, int64_t ld_c, int first)
+{
+    __m256 acc[MR_F32][VECS_MAX];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            const float *from = c + r * ld_c + 8 * v;
+            acc[r][v] = first  ? _mm256_setzero_ps()
+                        : tail ? _mm256_maskload_ps(from, lane_mask(columns - 8 * v))
+                               : _mm256_loadu_ps(from);
+        }
+    }
+    for (int64_t p = 0; p < k; p++) {
+        __m256 row[VECS_MAX];
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            row[v] = _mm256_loadu_ps(b + p * ld_b + 8 * v);
+        }
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const __m256 value = _mm256_broadcast_ss(a + r * ld_a + p);
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                acc[r][v] = _mm256_fmadd_ps(value, row[v], acc[r][v]);
+            }
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            float *to = c + r * ld_c + 8 * v;
+            if (tail) {
+                _mm256_maskstore_ps(to, lane_mask(columns - 8 * v), acc[r][v]);
+            }
+            else {
+                _mm256_storeu_ps(to, acc[r][v]);
+            }
+        }
+    }
+}
+
+/* Columns of one strip, as the tiles see it: b is readable for 16 columns whatever columns is. */
+struct strip {
+    int64_t columns, k;
+    const float *a, *b;
+    float *c;
+    int64_t ld_a, ld_b, ld_c;
+    int first;
+};
+
+static void
+strip_f32(const struct strip *s, int64_t m)
+{
+#define TILE(rows, tail)                                                                  \
+    tile_f32(rows, 2, tail, s->columns, s->k, s->a + i * s->ld_a, s->ld_a, s->b, s->ld_b, \
+             s->c + i * s->ld_c, s->ld_c, s->first)
+#define TILE_ROWS(rows)      \
+    if (s->columns >= SUB) { \
+        TILE(rows, 0);       \
+    }                        \
+    else {                   \
+        TILE(rows, 1);       \
+    }
+    int64_t i = 0;
+    for (; i + MR_F32 <= m; i += MR_F32) {
+        TILE_ROWS(6)
+    }
+    switch (m - i) {
+        case 1:
+            TILE_ROWS(1)
+            break;
+        case 2:
+            TILE_ROWS(2)
+            break;
+        case 3:
+            TILE_ROWS(3)
+            break;
+        case 4:
+            TILE_ROWS(4)
+            break;
+        case 5:
+            TILE_ROWS(5)
+            break;
+        default:
+            break;
+    }
+#undef TILE_ROWS
+#undef TILE
+}
+
+/* The chains of one row's columns, a multiple of 8, go on over count rows of b. They wait in c. */
+static ALWAYS_INLINE void
+continue_row_f32(const int count, int64_t columns, const float *a, const float *b, int64_t ld_b,
+                 float *c)
+{
+    __m256 value[STREAM_ROWS];
+    UNROLL
+    for (int q = 0; q < count; q++) {
+        value[q] = _mm256_broadcast_ss(a + q);
+    }
+    for (int64_t j = 0; j < columns; j += 8) {
+        __m256 acc = _mm256_loadu_ps(c + j);
+        UNROLL
+        for (int q = 0; q < count; q++) {
+            acc = _mm256_fmadd_ps(value[q], _mm256_loadu_ps(b + q * ld_b + j), acc);
+        }
+        _mm256_storeu_ps(c + j, acc);
+    }
+}
+
+/* One row: b is streamed STREAM_ROWS rows at a time. Returns the number of columns done. */
+static int64_t
+row_f32(int64_t n, int64_t k, const float *a, const float *b, int64_t ld_b, float *c)
+{
+    const int64_t columns = n & ~(int64_t)7;
+    memset(c, 0, (size_t)columns * sizeof *c);
+    int64_t p = 0;
+    for (; p + STREAM_ROWS <= k; p += STREAM_ROWS) {
+        continue_row_f32(STREAM_ROWS, columns, a + p, b + p * ld_b, ld_b, c);
+    }
+    for (; p < k; p++) {
+        continue_row_f32(1, columns, a + p, b + p * ld_b, ld_b, c);
+    }
+    return columns;
+}
+
+/* Strips of 16 columns times tiles of MR_F32 rows. A strip is copied to the stack when it is the
+ * tail (to read no column past n) or when enough rows use it (long strides of b fall on few cache
+ * sets). The chain over k is cut at GEMM_KC through c, which loses nothing: a stored float32 is
+ * what it was. */
+static void
+sq_gemm_f32_6x16__avx2(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
+                       const float *b, int64_t ld_b, float *c, int64_t ld_c)
+{
+    _Alignas(32) float copy[GEMM_KC * SUB];
+    int64_t j = m == 1 ? row_f32(n, k, a, b, ld_b, c) : 0;
+    for (; j < n; j += SUB) {
+        struct strip s = {.columns = sq_min_i64(n - j, SUB),
+                          .c = c + j,
+                          .ld_c = ld_c,
+                          .ld_a = ld_a,
+                          .ld_b = ld_b,
+                          .first = 1};
+        for (int64_t p = 0; p < k || s.first; p += GEMM_KC) {
+            s.k = sq_min_i64(k - p, GEMM_KC);
+            s.a = a + p;
+            s.b = b + p * ld_b + j;
+            if (s.columns < SUB || m >= GEMM_COPY_ROWS) {
+                for (int64_t q = 0; q < s.k; q++) {
+                    float *to = copy + q * SUB;
+                    for (int64_t v = 0; v < SUB; v += 8) {
+                        _mm256_store_ps(to + v, _mm256_maskload_ps(s.b + q * ld_b + v,
+                                                                   lane_mask(s.columns - v)));
+                    }
+                }
+                s.b = copy;
+                s.ld_b = SUB;
+            }
+            strip_f32(&s, m);
+            s.ld_b = ld_b;
+            s.first = 0;
+        }
+    }
+}
+
+enum { STEPS_AT_ONCE = 4 }; /* of the clip search */
+
+/* ---- quantizers ------------------------------------------------------------------------- */
+
+static ALWAYS_INLINE float
+horizontal_min(__m256 x)
+{
+    __m128 v = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    v = _mm_min_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_min_ss(v, _mm_movehdup_ps(v)));
+}
+
+static ALWAYS_INLINE float
+horizontal_max(__m256 x)
+{
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+
+/* Two running sums of four float64 lanes: elements 0..3 and 4..7 of each eight. */
+static ALWAYS_INLINE double
+sum_of_lanes(__m256d low, __m256d high)
+{
+    const __m256d four = _mm256_add_pd(low, high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+}
+
+/* Adds the squares of x; exact products, so that FMA and two roundings agree. */
+static ALWAYS_INLINE void
+add_squares(__m256 x, __m256d *low, __m256d *high)
+{
+    const __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+    const __m256d b = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+    *low = _mm256_fmadd_pd(a, a, *low);
+    *high = _mm256_fmadd_pd(b, b, *high);
+}
+
+/* NaN and Inf are those whose bits without the sign, as integers, reach Inf's. */
+static int
+sq_extremes__avx2(const float *x, int64_t k, float *min, float *max)
+{
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256 low = _mm256_set1_ps(x[0]), high = low;
+    __m256i largest = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8) {
+        const __m256 v = _mm256_loadu_ps(x + i);
+        low = _mm256_min_ps(v, low);
+        high = _mm256_max_ps(v, high);
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+    }
+    if (i < k) {
+        const __m256i mask = lane_mask(k - i);
+        const __m256 v = _mm256_blendv_ps(_mm256_set1_ps(x[0]), _mm256_maskload_ps(x + i, mask),
+                                          _mm256_castsi256_ps(mask));
+        low = _mm256_min_ps(v, low);
+        high = _mm256_max_ps(v, high);
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+    }
+    *min = horizontal_min(low);
+    *max = horizontal_max(high);
+    const __m256i infinite = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(0x7f7fffff));
+    return _mm256_testz_si256(infinite, infinite);
+}
+
+static ALWAYS_INLINE __m256
+rounded(__m256 x, __m256 inv_scale, __m256 low, __m256 high)
+{
+    const __m256 clamped = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(x, inv_scale), low), high);
+    return _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* The low bytes of 32 integers below 256, in order. */
+static ALWAYS_INLINE __m256i
+low_bytes(__m256i a, __m256i b, __m256i c, __m256i d)
+{
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+static void
+sq_quantize_codes__avx2(const float *x, int64_t k, float inv_scale, float low, float high,
+                        int offset, int8_t *codes)
+{
+    const __m256 inv = _mm256_set1_ps(inv_scale);
+    const __m256 lo = _mm256_set1_ps(low), hi = _mm256_set1_ps(high);
+    const __m256i add = _mm256_set1_epi32(offset), byte = _mm256_set1_epi32(255);
+    for (int64_t i = 0; i < k; i += 32) {
+        const int64_t count = sq_min_i64(k - i, 32);
+        __m256i part[4];
+        UNROLL
+        for (int v = 0; v < 4; v++) {
+            const float *from = x + i + 8 * v;
+            const __m256 values = count == 32 ? _mm256_loadu_ps(from)
+                                              : _mm256_maskload_ps(from, lane_mask(count - 8 * v));
+            const __m256i code = _mm256_cvtps_epi32(rounded(values, inv, lo, hi));
+            part[v] = _mm256_and_si256(_mm256_add_epi32(code, add), byte);
+        }
+        const __m256i bytes = low_bytes(part[0], part[1], part[2], part[3]);
+        if (count == 32) {
+            _mm256_storeu_si256((__m256i *)(codes + i), bytes);
+        }
+        else {
+            _Alignas(32) int8_t tail[32];
+            _mm256_store_si256((__m256i *)tail, bytes);
+            memcpy(codes + i, tail, (size_t)count);
+        }
+    }
+}
+
+/* Errors of a few steps in one pass over x: their chains of additions overlap. */
+static ALWAYS_INLINE void
+errors_of(const int count, const float *x, int64_t k, const struct sq_step *steps, double *errors)
+{
+    __m256 scale[STEPS_AT_ONCE], inv[STEPS_AT_ONCE], low[STEPS_AT_ONCE], high[STEPS_AT_ONCE];
+    __m256d sum_low[STEPS_AT_ONCE], sum_high[STEPS_AT_ONCE];
+    UNROLL
+    for (int c = 0; c < count; c++) {
+        scale[c] = _mm256_set1_ps(steps[c].scale);
+        inv[c] = _mm256_set1_ps(1.0f / steps[c].scale);
+        low[c] = _mm256_set1_ps(steps[c].low);
+        high[c] = _mm256_set1_ps(steps[c].high);
+        sum_low[c] = sum_high[c] = _mm256_setzero_pd();
+    }
+    for (int64_t i = 0; i < k; i += 8) { /* a masked-off element is 0 and so is its error */
+        const __m256 v =
+            k - i >= 8 ? _mm256_loadu_ps(x + i) : _mm256_maskload_ps(x + i, lane_mask(k - i));
+        UNROLL
+        for (int c = 0; c < count; c++) {
+            const __m256 back = _mm256_mul_ps(scale[c], rounded(v, inv[c], low[c], high[c]));
+            add_squares(_mm256_sub_ps(v, back), &sum_low[c], &sum_high[c]);
+        }
+    }
+    UNROLL
+    for (int c = 0; c < count; c++) {
+        errors[c] = sum_of_lanes(sum_low[c], sum_high[c]);
+    }
+}
+
+static void
+sq_quantize_errors__avx2(const float *x, int64_t k, const struct sq_step *steps, int count,
+                         double *errors)
+{
+    int c = 0;
+    for (; c + STEPS_AT_ONCE <= count; c += STEPS_AT_ONCE) {
+        errors_of(STEPS_AT_ONCE, x, k, steps + c, errors + c);
+    }
+    for (; c < count; c++) {
+        errors_of(1, x, k, steps + c, errors + c);
+    }
+}
+
+/* ---- rows ------------------------------------------------------------------------------- */
+
+static void
+sq_rms_norm_row__avx2(const float *x, const float *weight, int64_t n, float eps, float *y)
+{
+    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        add_squares(_mm256_loadu_ps(x + i), &low, &high);
+    }
+    const __m256i mask = lane_mask(n - i);
+    add_squares(_mm256_maskload_ps(x + i, mask), &low, &high);
+    const float inv_rms = (float)(1.0 / sqrt(sum_of_lanes(low, high) / (double)n + eps));
+    const __m256 inv = _mm256_set1_ps(inv_rms);
+    for (i = 0; i + 8 <= n; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), inv);
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(scaled, _mm256_loadu_ps(weight + i)));
+    }
+    const __m256 scaled = _mm256_mul_ps(_mm256_maskload_ps(x + i, mask), inv);
+    _mm256_maskstore_ps(y + i, mask, _mm256_mul_ps(scaled, _mm256_maskload_ps(weight + i, mask)));
+}
+
+/* exp(x) = 2^n exp(r), n = rint(x / ln 2), r = x - n ln 2 in two parts (Cody and Waite), exp(r) by
+ * Cephes' expf polynomial of degree 7; relative error below 3e-7 where the result is normal (a test
+ * measures it). 2^n is applied in two factors, so that the result runs to Inf above and through the
+ * subnormals to 0 below; beyond +-104 x is clamped, where that has happened already. NaN stays NaN:
+ * max and min return their second operand then. */
+static ALWAYS_INLINE __m256
+exponential(__m256 x)
+{
+    x = _mm256_max_ps(_mm256_set1_ps(-104.0f), x);
+    x = _mm256_min_ps(_mm256_set1_ps(104.0f), x);
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+    p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
+    const __m256i exponent = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
+    const __m256i half = _mm256_srai_epi32(exponent, 1);
+    const __m256i rest = _mm256_sub_epi32(exponent, half);
+    const __m256i two_half = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    const __m256i two_rest = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
+    return _mm256_mul_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(two_half)),
+                         _mm256_castsi256_ps(two_rest));
+}
+
+static ALWAYS_INLINE __m256
+silu_times(__m256 gate, __m256 up)
+{
+    const __m256 e = exponential(_mm256_xor_ps(gate, _mm256_set1_ps(-0.0f)));
+    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1.0f), e)), up);
+}
+
+static void
+sq_silu_mul__avx2(const float *gate, const float *up, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(y + i, silu_times(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
+    }
+    const __m256i mask = lane_mask(n - i);
+    _mm256_maskstore_ps(
+        y + i, mask,
+        silu_times(_mm256_maskload_ps(gate + i, mask), _mm256_maskload_ps(up + i, mask)));
+}
+
+/* The sum has 8 lanes by index mod 8; what lies from n on is never read. */
+static void
+sq_softmax_row__avx2(float *x, int64_t n, int64_t n_padded, float scale)
+{
+    const __m256 factor = _mm256_set1_ps(scale), lowest = _mm256_set1_ps(-INFINITY);
+    const int64_t whole = n & ~(int64_t)7;
+    const __m256i mask = lane_mask(n - whole);
+    const __m256 tail = _mm256_mul_ps(_mm256_maskload_ps(x + whole, mask), factor);
+    __m256 max = _mm256_blendv_ps(lowest, tail, _mm256_castsi256_ps(mask));
+    for (int64_t i = 0; i < whole; i += 8) {
+        max = _mm256_max_ps(max, _mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
+    }
+    const __m256 top = _mm256_set1_ps(horizontal_max(max));
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t i = 0; i < whole; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), factor);
+        const __m256 e = exponential(_mm256_sub_ps(scaled, top));
+        _mm256_storeu_ps(x + i, e);
+        sum = _mm256_add_ps(sum, e);
+    }
+    const __m256 e_tail =
+        _mm256_and_ps(exponential(_mm256_sub_ps(tail, top)), _mm256_castsi256_ps(mask));
+    sum = _mm256_add_ps(sum, e_tail);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    four = _mm_add_ss(four, _mm_movehdup_ps(four));
+    const __m256 total = _mm256_broadcastss_ps(four);
+    for (int64_t i = 0; i < whole; i += 8) {
+        _mm256_storeu_ps(x + i, _mm256_div_ps(_mm256_loadu_ps(x + i), total));
+    }
+    _mm256_maskstore_ps(x + whole, mask, _mm256_div_ps(e_tail, total));
+    if (n_padded > n) {
+        memset(x + n, 0, (size_t)(n_padded - n) * sizeof *x);
+    }
+}
+
+/* ---- 16-bit floats ---------------------------------------------------------------------- */
+
+/* Eight 16-bit values, of which count exist. */
+static ALWAYS_INLINE __m128i
+load_halves(const uint16_t *in, int64_t count)
+{
+    __m128i v = _mm_setzero_si128();
+    if (count >= 8) {
+        v = _mm_loadu_si128((const __m128i *)in);
+    }
+    else {
+        memcpy(&v, in, (size_t)count * sizeof *in);
+    }
+    return v;
+}
+
+/* Converts 16-bit values and notes those whose exponent bits are all ones. */
+static ALWAYS_INLINE int
+halves_to_f32(const uint16_t *in, int64_t count, float *out, const int is_f16)
+{
+    const __m128i exponent = _mm_set1_epi16(is_f16 ? 0x7c00 : 0x7f80);
+    __m128i bad = _mm_setzero_si128();
+    for (int64_t i = 0; i < count; i += 8) {
+        const __m128i v = load_halves(in + i, count - i);
+        bad = _mm_or_si128(bad, _mm_cmpeq_epi16(_mm_and_si128(v, exponent), exponent));
+        const __m256 values =
+            is_f16 ? _mm256_cvtph_ps(v)
+                   : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+        if (count - i >= 8) {
+            _mm256_storeu_ps(out + i, values);
+        }
+        else {
+            _mm256_maskstore_ps(out + i, lane_mask(count - i), values);
+        }
+    }
+    return _mm_testz_si128(bad, bad);
+}
+
+static int
+sq_f16_to_f32__avx2(const uint16_t *in, int64_t count, float *out)
+{
+    return halves_to_f32(in, count, out, 1);
+}
+
+static int
+sq_bf16_to_f32__avx2(const uint16_t *in, int64_t count, float *out)
+{
+    return halves_to_f32(in, count, out, 0);
+}
+
+const struct sq_kernels sq_kernels_avx2 = {
+    .name = "avx2",
+    .required_features = SQ_CPU_AVX2,
+    .mr = MR,
+    .nr = NR,
+    .pack_panel = sq_pack_panel_4x32__avx2,
+    .gemm_a4w4 = sq_gemm_a4w4_f32_4x32__avx2,
+    .gemm_a8w4 = sq_gemm_a8w4_f32_4x32__avx2,
+    .gemm_a16w4 = sq_gemm_a16w4_f32_4x32__avx2,
+    .gemm_f32 = sq_gemm_f32_6x16__avx2,
+    .extremes = sq_extremes__avx2,
+    .quantize_codes = sq_quantize_codes__avx2,
+    .quantize_errors = sq_quantize_errors__avx2,
+    .rms_norm_row = sq_rms_norm_row__avx2,
+    .silu_mul = sq_silu_mul__avx2,
+    .softmax_row = sq_softmax_row__avx2,
+    .f16_to_f32 = sq_f16_to_f32__avx2,
+    .bf16_to_f32 = sq_bf16_to_f32__avx2,
+};

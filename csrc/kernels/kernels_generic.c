@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Scalar truth: complete, readable, never tuned. */
+#include "../sq_kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "../sq_internal.h"
+
+enum { MR = 4, NR = 8, LANES = 8 };
+
+/* ---- packed int4 ------------------------------------------------------------------------ */
+
+/* A panel is the words themselves: NR rows of k / 8, low nibble first, code + 8. */
+static void
+sq_pack_panel_4x8__generic(const int32_t *words, int64_t k, uint8_t *panel)
+{
+    memcpy(panel, words, (size_t)(NR * k / 2));
+}
+
+static int
+weight_code(const uint8_t *row, int64_t k)
+{
+    const int byte = row[k / 2];
+    return (k % 2 ? byte >> 4 : byte & 15) - 8;
+}
+
+/* Byte k / 2 of a row holds code k because words are little-endian. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "panels alias little-endian words");
+
+static void
+gemm_codes(const struct sq_panel_args *args)
+{
+    for (int64_t i = 0; i < args->m; i++) {
+        const int8_t *a = (const int8_t *)args->a + i * args->ld_a;
+        for (int64_t j = 0; j < NR; j++) {
+            const uint8_t *row = args->panel + j * (args->k / 2);
+            float total = 0.0f;
+            for (int64_t begin = 0; begin < args->k; begin += args->g) {
+                int32_t sum = 0;
+                for (int64_t k = begin; k < begin + args->g; k++) {
+                    sum += a[k] * weight_code(row, k);
+                }
+                total += args->w_scales[begin / args->g * NR + j] * (float)sum;
+            }
+            args->y[i * args->ld_y + j] = args->a_scales[i] * total;
+        }
+    }
+}
+
+static void
+sq_gemm_a16w4_f32_4x8__generic(const struct sq_panel_args *args)
+{
+    for (int64_t i = 0; i < args->m; i++) {
+        const float *a = (const float *)args->a + i * args->ld_a;
+        for (int64_t j = 0; j < NR; j++) {
+            const uint8_t *row = args->panel + j * (args->k / 2);
+            float total = 0.0f;
+            for (int64_t begin = 0; begin < args->k; begin += args->g) {
+                float sum = 0.0f;
+                for (int64_t k = begin; k < begin + args->g; k++) {
+                    sum += a[k] * (float)weight_code(row, k);
+                }
+                total += args->w_scales[begin / args->g * NR + j] * sum;
+            }
+            args->y[i * args->ld_y + j] = total;
+        }
+    }
+}
+
+/* ---- float32 ---------------------------------------------------------------------------- */
+
+static void
+sq_gemm_f32__generic(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
+                     int64_t ld_b, float *c, int64_t ld_c)
+{
+    for (int64_t i = 0; i < m; i++) {
+        float *row = c + i * ld_c;
+        for (int64_t j = 0; j < n; j++) {
+            row[j] = 0.0f;
+        }
+        for (int64_t p = 0; p < k; p++) {
+            for (int64_t j = 0; j < n; j++) {
+                row[j] += a[i * ld_a + p] * b[p * ld_b + j];
+            }
+        }
+    }
+}
+
+/* ---- quantizers ------------------------------------------------------------------------- */
+
+static int
+sq_extremes__generic(const float *x, int64_t k, float *min, float *max)
+{
+    int finite = 1;
+    float low = x[0], high = x[0];
+    for (int64_t i = 0; i < k; i++) {
+        finite &= fabsf(x[i]) <= FLT_MAX;
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    *min = low;
+    *max = high;
+    return finite;
+}
+
+/* Clamping first is the same as rounding first, since low and high are integers, and keeps Inf (a
+ * tiny scale) out of the conversion. */
+static float
+rounded(float x, float inv_scale, float low, float high)
+{
+    return rintf(fminf(fmaxf(x * inv_scale, low), high));
+}
+
+static void
+sq_quantize_codes__generic(const float *x, int64_t k, float inv_scale, float low, float high,
+                           int offset, int8_t *codes)
+{
+    for (int64_t i = 0; i < k; i++) {
+        codes[i] = (int8_t)((int)rounded(x[i], inv_scale, low, high) + offset);
+    }
+}
+
+static double
+sum_of_lanes(const double *lane)
+{
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+/* The square of a float32 is exact in float64, so an FMA there changes nothing. */
+static void
+sq_quantize_errors__generic(const float *x, int64_t k, const struct sq_step *steps, int count,
+                            double *errors)
+{
+    for (int c = 0; c < count; c++) {
+        const struct sq_step *s = &steps[c];
+        const float inv_scale = 1.0f / s->scale;
+        double lane[LANES] = {0};
+        for (int64_t i = 0; i < k; i++) {
+            const double e = x[i] - s->scale * rounded(x[i], inv_scale, s->low, s->high);
+            lane[i % LANES] += e * e;
+        }
+        errors[c] = sum_of_lanes(lane);
+    }
+}
+
+/* ---- rows ------------------------------------------------------------------------------- */
+
+static void
+sq_rms_norm_row__generic(const float *x, const float *weight, int64_t n, float eps, float *y)
+{
+    double lane[LANES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        lane[i % LANES] += (double)x[i] * x[i];
+    }
+    const float inv_rms = (float)(1.0 / sqrt(sum_of_lanes(lane) / (double)n + eps));
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = x[i] * inv_rms * weight[i];
+    }
+}
+
+static void
+sq_silu_mul__generic(const float *gate, const float *up, int64_t n, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    }
+}
+
+static void
+sq_softmax_row__generic(float *x, int64_t n, int64_t n_padded, float scale)
+{
+    float max = -INFINITY, sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) {
+        x[i] *= scale;
+        max = x[i] > max ? x[i] : max;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = expf(x[i] - max);
+        sum += x[i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        x[i] /= sum;
+    }
+    for (int64_t i = n; i < n_padded; i++) {
+        x[i] = 0.0f;
+    }
+}
+
+/* ---- 16-bit floats ---------------------------------------------------------------------- */
+
+static float
+float_of_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Binary16 has 5 exponent bits (bias 15) and 10 of mantissa; float32 8 (bias 127) and 23. */
+static float
+float_of_f16(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
+    if (exponent == 31) { /* Inf, NaN (made quiet) */
+        return float_of_bits(sign | 0x7f800000 | (mantissa ? 0x400000 : 0) | mantissa << 13);
+    }
+    if (exponent == 0) { /* zero and subnormals: mantissa * 2^-24, exact */
+        const float magnitude = (float)mantissa * 0x1p-24f;
+        return sign ? -magnitude : magnitude;
+    }
+    return float_of_bits(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
+}
+
+static int
+sq_f16_to_f32__generic(const uint16_t *in, int64_t count, float *out)
+{
+    int finite = 1;
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = float_of_f16(in[i]);
+        finite &= (in[i] & 0x7c00) != 0x7c00;
+    }
+    return finite;
+}
+
+static int
+sq_bf16_to_f32__generic(const uint16_t *in, int64_t count, float *out)
+{
+    int finite = 1;
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = float_of_bits((uint32_t)in[i] << 16);
+        finite &= (in[i] & 0x7f80) != 0x7f80;
+    }
+    return finite;
+}
+
+const struct sq_kernels sq_kernels_generic = {
+    .name = "generic",
+    .required_features = 0,
+    .mr = MR,
+    .nr = NR,
+    .pack_panel = sq_pack_panel_4x8__generic,
+    .gemm_a4w4 = gemm_codes,
+    .gemm_a8w4 = gemm_codes,
+    .gemm_a16w4 = sq_gemm_a16w4_f32_4x8__generic,
+    .gemm_f32 = sq_gemm_f32__generic,
+    .extremes = sq_extremes__generic,
+    .quantize_codes = sq_quantize_codes__generic,
+    .quantize_errors = sq_quantize_errors__generic,
+    .rms_norm_row = sq_rms_norm_row__generic,
+    .silu_mul = sq_silu_mul__generic,
+    .softmax_row = sq_softmax_row__generic,
+    .f16_to_f32 = sq_f16_to_f32__generic,
+    .bf16_to_f32 = sq_bf16_to_f32__generic,
+};
+_Static_assert(MR <= SQ_MR_MAX && NR <= SQ_NR_MAX, "the tail panel's buffer");

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What every binding shares: array converters, status to exception, the GIL threshold, state.
+ *
+ * Every function of the module goes: parse, convert, check shapes, allocate outputs, drop the GIL,
+ * one core call, retake it, map the status, one done: label that releases everything. */
+#ifndef SQ_PY_ARGS_H
+#define SQ_PY_ARGS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#ifndef SQ_PY_MODULE
+#define NO_IMPORT_ARRAY
+#endif
+#define PY_ARRAY_UNIQUE_SYMBOL singlequant_ARRAY_API
+#include <numpy/arrayobject.h>
+
+#include "singlequant.h"
+
+struct sq_module_state {
+    PyObject *format_error; /* owned, like the types */
+    PyTypeObject *packed_type, *layer_type, *cache_type;
+};
+
+/* Work (in elements touched) from which a call releases the GIL. */
+#define SQ_GIL_THRESHOLD 4096
+/* Opens a block that SQ_END_NOGIL closes, so the pair is kept from the formatter. */
+/* clang-format off */
+#define SQ_BEGIN_NOGIL(work)                                                 \
+    do {                                                                     \
+        PyThreadState *sq_saved_ =                                           \
+            (int64_t)(work) >= SQ_GIL_THRESHOLD ? PyEval_SaveThread() : NULL;
+#define SQ_END_NOGIL                         \
+        if (sq_saved_) {                     \
+            PyEval_RestoreThread(sq_saved_); \
+        }                                    \
+    }                                        \
+    while (0)
+/* clang-format on */
+
+/* New reference to o as a C-contiguous, aligned, native array of the given type and number of
+ * dimensions (ndim < 0: any); copies when it must. float32 and float64 accept any real number type;
+ * integer types accept integers only. NULL and TypeError or ValueError that names the argument. */
+PyArrayObject *
+sq_py_array(PyObject *o, int type, int ndim, const char *name);
+
+/* The same for arrays whose integers are bit patterns (codes, packed words): the element must be an
+ * integer of type's width, signed or not; another width is a TypeError, as it could lose bits. */
+PyArrayObject *
+sq_py_bits_array(PyObject *o, int type, int ndim, const char *name);
+
+/* New array; NULL with MemoryError. */
+PyArrayObject *
+sq_py_empty(int ndim, const npy_intp *dims, int type);
+
+/* 0 if dimension axis of a is expected, otherwise -1 and a ValueError `name: expected shape[axis] =
+ * expected, got found`. */
+int
+sq_py_check_dim(PyArrayObject *a, int axis, int64_t expected, const char *name);
+
+/* Sets the exception of a status (not SQ_OK), its text prefixed with context; returns NULL. */
+PyObject *
+sq_py_raise(PyObject *module, sq_status status, const char *context);
+
+/* PyModule_AddType-style registration for the types of one binding file. 0 or -1. */
+int
+sq_py_add_pack_types(PyObject *module);
+int
+sq_py_add_runtime_types(PyObject *module);
+
+/* Each binding file's functions; {NULL}-terminated. */
+extern PyMethodDef sq_py_rotate_methods[];
+extern PyMethodDef sq_py_quantize_methods[];
+extern PyMethodDef sq_py_pack_methods[];
+extern PyMethodDef sq_py_runtime_methods[];
+extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */
+
+/* The PackedWeight behind o, borrowed, or NULL with TypeError naming the argument. */
+const sq_packed_t *
+sq_py_packed(PyObject *module, PyObject *o, const char *name);
+
+#endif

@@ -1,0 +1,761 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The KVCache and DecoderLayer types. */
+#include "py_decoder.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <structmember.h>
+
+#include "py_factor.h"
+
+/* ---- KVCache ---------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD long long layers, sequences, kv_heads, head_dim, capacity, nbytes;
+    int64_t layer_floats; /* of the keys of one layer; as many values follow them */
+    float *memory;        /* owned, [layers][keys, values] */
+} KVCache;
+
+PyDoc_STRVAR(
+    cache_doc,
+    "KVCache(layers, sequences, kv_heads, head_dim, capacity)\n--\n\n"
+    "Zeroed float32 keys and values of every layer: capacity positions for each sequence.\n\n"
+    "Memory is taken by the system as positions are first written. One call at a time may "
+    "write a\nlayer's part. MemoryError if there is not enough.");
+
+static PyObject *
+cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"layers", "sequences", "kv_heads", "head_dim", "capacity", NULL};
+    long long sizes[5];
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLLLL:KVCache", names, &sizes[0], &sizes[1],
+                                     &sizes[2], &sizes[3], &sizes[4])) {
+        return NULL;
+    }
+    int64_t floats = 1, bytes;
+    for (int i = 4; i >= 0; i--) {
+        if (sizes[i] < 1) {
+            return PyErr_Format(PyExc_ValueError, "%s: expected at least 1, got %lld", names[i],
+                                sizes[i]);
+        }
+        if (i > 0 && !sq_product(floats, sizes[i], &floats)) {
+            return PyErr_NoMemory();
+        }
+    }
+    if (sizes[1] > INT32_MAX || sizes[4] > (int64_t)1 << 31) {
+        return PyErr_Format(
+            PyExc_ValueError,
+            "expected at most 2^31 - 1 sequences and 2^31 positions, got %lld and %lld", sizes[1],
+            sizes[4]);
+    }
+    if (!sq_product(floats, sizes[0], &bytes) ||
+        !sq_product(bytes, 2 * (int64_t)sizeof(float), &bytes)) {
+        return PyErr_NoMemory();
+    }
+    KVCache *self = (KVCache *)type->tp_alloc(type, 0);
+    if (!self) {
+        return NULL;
+    }
+    self->memory = calloc((size_t)bytes, 1);
+    if (!self->memory) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    self->layers = sizes[0];
+    self->sequences = sizes[1];
+    self->kv_heads = sizes[2];
+    self->head_dim = sizes[3];
+    self->capacity = sizes[4];
+    self->nbytes = bytes;
+    self->layer_floats = floats;
+    return (PyObject *)self;
+}
+
+static void
+cache_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    free(((KVCache *)object)->memory);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyObject *
+cache_repr(PyObject *object)
+{
+    const KVCache *c = (const KVCache *)object;
+    return PyUnicode_FromFormat(
+        "KVCache(layers=%lld, sequences=%lld, kv_heads=%lld, head_dim=%lld, capacity=%lld)",
+        c->layers, c->sequences, c->kv_heads, c->head_dim, c->capacity);
+}
+
+static struct sq_kv_cache
+cache_layer(const KVCache *c, int64_t layer)
+{
+    float *keys = c->memory + layer * 2 * c->layer_floats;
+    return (struct sq_kv_cache){.sequences = c->sequences,
+                                .kv_heads = c->kv_heads,
+                                .head_dim = c->head_dim,
+                                .capacity = c->capacity,
+                                .keys = keys,
+                                .values = keys + c->layer_floats};
+}
+
+static PyMemberDef cache_members[] = {
+    {"layers", T_LONGLONG, offsetof(KVCache, layers), READONLY, "number of layers"},
+    {"sequences", T_LONGLONG, offsetof(KVCache, sequences), READONLY, "number of sequences"},
+    {"kv_heads", T_LONGLONG, offsetof(KVCache, kv_heads), READONLY, "key and value heads"},
+    {"head_dim", T_LONGLONG, offsetof(KVCache, head_dim), READONLY, "width of a head"},
+    {"capacity", T_LONGLONG, offsetof(KVCache, capacity), READONLY, "positions per sequence"},
+    {"nbytes", T_LONGLONG, offsetof(KVCache, nbytes), READONLY,
+     "bytes when every position is written"},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot cache_slots[] = {
+    {Py_tp_new, cache_new},         {Py_tp_dealloc, cache_dealloc}, {Py_tp_repr, cache_repr},
+    {Py_tp_members, cache_members}, {Py_tp_doc, (void *)cache_doc}, {0, NULL},
+};
+
+static PyType_Spec cache_spec = {.name = "singlequant._C.KVCache",
+                                 .basicsize = sizeof(KVCache),
+                                 .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+                                 .slots = cache_slots};
+
+/* ---- DecoderLayer ----------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD struct sq_architecture architecture;
+    struct sq_layer layer;
+    PyObject *owned; /* list of the arrays and weights that the structs point into */
+    struct sq_py_factor factors[SQ_N_SITES][2]; /* left and right, what the sites point into */
+} DecoderLayer;
+
+static const char *const linear_names[SQ_N_LINEARS] = {"q", "k", "v", "o", "gate", "up", "down"};
+static const char *const site_names[SQ_N_SITES] = {"qkv", "o", "gate_up", "down"};
+
+/* Keeps array (stolen) alive as long as self; its data, or NULL with an exception. */
+static void *
+keep(DecoderLayer *self, PyArrayObject *array)
+{
+    if (!array) {
+        return NULL;
+    }
+    const int failed = PyList_Append(self->owned, (PyObject *)array);
+    Py_DECREF(array); /* the list holds it */
+    return failed ? NULL : PyArray_DATA(array);
+}
+
+/* A vector [n] of float32, kept. */
+static const float *
+parse_vector(DecoderLayer *self, PyObject *o, int64_t n, const char *name)
+{
+    PyArrayObject *array = sq_py_array(o, NPY_FLOAT, 1, name);
+    if (array && sq_py_check_dim(array, 0, n, name)) {
+        Py_CLEAR(array);
+    }
+    return keep(self, array);
+}
+
+/* ---- architecture ----------------------------------------------------------------------- */
+
+enum {
+    KEY_HIDDEN,
+    KEY_INTERMEDIATE,
+    KEY_HEADS,
+    KEY_KV_HEADS,
+    KEY_HEAD_DIM,
+    KEY_SLIDING_WINDOW,
+    N_INTEGER_KEYS,
+    KEY_RMS_EPS = N_INTEGER_KEYS,
+    KEY_ROPE_SCALE,
+    N_NUMBER_KEYS,
+    KEY_INV_FREQ = N_NUMBER_KEYS,
+    N_KEYS
+};
+
+static const char *const keys[N_KEYS] = {"hidden",   "intermediate", "heads",
+                                         "kv_heads", "head_dim",     "sliding_window",
+                                         "rms_eps",  "rope_scale",   "inv_freq"};
+
+/* The values, borrowed, in the order of keys. 0, or -1 with ValueError or TypeError. */
+static int
+parse_keys(PyObject *dict, PyObject *values[N_KEYS])
+{
+    if (!PyDict_Check(dict)) {
+        PyErr_Format(PyExc_TypeError, "architecture: expected a dict, got %s",
+                     Py_TYPE(dict)->tp_name);
+        return -1;
+    }
+    for (int i = 0; i < N_KEYS; i++) {
+        values[i] = PyDict_GetItemString(dict, keys[i]);
+        if (!values[i]) {
+            PyErr_Format(PyExc_ValueError, "architecture: '%s' is missing", keys[i]);
+            return -1;
+        }
+    }
+    if (PyDict_Size(dict) != N_KEYS) {
+        PyErr_Format(PyExc_ValueError, "architecture: expected %d keys, got %zd: %R", N_KEYS,
+                     PyDict_Size(dict), dict);
+        return -1;
+    }
+    return 0;
+}
+
+static int
+check_architecture(const struct sq_architecture *a)
+{
+    if (a->head_dim % 2) {
+        PyErr_Format(PyExc_ValueError, "architecture: expected an even head_dim, got %lld",
+                     (long long)a->head_dim);
+        return -1;
+    }
+    if (a->heads % a->kv_heads) {
+        PyErr_Format(PyExc_ValueError,
+                     "architecture: expected heads to be a multiple of kv_heads, got %lld and %lld",
+                     (long long)a->heads, (long long)a->kv_heads);
+        return -1;
+    }
+    return 0;
+}
+
+static int
+parse_values(DecoderLayer *self, PyObject *dict)
+{
+    PyObject *values[N_KEYS];
+    struct sq_architecture *a = &self->architecture;
+    int64_t *const integers[N_INTEGER_KEYS] = {&a->hidden,   &a->intermediate, &a->heads,
+                                               &a->kv_heads, &a->head_dim,     &a->sliding_window};
+    float *const numbers[] = {&a->rms_eps, &a->rope_scale};
+    if (parse_keys(dict, values)) {
+        return -1;
+    }
+    for (int i = 0; i < N_NUMBER_KEYS; i++) {
+        if (i >= N_INTEGER_KEYS) {
+            const double value = PyFloat_AsDouble(values[i]);
+            if (value == -1 && PyErr_Occurred()) {
+                return -1;
+            }
+            if (!(value >= 0 && value < (double)INFINITY)) {
+                PyErr_Format(PyExc_ValueError, "architecture: %s: expected at least 0, got %R",
+                             keys[i], values[i]);
+                return -1;
+            }
+            *numbers[i - N_INTEGER_KEYS] = (float)value;
+            continue;
+        }
+        *integers[i] = PyLong_AsLongLong(values[i]);
+        if (*integers[i] == -1 && PyErr_Occurred()) {
+            return -1;
+        }
+        if (*integers[i] < (i == KEY_SLIDING_WINDOW ? 0 : 1) || *integers[i] > INT32_MAX) {
+            PyErr_Format(PyExc_ValueError, "architecture: %s: out of range: %R", keys[i],
+                         values[i]);
+            return -1;
+        }
+    }
+    if (check_architecture(a)) {
+        return -1;
+    }
+    a->inv_freq = parse_vector(self, values[KEY_INV_FREQ], a->head_dim / 2, "inv_freq");
+    return a->inv_freq ? 0 : -1;
+}
+
+/* A copy of dict holds its values while __index__ and __float__ run code that may change dict. */
+static int
+parse_architecture(DecoderLayer *self, PyObject *dict)
+{
+    PyObject *copy = PyDict_Check(dict) ? PyDict_Copy(dict) : Py_NewRef(dict);
+    const int result = copy ? parse_values(self, copy) : -1;
+    Py_XDECREF(copy);
+    return result;
+}
+
+/* ---- linears ---------------------------------------------------------------------------- */
+
+static int
+check_shape(int64_t n, int64_t k, int64_t found_n, int64_t found_k, const char *name)
+{
+    if (n == found_n && k == found_k) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s weight: expected (n, k) = (%lld, %lld), got (%lld, %lld)",
+                 name, (long long)n, (long long)k, (long long)found_n, (long long)found_k);
+    return -1;
+}
+
+static int
+parse_weight(DecoderLayer *self, PyObject *module, PyObject *o, struct sq_linear *l,
+             const char *name)
+{
+    const struct sq_module_state *state = PyModule_GetState(module);
+    int64_t n, k, g;
+    if (state->packed_type && PyObject_TypeCheck(o, state->packed_type)) {
+        l->packed = sq_py_packed(module, o, name);
+        if (!l->packed || PyList_Append(self->owned, o)) {
+            return -1;
+        }
+        sq_packed_shape(l->packed, &n, &k, &g);
+        return check_shape(l->n, l->k, n, k, name);
+    }
+    PyArrayObject *array = sq_py_dense(o, 2, name, &l->dtype);
+    if (!array) {
+        return -1;
+    }
+    n = PyArray_DIM(array, 0);
+    k = PyArray_DIM(array, 1);
+    l->dense = keep(self, array);
+    return l->dense ? check_shape(l->n, l->k, n, k, name) : -1;
+}
+
+static int
+parse_linears(DecoderLayer *self, PyObject *module, PyObject *linears)
+{
+    const struct sq_architecture *a = &self->architecture;
+    const int64_t q = a->heads * a->head_dim, kv = a->kv_heads * a->head_dim, h = a->hidden;
+    const int64_t n[SQ_N_LINEARS] = {q, kv, kv, h, a->intermediate, a->intermediate, h};
+    const int64_t k[SQ_N_LINEARS] = {h, h, h, q, h, h, a->intermediate};
+    PyObject *list = PySequence_Tuple(linears);
+    int result = -1;
+    if (!list) {
+        return -1;
+    }
+    if (PyTuple_GET_SIZE(list) != SQ_N_LINEARS) {
+        PyErr_Format(PyExc_ValueError, "linears: expected %d (q, k, v, o, gate, up, down), got %zd",
+                     SQ_N_LINEARS, PyTuple_GET_SIZE(list));
+        goto done;
+    }
+    for (int i = 0; i < SQ_N_LINEARS; i++) {
+        struct sq_linear *l = &self->layer.linears[i];
+        PyObject *entry = PyTuple_GET_ITEM(list, i);
+        l->n = n[i];
+        l->k = k[i];
+        if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 2) {
+            PyErr_Format(PyExc_TypeError, "%s: expected (weight, bias or None), got %s",
+                         linear_names[i], Py_TYPE(entry)->tp_name);
+            goto done;
+        }
+        if (parse_weight(self, module, PyTuple_GET_ITEM(entry, 0), l, linear_names[i])) {
+            goto done;
+        }
+        if (PyTuple_GET_ITEM(entry, 1) != Py_None &&
+            !(l->bias = parse_vector(self, PyTuple_GET_ITEM(entry, 1), n[i], linear_names[i]))) {
+            goto done;
+        }
+    }
+    result = 0;
+done:
+    Py_DECREF(list);
+    return result;
+}
+
+/* ---- sites ------------------------------------------------------------------------------ */
+
+/* (left, right) -> site; one of them may be None. */
+static int
+parse_rotation(DecoderLayer *self, int site, PyObject *left, PyObject *right, int64_t k)
+{
+    struct sq_site *s = &self->layer.sites[site];
+    struct sq_factor *factors[2] = {&s->left, &s->right};
+    PyObject *objects[2] = {left, right};
+    for (int i = 0; i < 2; i++) {
+        struct sq_py_factor *parsed = &self->factors[site][i];
+        char name[40];
+        if (objects[i] == Py_None) {
+            continue;
+        }
+        PyOS_snprintf(name, sizeof name, "site %s: %s factor", site_names[site],
+                      i ? "right" : "left");
+        if (sq_py_factor(objects[i], i ? SQ_PY_RIGHT : SQ_PY_LEFT, name, parsed)) {
+            return -1;
+        }
+        if (k % parsed->factor.order) {
+            PyErr_Format(PyExc_ValueError, "%s: expected an order dividing %lld, got %lld", name,
+                         (long long)k, (long long)parsed->factor.order);
+            return -1;
+        }
+        s->rotated = 1;
+        *factors[i] = parsed->factor;
+    }
+    if (!s->rotated) {
+        return 0;
+    }
+    for (int i = 0; i < 2; i++) {
+        if (objects[i] == Py_None) { /* an empty chain leaves its axis as it is */
+            factors[i]->order = k / factors[1 - i]->order;
+        }
+    }
+    if (s->left.order * s->right.order != k) {
+        PyErr_Format(PyExc_ValueError, "site %s: expected orders k1 * k2 = %lld, got %lld * %lld",
+                     site_names[site], (long long)k, (long long)s->left.order,
+                     (long long)s->right.order);
+        return -1;
+    }
+    return 0;
+}
+
+/* (left, right, bits, clip), new reference, from a tuple or a dict with these keys. */
+static PyObject *
+site_tuple(PyObject *o, const char *name)
+{
+    static const char *const names[4] = {"left", "right", "bits", "clip"};
+    if (!PyDict_Check(o)) {
+        return PySequence_Tuple(o);
+    }
+    PyObject *tuple = PyTuple_New(4);
+    for (int i = 0; tuple && i < 4; i++) {
+        PyObject *value = PyDict_GetItemString(o, names[i]);
+        if (!value) {
+            PyErr_Format(PyExc_ValueError, "site %s: '%s' is missing", name, names[i]);
+            Py_CLEAR(tuple);
+            break;
+        }
+        Py_INCREF(value);
+        PyTuple_SET_ITEM(tuple, i, value);
+    }
+    return tuple;
+}
+
+static int
+parse_site(DecoderLayer *self, int site, PyObject *o, int64_t k)
+{
+    struct sq_site *s = &self->layer.sites[site];
+    PyObject *left, *right;
+    s->bits = 16;
+    s->clip = 1;
+    if (o == Py_None) {
+        return 0;
+    }
+    PyObject *tuple = site_tuple(o, site_names[site]);
+    if (!tuple) {
+        return -1;
+    }
+    int result = -1;
+    if (!PyArg_ParseTuple(tuple, "OOif;site: expected (left, right, bits, clip)", &left, &right,
+                          &s->bits, &s->clip)) {
+        goto done;
+    }
+    if (s->bits != 4 && s->bits != 8 && s->bits != 16) {
+        PyErr_Format(PyExc_ValueError, "site %s: bits: expected 4, 8 or 16, got %d",
+                     site_names[site], s->bits);
+        goto done;
+    }
+    if (!(s->clip > 0 && s->clip <= 1)) {
+        PyErr_Format(PyExc_ValueError, "site %s: clip: expected more than 0 and at most 1, got %R",
+                     site_names[site], PyTuple_GET_ITEM(tuple, 3));
+        goto done;
+    }
+    result = parse_rotation(self, site, left, right, k);
+done:
+    Py_DECREF(tuple);
+    return result;
+}
+
+static int
+parse_sites(DecoderLayer *self, PyObject *sites)
+{
+    static const int first[SQ_N_SITES] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN};
+    PyObject *list = PySequence_Tuple(sites);
+    if (!list) {
+        return -1;
+    }
+    int result = 0;
+    if (PyTuple_GET_SIZE(list) != SQ_N_SITES) {
+        PyErr_Format(PyExc_ValueError, "sites: expected %d (qkv, o, gate_up, down), got %zd",
+                     SQ_N_SITES, PyTuple_GET_SIZE(list));
+        result = -1;
+    }
+    for (int i = 0; i < SQ_N_SITES && !result; i++) {
+        result = parse_site(self, i, PyTuple_GET_ITEM(list, i), self->layer.linears[first[i]].k);
+    }
+    Py_DECREF(list);
+    return result;
+}
+
+/* ---- DecoderLayer: the type ------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    layer_doc,
+    "DecoderLayer(architecture, norms, linears, sites)\n--\n\n"
+    "One LLaMA-like decoder layer, ready to run.\n\n"
+    "architecture: dict of hidden, intermediate, heads, kv_heads, head_dim, rms_eps,\n"
+    "    sliding_window (0: none), inv_freq [head_dim / 2] and rope_scale (multiplies cos and "
+    "sin).\n"
+    "norms: (attention, mlp), [hidden] each.\n"
+    "linears: q, k, v, o, gate, up, down, each (weight, bias or None); a weight is a "
+    "PackedWeight or\n    an array [n, k] of float32, float16 or bfloat16, which is kept and "
+    "read in place.\n"
+    "sites: qkv, o, gate_up, down, each None or (left, right, bits, clip), or a dict of these: "
+    "the\n    rotation of the input of packed linears as in rotate() (None, a matrix or a "
+    "chain) and the bits\n    (4, 8, 16) and clip of their activations. Dense linears read the "
+    "input as it is.\n\n"
+    "ValueError and TypeError name what disagrees. May be shared between threads.");
+
+static PyObject *
+layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"architecture", "norms", "linears", "sites", NULL};
+    PyObject *architecture, *norms_object, *linears, *sites;
+    PyObject *module = PyType_GetModule(type);
+    if (!module || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO:DecoderLayer", names,
+                                                &architecture, &norms_object, &linears, &sites)) {
+        return NULL;
+    }
+    PyObject *norms = PySequence_Tuple(norms_object); /* owned: keeps the two alive */
+    if (!norms) {
+        return NULL;
+    }
+    if (PyTuple_GET_SIZE(norms) != 2) {
+        PyErr_Format(PyExc_ValueError, "norms: expected 2 (attention, mlp), got %zd",
+                     PyTuple_GET_SIZE(norms));
+        Py_DECREF(norms);
+        return NULL;
+    }
+    DecoderLayer *self = (DecoderLayer *)type->tp_alloc(type, 0); /* zeroed */
+    if (!self) {
+        Py_DECREF(norms);
+        return NULL;
+    }
+    self->owned = PyList_New(0);
+    struct sq_layer *layer = &self->layer;
+    const struct sq_architecture *a = &self->architecture;
+    if (!self->owned || parse_architecture(self, architecture) ||
+        !(layer->norm_attention =
+              parse_vector(self, PyTuple_GET_ITEM(norms, 0), a->hidden, "norms[0]")) ||
+        !(layer->norm_mlp =
+              parse_vector(self, PyTuple_GET_ITEM(norms, 1), a->hidden, "norms[1]")) ||
+        parse_linears(self, module, linears) || parse_sites(self, sites)) {
+        Py_CLEAR(self);
+    }
+    Py_DECREF(norms);
+    return (PyObject *)self;
+}
+
+static void
+layer_dealloc(PyObject *object)
+{
+    DecoderLayer *self = (DecoderLayer *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    for (int i = 0; i < SQ_N_SITES; i++) {
+        sq_py_factor_clear(&self->factors[i][0]);
+        sq_py_factor_clear(&self->factors[i][1]);
+    }
+    Py_XDECREF(self->owned);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyObject *
+layer_repr(PyObject *object)
+{
+    const DecoderLayer *self = (const DecoderLayer *)object;
+    const struct sq_architecture *a = &self->architecture;
+    int packed = 0;
+    for (int i = 0; i < SQ_N_LINEARS; i++) {
+        packed += self->layer.linears[i].packed != NULL;
+    }
+    return PyUnicode_FromFormat(
+        "DecoderLayer(hidden=%lld, intermediate=%lld, heads=%lld, kv_heads=%lld, %d of %d packed)",
+        (long long)a->hidden, (long long)a->intermediate, (long long)a->heads,
+        (long long)a->kv_heads, packed, SQ_N_LINEARS);
+}
+
+/* ---- forward ---------------------------------------------------------------------------- */
+
+/* hidden is written in place, so nothing but the very array will do. Borrowed, or NULL. */
+static PyArrayObject *
+writable_hidden(PyObject *o, int64_t width)
+{
+    if (!PyArray_Check(o) || PyArray_TYPE((PyArrayObject *)o) != NPY_FLOAT) {
+        PyErr_SetString(PyExc_TypeError,
+                        "hidden: expected a float32 array, which is updated in place");
+        return NULL;
+    }
+    PyArrayObject *a = (PyArrayObject *)o;
+    if (PyArray_NDIM(a) != 2) {
+        PyErr_Format(PyExc_ValueError, "hidden: expected 2 dimensions, got %d", PyArray_NDIM(a));
+        return NULL;
+    }
+    if (sq_py_check_dim(a, 1, width, "hidden")) {
+        return NULL;
+    }
+    if (!PyArray_ISCARRAY(a)) { /* contiguous, aligned, writable, native */
+        PyErr_SetString(PyExc_ValueError,
+                        "hidden: expected a C-contiguous, writable, native array, which is updated "
+                        "in place");
+        return NULL;
+    }
+    return a;
+}
+
+static int
+check_cache(const struct sq_architecture *a, const KVCache *cache, long long layer)
+{
+    if (cache->kv_heads != a->kv_heads || cache->head_dim != a->head_dim) {
+        PyErr_Format(PyExc_ValueError,
+                     "cache: expected (kv_heads, head_dim) = (%lld, %lld), got (%lld, %lld)",
+                     (long long)a->kv_heads, (long long)a->head_dim, cache->kv_heads,
+                     cache->head_dim);
+        return -1;
+    }
+    if (layer < 0 || layer >= cache->layers) {
+        PyErr_Format(PyExc_ValueError, "layer: expected 0 to %lld, got %lld", cache->layers - 1,
+                     layer);
+        return -1;
+    }
+    return 0;
+}
+
+/* o as an int64 array [m] with entries in 0 .. limit - 1. */
+static PyArrayObject *
+index_array(PyObject *o, int64_t m, int64_t limit, const char *name)
+{
+    PyArrayObject *array = sq_py_array(o, NPY_INT64, 1, name);
+    if (!array || sq_py_check_dim(array, 0, m, name)) {
+        Py_XDECREF(array);
+        return NULL;
+    }
+    const int64_t *p = PyArray_DATA(array);
+    for (int64_t i = 0; i < m; i++) {
+        if (p[i] < 0 || p[i] >= limit) {
+            PyErr_Format(PyExc_ValueError, "%s[%lld]: expected 0 to %lld, got %lld", name,
+                         (long long)i, (long long)limit - 1, (long long)p[i]);
+            Py_DECREF(array);
+            return NULL;
+        }
+    }
+    return array;
+}
+
+/* New tuple of the arrays that receive the sites' inputs. */
+static PyObject *
+new_record(const struct sq_layer *layer, int64_t m, struct sq_record *record)
+{
+    static const int first[SQ_N_SITES] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN};
+    PyObject *tuple = PyTuple_New(SQ_N_SITES);
+    for (int i = 0; tuple && i < SQ_N_SITES; i++) {
+        const npy_intp dims[2] = {m, layer->linears[first[i]].k};
+        PyArrayObject *array = sq_py_empty(2, dims, NPY_FLOAT);
+        if (!array) {
+            Py_CLEAR(tuple);
+            break;
+        }
+        record->inputs[i] = PyArray_DATA(array);
+        PyTuple_SET_ITEM(tuple, i, (PyObject *)array);
+    }
+    return tuple;
+}
+
+PyDoc_STRVAR(
+    forward_doc,
+    "forward($self, /, hidden, sequence, position, cache, layer, record=False)\n--\n\n"
+    "Update hidden [m, h] float32 IN PLACE by this layer (the one function here that writes "
+    "its input).\n\n"
+    "Token t belongs to sequence[t] and stands at position[t]; its key and value are stored "
+    "in cache at\nlayer, and it attends to positions 0 to position[t] (the last "
+    "sliding_window of them) of its\nsequence. (sequence, position) must differ from token "
+    "to token. With record, returns the four\nsites' inputs [m, k] (qkv, o, gate_up, down) "
+    "before any rotation, otherwise None.\n\n"
+    "ValueError if hidden is not C-contiguous and writable, or a shape, sequence or position "
+    "does not fit;\nTypeError if hidden is not float32. After an error hidden and cache may be "
+    "partly updated.");
+
+static PyObject *
+layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"hidden", "sequence", "position", "cache", "layer", "record", NULL};
+    DecoderLayer *self = (DecoderLayer *)object;
+    const struct sq_architecture *a = &self->architecture;
+    PyObject *module = PyType_GetModule(Py_TYPE(object));
+    const struct sq_module_state *state = module ? PyModule_GetState(module) : NULL;
+    PyObject *hidden_object, *sequence_object, *position_object, *cache_object;
+    PyObject *recorded = NULL, *result = NULL;
+    PyArrayObject *sequence = NULL, *position = NULL;
+    struct sq_record record = {{NULL}};
+    int32_t *sequence32 = NULL;
+    int64_t *position64 = NULL; /* copies: the arrays may change while the GIL is free */
+    void *workspace = NULL;
+    long long layer;
+    int wants_record = 0;
+    if (!state || !PyArg_ParseTupleAndKeywords(
+                      args, kwargs, "OOOO!L|p:forward", names, &hidden_object, &sequence_object,
+                      &position_object, state->cache_type, &cache_object, &layer, &wants_record)) {
+        return NULL;
+    }
+    const KVCache *cache = (const KVCache *)cache_object;
+    PyArrayObject *hidden = writable_hidden(hidden_object, a->hidden);
+    if (!hidden || check_cache(a, cache, layer)) {
+        return NULL;
+    }
+    const int64_t m = PyArray_DIM(hidden, 0);
+    sequence = index_array(sequence_object, m, cache->sequences, "sequence");
+    position = sequence ? index_array(position_object, m, cache->capacity, "position") : NULL;
+    if (!position) {
+        goto done;
+    }
+    sequence32 = sq_alloc((size_t)m * sizeof *sequence32);
+    position64 = sq_alloc((size_t)m * sizeof *position64);
+    workspace = sq_alloc(sq_layer_workspace_bytes(a, &self->layer, m, cache->capacity));
+    if (!sequence32 || !position64 || !workspace) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (int64_t t = 0; t < m; t++) {
+        sequence32[t] = (int32_t)((const int64_t *)PyArray_DATA(sequence))[t];
+        position64[t] = ((const int64_t *)PyArray_DATA(position))[t];
+    }
+    if (wants_record && !(recorded = new_record(&self->layer, m, &record))) {
+        goto done;
+    }
+    struct sq_kv_cache view = cache_layer(cache, layer);
+    sq_status status;
+    SQ_BEGIN_NOGIL(SQ_GIL_THRESHOLD) /* a layer is always work enough */
+    status = sq_layer_forward(a, &self->layer, &view, sequence32, position64, m,
+                              PyArray_DATA(hidden), &record, workspace);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "forward");
+        goto done;
+    }
+    result = recorded ? recorded : Py_None;
+    Py_INCREF(result);
+done:
+    free(workspace);
+    free(sequence32);
+    free(position64);
+    Py_XDECREF(recorded);
+    Py_XDECREF(sequence);
+    Py_XDECREF(position);
+    return result;
+}
+
+static PyMethodDef layer_methods[] = {
+    {"forward", (PyCFunction)(void (*)(void))layer_forward, METH_VARARGS | METH_KEYWORDS,
+     forward_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot layer_slots[] = {
+    {Py_tp_new, layer_new},         {Py_tp_dealloc, layer_dealloc}, {Py_tp_repr, layer_repr},
+    {Py_tp_methods, layer_methods}, {Py_tp_doc, (void *)layer_doc}, {0, NULL},
+};
+
+static PyType_Spec layer_spec = {.name = "singlequant._C.DecoderLayer",
+                                 .basicsize = sizeof(DecoderLayer),
+                                 .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+                                 .slots = layer_slots};
+
+int
+sq_py_add_runtime_types(PyObject *module)
+{
+    struct sq_module_state *state = PyModule_GetState(module);
+    state->cache_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &cache_spec, NULL);
+    if (!state->cache_type || PyModule_AddType(module, state->cache_type)) {
+        return -1;
+    }
+    state->layer_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &layer_spec, NULL);
+    if (!state->layer_type || PyModule_AddType(module, state->layer_type)) {
+        return -1;
+    }
+    return 0;
+}

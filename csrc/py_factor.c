@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The one parser of factors, for rotate() and for the sites of a DecoderLayer. */
+#include "py_factor.h"
+
+#include <math.h>
+
+#include "sq_internal.h"
+
+PyArrayObject *
+sq_py_pairs(PyObject *o, int64_t n, const char *name)
+{
+    PyArrayObject *pairs = sq_py_array(o, NPY_INT32, 2, name);
+    if (!pairs || sq_py_check_dim(pairs, 1, 2, name)) {
+        Py_XDECREF(pairs);
+        return NULL;
+    }
+    const int32_t *p = PyArray_DATA(pairs);
+    for (npy_intp t = 0; t < PyArray_DIM(pairs, 0); t++) {
+        const int32_t i = p[2 * t], j = p[2 * t + 1];
+        if (i < 0 || j < 0 || i >= n || j >= n || i == j) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: expected two different indices below %lld, got (%d, %d) at step %zd",
+                         name, (long long)n, (int)i, (int)j, (Py_ssize_t)t);
+            Py_DECREF(pairs);
+            return NULL;
+        }
+    }
+    return pairs;
+}
+
+void
+sq_py_factor_clear(struct sq_py_factor *f)
+{
+    Py_CLEAR(f->matrix);
+    Py_CLEAR(f->pairs);
+    free(f->matrix_t);
+    free(f->cos_sin);
+    f->matrix_t = f->cos_sin = NULL;
+}
+
+/* cos and sin of the angles, in float32. -1 with an exception. */
+static int
+take_angles(struct sq_py_factor *f, PyArrayObject *angles, const char *name)
+{
+    const int64_t steps = PyArray_DIM(angles, 0);
+    const double *theta = PyArray_DATA(angles);
+    f->cos_sin = sq_alloc((size_t)steps * 2 * sizeof *f->cos_sin);
+    if (!f->cos_sin) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (int64_t t = 0; t < steps; t++) {
+        if (!isfinite(theta[t])) {
+            PyErr_Format(PyExc_ValueError, "%s: angle %lld is NaN or Inf", name, (long long)t);
+            return -1;
+        }
+        f->cos_sin[2 * t] = (float)cos(theta[t]);
+        f->cos_sin[2 * t + 1] = (float)sin(theta[t]);
+    }
+    f->factor.cos_sin = f->cos_sin;
+    return 0;
+}
+
+/* (order, hadamard, pairs, angles). */
+static int
+take_chain(PyObject *tuple, const char *name, struct sq_py_factor *f)
+{
+    long long order;
+    PyObject *pairs_object, *angles_object;
+    if (PyTuple_GET_SIZE(tuple) != 4) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: expected (order, hadamard, pairs, angles), got a tuple of %zd", name,
+                     PyTuple_GET_SIZE(tuple));
+        return -1;
+    }
+    if (!PyArg_ParseTuple(tuple, "LpOO", &order, &f->factor.hadamard, &pairs_object,
+                          &angles_object)) {
+        return -1;
+    }
+    if (order < 1 || order > INT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "%s: expected an order of 1 to %d, got %lld", name,
+                     INT32_MAX, order);
+        return -1;
+    }
+    f->pairs = sq_py_pairs(pairs_object, order, name);
+    PyArrayObject *angles = f->pairs ? sq_py_array(angles_object, NPY_FLOAT64, 1, name) : NULL;
+    if (!angles) {
+        return -1;
+    }
+    int result = -1;
+    if (PyArray_DIM(angles, 0) != PyArray_DIM(f->pairs, 0)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected as many angles as pairs = %zd, got %zd", name,
+                     (Py_ssize_t)PyArray_DIM(f->pairs, 0), (Py_ssize_t)PyArray_DIM(angles, 0));
+        goto done;
+    }
+    f->factor.order = order;
+    f->factor.steps = PyArray_DIM(angles, 0);
+    f->factor.pairs = PyArray_DATA(f->pairs);
+    result = take_angles(f, angles, name);
+done:
+    Py_DECREF(angles);
+    return result;
+}
+
+int
+sq_py_factor(PyObject *o, enum sq_py_side side, const char *name, struct sq_py_factor *f)
+{
+    if (PyTuple_Check(o)) {
+        return take_chain(o, name, f);
+    }
+    f->matrix = sq_py_array(o, NPY_FLOAT32, 2, name);
+    if (!f->matrix) {
+        return -1;
+    }
+    const npy_intp n = PyArray_DIM(f->matrix, 0);
+    if (n < 1 || PyArray_DIM(f->matrix, 1) != n) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a square matrix, got (%zd, %zd)", name,
+                     (Py_ssize_t)n, (Py_ssize_t)PyArray_DIM(f->matrix, 1));
+        return -1;
+    }
+    f->factor.order = n;
+    f->factor.matrix = PyArray_DATA(f->matrix);
+    if (side == SQ_PY_RIGHT) {
+        f->matrix_t = sq_alloc((size_t)PyArray_NBYTES(f->matrix));
+        if (!f->matrix_t) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        sq_transpose(f->factor.matrix, n, f->matrix_t);
+        f->factor.matrix_t = f->matrix_t;
+    }
+    return 0;
+}

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The factor of a rotation as Python gives it: a matrix, or a chain behind a Hadamard matrix. */
+#ifndef SQ_PY_FACTOR_H
+#define SQ_PY_FACTOR_H
+
+#include "py_args.h"
+
+/* A factor and what keeps its arrays alive; zero it before use. */
+struct sq_py_factor {
+    struct sq_factor factor;
+    PyArrayObject *matrix, *pairs; /* owned */
+    float *matrix_t, *cos_sin;     /* owned */
+};
+
+/* Which side of X it multiplies. The transpose that a right matrix needs is made here, once. */
+enum sq_py_side { SQ_PY_LEFT, SQ_PY_RIGHT };
+
+/* o, a matrix [n, n] or a tuple (order, hadamard, pairs [g, 2], angles [g]), into f. 0, or -1 with
+ * an exception whose text starts with name. Clear f either way. */
+int
+sq_py_factor(PyObject *o, enum sq_py_side side, const char *name, struct sq_py_factor *f);
+
+void
+sq_py_factor_clear(struct sq_py_factor *f);
+
+/* New reference to o as pairs [g][2] of int32, each two different indices below n. NULL with
+ * TypeError or ValueError. */
+PyArrayObject *
+sq_py_pairs(PyObject *o, int64_t n, const char *name);
+
+#endif

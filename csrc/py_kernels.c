@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Test hooks: rows of the active kernel table that no public function reaches alone.
+ *
+ * Outputs are the caller's arrays, written in place, so that the tests can put them against guard
+ * pages. */
+#include "py_args.h"
+
+#include "sq_kernels.h"
+
+/* o as it is, if it is a writable C-contiguous float32 array of ndim dimensions; borrowed. */
+static float *
+writable(PyObject *o, int ndim, const char *name)
+{
+    PyArrayObject *a = (PyArrayObject *)o;
+    if (!PyArray_Check(o) || PyArray_TYPE(a) != NPY_FLOAT32 || PyArray_NDIM(a) != ndim ||
+        !PyArray_ISCARRAY(a)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected a writable C-contiguous float32 array of %d dimensions", name,
+                     ndim);
+        return NULL;
+    }
+    return PyArray_DATA(a);
+}
+
+PyDoc_STRVAR(gemm_f32_doc,
+             "kernel_gemm_f32(a, b, out)\n--\n\n"
+             "out [m, n] <- a [m, k] b [k, n], the active table's gemm_f32 (for tests).");
+
+static PyObject *
+kernel_gemm_f32(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *a_object, *b_object, *out, *result = NULL;
+    PyArrayObject *a = NULL, *b = NULL;
+    if (!PyArg_ParseTuple(args, "OOO:kernel_gemm_f32", &a_object, &b_object, &out)) {
+        return NULL;
+    }
+    float *c = writable(out, 2, "out");
+    a = c ? sq_py_array(a_object, NPY_FLOAT32, 2, "a") : NULL;
+    b = a ? sq_py_array(b_object, NPY_FLOAT32, 2, "b") : NULL;
+    if (!b) {
+        goto done;
+    }
+    const int64_t m = PyArray_DIM(a, 0), k = PyArray_DIM(a, 1), n = PyArray_DIM(b, 1);
+    if (sq_py_check_dim(b, 0, k, "b") || sq_py_check_dim((PyArrayObject *)out, 0, m, "out") ||
+        sq_py_check_dim((PyArrayObject *)out, 1, n, "out")) {
+        goto done;
+    }
+    sq_kernels_active()->gemm_f32(m, n, k, PyArray_DATA(a), k, PyArray_DATA(b), n, c, n);
+    result = Py_NewRef(Py_None);
+done:
+    Py_XDECREF(a);
+    Py_XDECREF(b);
+    return result;
+}
+
+PyDoc_STRVAR(rms_norm_doc,
+             "kernel_rms_norm(x, weight, eps, out)\n--\n\n"
+             "out [n] <- the active table's rms_norm_row of x [n] (for tests).");
+
+static PyObject *
+kernel_rms_norm(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *x_object, *weight_object, *out, *result = NULL;
+    PyArrayObject *x = NULL, *weight = NULL;
+    float eps;
+    if (!PyArg_ParseTuple(args, "OOfO:kernel_rms_norm", &x_object, &weight_object, &eps, &out)) {
+        return NULL;
+    }
+    float *y = writable(out, 1, "out");
+    x = y ? sq_py_array(x_object, NPY_FLOAT32, 1, "x") : NULL;
+    weight = x ? sq_py_array(weight_object, NPY_FLOAT32, 1, "weight") : NULL;
+    if (!weight) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(x, 0);
+    if (sq_py_check_dim(weight, 0, n, "weight") ||
+        sq_py_check_dim((PyArrayObject *)out, 0, n, "out")) {
+        goto done;
+    }
+    sq_kernels_active()->rms_norm_row(PyArray_DATA(x), PyArray_DATA(weight), n, eps, y);
+    result = Py_NewRef(Py_None);
+done:
+    Py_XDECREF(x);
+    Py_XDECREF(weight);
+    return result;
+}
+
+PyDoc_STRVAR(silu_mul_doc,
+             "kernel_silu_mul(gate, up, out)\n--\n\n"
+             "out [n] <- the active table's silu_mul (for tests).");
+
+static PyObject *
+kernel_silu_mul(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *gate_object, *up_object, *out, *result = NULL;
+    PyArrayObject *gate = NULL, *up = NULL;
+    if (!PyArg_ParseTuple(args, "OOO:kernel_silu_mul", &gate_object, &up_object, &out)) {
+        return NULL;
+    }
+    float *y = writable(out, 1, "out");
+    gate = y ? sq_py_array(gate_object, NPY_FLOAT32, 1, "gate") : NULL;
+    up = gate ? sq_py_array(up_object, NPY_FLOAT32, 1, "up") : NULL;
+    if (!up) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(gate, 0);
+    if (sq_py_check_dim(up, 0, n, "up") || sq_py_check_dim((PyArrayObject *)out, 0, n, "out")) {
+        goto done;
+    }
+    sq_kernels_active()->silu_mul(PyArray_DATA(gate), PyArray_DATA(up), n, y);
+    result = Py_NewRef(Py_None);
+done:
+    Py_XDECREF(gate);
+    Py_XDECREF(up);
+    return result;
+}
+
+PyDoc_STRVAR(softmax_doc,
+             "kernel_softmax(x, n, scale)\n--\n\n"
+             "x [n_padded] <- the active table's softmax_row in place (for tests).");
+
+static PyObject *
+kernel_softmax(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *out;
+    long long n;
+    float scale;
+    if (!PyArg_ParseTuple(args, "OLf:kernel_softmax", &out, &n, &scale)) {
+        return NULL;
+    }
+    float *x = writable(out, 1, "x");
+    if (!x) {
+        return NULL;
+    }
+    const int64_t n_padded = PyArray_DIM((PyArrayObject *)out, 0);
+    if (n < 1 || n > n_padded) {
+        return PyErr_Format(PyExc_ValueError, "n: expected 1 to %lld, got %lld",
+                            (long long)n_padded, n);
+    }
+    sq_kernels_active()->softmax_row(x, n, n_padded, scale);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(widen_doc,
+             "kernel_widen(x, bfloat16, out)\n--\n\n"
+             "out [n] float32 <- x [n] uint16, bits of float16 or bfloat16; True if all "
+             "are finite (for tests).");
+
+static PyObject *
+kernel_widen(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *x_object, *out, *result = NULL;
+    PyArrayObject *x = NULL;
+    int bfloat16;
+    if (!PyArg_ParseTuple(args, "OpO:kernel_widen", &x_object, &bfloat16, &out)) {
+        return NULL;
+    }
+    float *y = writable(out, 1, "out");
+    x = y ? sq_py_bits_array(x_object, NPY_UINT16, 1, "x") : NULL;
+    if (!x || sq_py_check_dim((PyArrayObject *)out, 0, PyArray_DIM(x, 0), "out")) {
+        goto done;
+    }
+    const struct sq_kernels *kernels = sq_kernels_active();
+    result = PyBool_FromLong((bfloat16 ? kernels->bf16_to_f32 : kernels->f16_to_f32)(
+        PyArray_DATA(x), PyArray_DIM(x, 0), y));
+done:
+    Py_XDECREF(x);
+    return result;
+}
+
+PyMethodDef sq_py_kernels_methods[] = {
+    {"kernel_gemm_f32", kernel_gemm_f32, METH_VARARGS, gemm_f32_doc},
+    {"kernel_rms_norm", kernel_rms_norm, METH_VARARGS, rms_norm_doc},
+    {"kernel_silu_mul", kernel_silu_mul, METH_VARARGS, silu_mul_doc},
+    {"kernel_softmax", kernel_softmax, METH_VARARGS, softmax_doc},
+    {"kernel_widen", kernel_widen, METH_VARARGS, widen_doc},
+    {NULL, NULL, 0, NULL},
+};

@@ -1,0 +1,356 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The core's one public header: status, types and prototypes, in pipeline order.
+ *
+ * Letters: m tokens, n outputs, k = k1 * k2 inputs, g group length along k. Row-major everywhere.
+ * Every pointer states its shape. Nothing here prints, aborts or touches errno; results go through
+ * out-pointers; inputs are never written. Functions are thread safe as long as their outputs
+ * differ. Scales multiply: x = scale * code. Angles are float64, activations float32. */
+#ifndef SINGLEQUANT_H
+#define SINGLEQUANT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- status ----------------------------------------------------------------------------- */
+
+typedef enum sq_status {
+    SQ_OK = 0,
+    SQ_ERR_NULL = 1,
+    SQ_ERR_SHAPE = 2,
+    SQ_ERR_RANGE = 3,
+    SQ_ERR_DTYPE = 4,
+    SQ_ERR_NOMEM = 5,
+    SQ_ERR_FORMAT = 6,
+    SQ_ERR_NONFINITE = 7,
+    SQ_ERR_INTERNAL = 8
+} sq_status;
+
+/* Static text of a status; never NULL. */
+const char *
+sq_status_text(sq_status status);
+
+/* Element types of weights that stay in 16 or 32 bits. Numbers are pinned. */
+typedef enum sq_dtype { SQ_F32 = 0, SQ_F16 = 1, SQ_BF16 = 2 } sq_dtype;
+
+/* ---- factors: which k1, k2 -------------------------------------------------------------- */
+
+/* Kronecker sizes k = k1 * k2: k2 carries a Hadamard matrix (powers of two first, 12*2^i and 20*2^i
+ * where they at least halve the larger factor), both as near sqrt(k) as possible. Every k >= 1. */
+sq_status
+sq_factor_sizes(int64_t k, int64_t *k1, int64_t *k2);
+
+/* ---- statistics (calibrate) ------------------------------------------------------------- */
+
+/* Streaming statistics of one site's inputs; the arrays are the caller's, zeroed by _reset. */
+struct sq_statistics {
+    int64_t k1, k2, count;
+    double *min, *max, *sum, *sum2, *sum4; /* [k] each, k = k1 * k2 */
+    double *gram1;                         /* [k1][k1] sum over tokens of X X^T */
+    double *gram2;                         /* [k2][k2] sum over tokens of X^T X */
+};
+
+sq_status
+sq_statistics_reset(struct sq_statistics *s);
+
+/* Adds x [m][k]. Rejects NaN and Inf with SQ_ERR_NONFINITE and leaves s as it was. */
+sq_status
+sq_statistics_update(struct sq_statistics *s, const float *x, int64_t m);
+
+/* dst += src; sizes must agree. */
+sq_status
+sq_statistics_merge(struct sq_statistics *dst, const struct sq_statistics *src);
+
+/* ---- rotations (rotate) --------------------------------------------------------------------
+ * A chain is a list of Givens rotations in order of application. Rotation t with pair (i, j) and
+ * angle theta maps a vector v by v_i' = c v_i - s v_j, v_j' = s v_i + c v_j. */
+
+/* theta = pi/4 - atan2(b, a), which makes both entries sqrt((a^2 + b^2) / 2). */
+double
+sq_givens_angle(double a, double b);
+
+/* Orthonormal matrix h [n][n] with near-flat entries for every n: Sylvester, Paley I and II and
+ * their Kronecker products with Sylvester where they exist, otherwise Hartley kron Sylvester. */
+sq_status
+sq_hadamard_matrix(int64_t n, double *h /* [n][n] */);
+
+/* x [rows][n] <- each row times H^T (so v <- H v for each row v), without an n x n matrix.
+ * workspace: [3 n] doubles. */
+sq_status
+sq_hadamard_transform(double *x, int64_t rows, int64_t n, double *workspace);
+
+/* Applies a chain to every row of x [rows][n]. pairs [g][2], angles [g]. */
+sq_status
+sq_chain_apply(const int32_t *pairs, const double *angles, int64_t g, double *x, int64_t rows,
+               int64_t n);
+
+/* ART on signed extremes (paper section on massive outliers): repeat {pair the index of largest
+ * absolute value with the one of smallest, rotate them equal} while the largest exceeds
+ * threshold * (median absolute value of the start) and fewer than max_steps were made.
+ * v [n] is the vector of signed extremes, updated in place. pairs [max_steps][2],
+ * angles [max_steps]; *steps receives the count. */
+sq_status
+sq_art_extremes(double *v, int64_t n, double threshold, int64_t max_steps, int32_t *pairs,
+                double *angles, int64_t *steps);
+
+/* ART with the angle taken at the extreme's own row (token-exact): on columns [n][rows], repeat
+ * {i = column of largest absolute value, j = column whose largest absolute value is smallest,
+ * (a, b) = their values in the row where i peaks, rotate by sq_givens_angle(a, b)}; stops when the
+ * pair's peak no longer falls or at max_steps. columns is updated in place. */
+sq_status
+sq_art_columns(double *columns, int64_t n, int64_t rows, int64_t max_steps, int32_t *pairs,
+               double *angles, int64_t *steps);
+
+/* URT: the chain of U = G_u^T G_v that maps v onto u, |u| = |v| (rescaled to it). 2 (n - 1)
+ * rotations at most. pairs [2n][2], angles [2n]. */
+sq_status
+sq_urt(const double *v, const double *u, int64_t n, int32_t *pairs, double *angles, int64_t *steps);
+
+/* One uniformity sweep on columns [n][rows]: every pair of columns once, disjoint pairs at a time
+ * (round-robin), each rotated by (pi - arg sum z^4) / 4, z = a + i b, which minimises
+ * sum(a^4 + b^4). columns is updated in place. pairs [n (n-1) / 2][2], angles alike. Parallel over
+ * the disjoint pairs; the result does not depend on the number of threads. */
+sq_status
+sq_uniformity_sweep(double *columns, int64_t n, int64_t rows, int32_t *pairs, double *angles,
+                    int64_t *steps);
+
+/* One factor as it is applied to an axis vector: v <- chain(H v) or v <- matrix v.
+ * order <= SQ_FACTOR_DENSE_MAX: matrix is set, the rest unused. Above: matrix is NULL. */
+#define SQ_FACTOR_DENSE_MAX 512
+struct sq_factor {
+    int64_t order;
+    const float *matrix;   /* [order][order] or NULL */
+    const float *matrix_t; /* its transpose, in a right factor: what rows are multiplied by */
+    int hadamard;          /* without matrix: 1 = Hadamard transform first */
+    int64_t steps;         /* without matrix: the chain */
+    const int32_t *pairs;  /* [steps][2] */
+    const float *cos_sin;  /* [steps][2] */
+};
+
+/* out [n][n] <- transpose of a [n][n]; out is not a. */
+void
+sq_transpose(const float *a, int64_t n, float *out);
+
+/* Bytes of workspace for m rows or fewer in sq_rotate, whatever the number of threads is when the
+ * call comes; untouched scratch takes no memory. SIZE_MAX / 2 when the sizes are out of range. */
+size_t
+sq_rotate_workspace_bytes(const struct sq_factor *left, const struct sq_factor *right, int64_t m);
+
+/* y [m][k] <- row by row L X R^T, where X [k1][k2] is the row reshaped, L the left factor and R the
+ * right one (both act on their axis's vectors: R2 of the paper is R^T). y may be x. Parallel over
+ * rows; the value of a row depends on that row alone, bit for bit. */
+sq_status
+sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
+          float *y, void *workspace);
+
+/* ---- quantizers (quantize) -------------------------------------------------------------- */
+
+/* Symmetric: scale = clip * max|x| / (2^(bits-1) - 1), code = clamp(rint(x / scale)) in
+ * [-2^(bits-1), 2^(bits-1) - 1]. Asymmetric: lo = min(0, min x), hi = max(0, max x), scale = clip *
+ * (hi - lo) / (2^bits - 1), x = scale * (code - zero), code in [0, 2^bits - 1], zero = rint(-clip *
+ * lo / scale). x / scale is the float32 product with inv_scale = 1 / scale; halves go to even. A
+ * scale below the smallest normal float32 becomes 0, and the row's codes and zero with it. A row is
+ * a token (per token) or an output channel (per channel); groups of g columns along k. Every kernel
+ * table gives the same bytes. */
+struct sq_quantizer {
+    int bits;      /* 4 or 8 */
+    int symmetric; /* 1 or 0 */
+    int64_t group; /* g, or 0 for the whole row */
+    float clip;    /* in (0, 1] */
+    int search;    /* 1: per row and group, clip times the SQ_CLIP_RATIO of least squared error */
+};
+
+/* Ratio i of the clip search, 1.00 down to 0.20; among equals the largest wins. On Gaussian,
+ * Laplace and Student (3, 4) rows and groups the error is within 0.4 % of a search in steps of 0.01
+ * down to 0.05; steps of 0.04 cost up to 1.4 %, a floor of 0.40 up to 14 % (whole rows, heavy
+ * tails). */
+#define SQ_CLIP_RATIOS 41
+#define SQ_CLIP_RATIO(i) ((float)(100 - 2 * (i)) / 100.0f)
+
+/* x [m][k] -> codes [m][k] (int8: symmetric codes as they are, asymmetric ones as uint8 bits),
+ * scales [m][k / g], zeros [m][k / g] (NULL when symmetric). k must be a multiple of g; the last
+ * group may not be short. NaN or Inf: SQ_ERR_NONFINITE. Parallel over rows. */
+sq_status
+sq_quantize(const struct sq_quantizer *q, const float *x, int64_t m, int64_t k, int8_t *codes,
+            float *scales, int32_t *zeros);
+
+/* One token x [k], symmetric: codes [k] and its scale. Serial. */
+struct sq_kernels;
+sq_status
+sq_quantize_row(const struct sq_kernels *kernels, int bits, float clip, const float *x, int64_t k,
+                int8_t *codes, float *scale);
+
+/* x [m][k] <- scale * (code - zero), codes as sq_quantize writes them; groups = k / g per row;
+ * zeros is NULL for symmetric codes. Parallel over rows. */
+sq_status
+sq_dequantize(const int8_t *codes, const float *scales, const int32_t *zeros, int64_t m, int64_t k,
+              int64_t groups, float *x);
+
+/* ---- packing (pack) --------------------------------------------------------------------- */
+
+/* Words of one packed row: ceil(k / 8) int32, low nibble first, code + 8; the tail is code 0. */
+int64_t
+sq_packed_words(int64_t k);
+
+/* codes [n][k] in [-8, 7] -> words [n][ceil(k / 8)] (the pack-quantized layout). */
+sq_status
+sq_pack_int4(const int8_t *codes, int64_t n, int64_t k, int32_t *words);
+
+sq_status
+sq_unpack_int4(const int32_t *words, int64_t n, int64_t k, int8_t *codes);
+
+/* int4 weights in the panels of one kernel table. Made by _create, owned by the caller of it. */
+typedef struct sq_packed_t sq_packed_t;
+
+/* words [n][ceil(k / 8)], scales [n][k / g]; g = 0 means one scale per output channel, otherwise g
+ * must be a multiple of SQ_K_ALIGN that divides k. Copies; the copy is never written again and may
+ * be shared between threads. k <= SQ_PACKED_K_MAX, so that integer sums fit 32 bits. */
+#define SQ_PACKED_K_MAX (1 << 20)
+sq_status
+sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
+                 int64_t n, int64_t k, int64_t g, sq_packed_t **out);
+
+void
+sq_packed_destroy(sq_packed_t *w);
+
+void
+sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g);
+
+/* Memory held by w's panels and scales. */
+size_t
+sq_packed_bytes(const sq_packed_t *w);
+
+/* The table that made w's panels, which is the table that must multiply them. */
+const struct sq_kernels *
+sq_packed_kernels(const sq_packed_t *w);
+
+/* ---- linears (runtime) ------------------------------------------------------------------ */
+
+/* A token's activations as the linears read them. k is padded with zeros to a multiple of
+ * SQ_K_ALIGN in ld. sums[b] is the sum of the token's codes before block b of SQ_K_ALIGN, so that
+ * a weight group's sum is one difference (the kernels multiply code + 8 and correct by it). */
+#define SQ_K_ALIGN 32
+struct sq_activations {
+    int bits; /* 4, 8: codes; 16: values */
+    int64_t m, k, ld;
+    float *values; /* [m][ld] for 16 */
+    int8_t *codes; /* [m][ld] for 4 and 8 */
+    float *scales; /* [m] for 4 and 8 */
+    int32_t *sums; /* [m][ld / SQ_K_ALIGN + 1] for 4 and 8 */
+};
+
+/* Row length and workspace for m tokens of k inputs. */
+int64_t
+sq_activations_ld(int64_t k);
+
+size_t
+sq_activations_workspace_bytes(int bits, int64_t m, int64_t k);
+
+/* Fills a from x [m][k] (already rotated): symmetric per token with the given clip, or a copy for
+ * 16 bits. Memory comes from workspace. NaN or Inf: SQ_ERR_NONFINITE. Parallel over tokens. */
+sq_status
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, const float *x,
+                       int64_t m, int64_t k, void *workspace, struct sq_activations *a);
+
+/* y [m][ld_y] = a w^T, n columns written. Integer sums are exact; a token's results do not depend
+ * on m, on the batch or on the number of threads. Parallel over panels. */
+sq_status
+sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y);
+
+/* y [m][ld_y] = x w^T for w [n][k] in 32 or 16 bits through BLAS, in fixed blocks so that results
+ * do not depend on the number of threads. */
+sq_status
+sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
+                float *y, int64_t ld_y);
+
+/* out [count] float32 <- in [count] of dtype. With reject, NaN and Inf are SQ_ERR_NONFINITE. */
+sq_status
+sq_to_float32(sq_dtype dtype, const void *in, int64_t count, int reject, float *out);
+
+/* out [m][width] float32 <- rows index [m] of table [rows][width]; SQ_ERR_RANGE outside it. */
+sq_status
+sq_gather_rows(sq_dtype dtype, const void *table, int64_t rows, int64_t width, const int64_t *index,
+               int64_t m, float *out);
+
+/* ---- decoder (runtime) ------------------------------------------------------------------ */
+
+/* One linear of a layer: packed, or dense when packed is NULL. bias [n] or NULL. Borrowed. */
+struct sq_linear {
+    int64_t n, k;
+    const sq_packed_t *packed;
+    sq_dtype dtype;
+    const void *dense; /* [n][k] */
+    const float *bias;
+};
+
+/* One site: the linears that share an input. rotated = 0 leaves the input as it is. */
+struct sq_site {
+    int rotated;
+    struct sq_factor left, right;
+    int bits; /* of the activations entering packed linears: 4, 8, 16 */
+    float clip;
+};
+
+enum { SQ_Q, SQ_K, SQ_V, SQ_O, SQ_GATE, SQ_UP, SQ_DOWN, SQ_N_LINEARS };
+enum { SQ_SITE_QKV, SQ_SITE_O, SQ_SITE_GATE_UP, SQ_SITE_DOWN, SQ_N_SITES };
+
+struct sq_architecture {
+    int64_t hidden, intermediate, heads, kv_heads, head_dim;
+    float rms_eps;
+    int64_t sliding_window; /* 0: none */
+    const float *inv_freq;  /* [head_dim / 2] rotary frequencies, scaled as the model wants */
+    float rope_scale;       /* multiplies cos and sin */
+};
+
+struct sq_layer {
+    const float *norm_attention, *norm_mlp; /* [hidden] */
+    struct sq_linear linears[SQ_N_LINEARS];
+    struct sq_site sites[SQ_N_SITES];
+};
+
+/* Keys (transposed, [sequence][kv_head][head_dim][capacity]) and values
+ * ([sequence][kv_head][capacity][head_dim]) of one layer, float32. */
+struct sq_kv_cache {
+    int64_t sequences, kv_heads, head_dim, capacity;
+    float *keys, *values;
+};
+
+/* Where to copy the (unrotated) input of each site, [m][k of the site]; NULL: nowhere. */
+struct sq_record {
+    float *inputs[SQ_N_SITES];
+};
+
+size_t
+sq_layer_workspace_bytes(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m,
+                         int64_t capacity);
+
+/* hidden [m][hidden] is updated in place by one decoder layer. Token t belongs to sequence[t] and
+ * stands at position[t]; its key and value are written to the cache there first; it attends to
+ * positions 0 .. position[t] of its own sequence. record may be NULL. */
+sq_status
+sq_layer_forward(const struct sq_architecture *a, const struct sq_layer *layer,
+                 struct sq_kv_cache *cache, const int32_t *sequence, const int64_t *position,
+                 int64_t m, float *hidden, const struct sq_record *record, void *workspace);
+
+/* y [m][n] <- RMSNorm(x) * weight. */
+sq_status
+sq_rms_norm(const float *x, const float *weight, int64_t m, int64_t n, float eps, float *y);
+
+/* Next token from logits [v]: temperature 0 is argmax; top_k 0 and top_p 1 are off. uniform is
+ * the caller's random number, in [0, 1). workspace: v * 16 bytes. */
+sq_status
+sq_sample(const float *logits, int64_t v, float temperature, int64_t top_k, float top_p,
+          double uniform, void *workspace, int64_t *token);
+
+/* ---- evaluate --------------------------------------------------------------------------- */
+
+/* nll [m] <- -log softmax(logits [m][v])[target [m]], in float64. */
+sq_status
+sq_negative_log_likelihood(const float *logits, const int64_t *target, int64_t m, int64_t v,
+                           double *nll);
+
+/* kl [m] <- KL(softmax(p) || softmax(q)) in nats; same_top [m] <- 1 where the argmax agree. */
+sq_status
+sq_kl_divergence(const float *p, const float *q, int64_t m, int64_t v, double *kl,
+                 uint8_t *same_top);
+
+#endif

@@ -1,0 +1,108 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Shared by the core's C files: restrict, alignment, assertions, checked products. */
+#ifndef SQ_INTERNAL_H
+#define SQ_INTERNAL_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "singlequant.h"
+
+#define SQ_RESTRICT restrict
+#define SQ_ALIGN_BYTES 64
+
+#ifdef SQ_DEBUG
+#include <assert.h>
+#define SQ_ASSERT(x) assert(x)
+#else
+#define SQ_ASSERT(x) ((void)0)
+#endif
+
+#define SQ_TRY(call)                \
+    do {                            \
+        sq_status sq_try_ = (call); \
+        if (sq_try_ != SQ_OK) {     \
+            return sq_try_;         \
+        }                           \
+    } while (0)
+
+static inline int64_t
+sq_min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int64_t
+sq_max_i64(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static inline int64_t
+sq_ceil_div(int64_t a, int64_t b)
+{
+    return a / b + (a % b > 0);
+}
+
+static inline int64_t
+sq_round_up(int64_t a, int64_t b)
+{
+    return sq_ceil_div(a, b) * b;
+}
+
+static inline size_t
+sq_align_bytes(size_t bytes)
+{
+    return (bytes + SQ_ALIGN_BYTES - 1) & ~(size_t)(SQ_ALIGN_BYTES - 1);
+}
+
+/* *out = a * b, or 0 is returned on overflow or a negative operand. */
+static inline int
+sq_product(int64_t a, int64_t b, int64_t *out)
+{
+    return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, out);
+}
+
+/* An exponent of all ones is NaN or Inf; no branch, so that the loop vectorizes. */
+static inline int
+sq_all_finite(const float *x, int64_t count)
+{
+    const uint32_t exponent = 0x7f800000u;
+    for (int64_t begin = 0; begin < count; begin += 4096) {
+        const int64_t end = sq_min_i64(begin + 4096, count);
+        uint32_t bad = 0;
+        for (int64_t i = begin; i < end; i++) {
+            uint32_t bits;
+            memcpy(&bits, x + i, sizeof bits);
+            bad |= (bits & exponent) == exponent;
+        }
+        if (bad) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* Aligned scratch and long-lived blocks; NULL when there is no memory. Free with free(). */
+static inline void *
+sq_alloc(size_t bytes)
+{
+    return aligned_alloc(SQ_ALIGN_BYTES, sq_align_bytes(bytes ? bytes : 1));
+}
+
+/* What sq_pack.c makes and sq_linear.c reads: immutable after sq_packed_create. */
+struct sq_packed_t {
+    const struct sq_kernels *kernels;
+    int64_t n, k, g;      /* g as given: 0 for one scale per output */
+    int64_t k_padded;     /* to SQ_K_ALIGN */
+    int64_t group_length; /* g or k_padded */
+    int64_t groups;       /* k_padded / group_length */
+    int64_t n_panels;     /* of nr outputs */
+    int64_t panel_bytes;  /* nr * k_padded / 2 */
+    int64_t panel_stride_bytes;
+    const uint8_t *panels; /* owned, [n_panels][panel_stride_bytes] */
+    const float *scales;   /* owned, [n_panels][groups][nr], zero padded */
+};
+
+#endif

@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The list of kernel tables, best first, and the selection made once at module start. */
+#include "sq_kernels.h"
+
+#include <string.h>
+
+#include "sq_cpu.h"
+
+/* Rows in the order of preference; the generic table is always last and always complete. */
+static const struct sq_kernels *const sources[] = {
+#ifdef SQ_HAVE_AVX2
+    &sq_kernels_avx2,
+#endif
+    &sq_kernels_generic,
+};
+enum { N_TABLES = sizeof sources / sizeof sources[0] };
+
+static struct sq_kernels tables[N_TABLES];
+static const struct sq_kernels *listed[N_TABLES + 1];
+static const struct sq_kernels *active = &sq_kernels_generic;
+static uint32_t features;
+
+/* The generic row wherever the instruction set's own is missing. The packed kernels, their tile and
+ * their panel order belong together: a table brings all of them or none. */
+static struct sq_kernels
+merged(const struct sq_kernels *own)
+{
+    struct sq_kernels t = sq_kernels_generic;
+    t.name = own->name;
+    t.required_features = own->required_features;
+    if (own->pack_panel) {
+        t.mr = own->mr;
+        t.nr = own->nr;
+        t.pack_panel = own->pack_panel;
+        t.gemm_a4w4 = own->gemm_a4w4;
+        t.gemm_a8w4 = own->gemm_a8w4;
+        t.gemm_a16w4 = own->gemm_a16w4;
+    }
+#define SQ_TAKE(row)      \
+    if (own->row) {       \
+        t.row = own->row; \
+    }
+    SQ_TAKE(gemm_f32)
+    SQ_TAKE(extremes)
+    SQ_TAKE(quantize_codes)
+    SQ_TAKE(quantize_errors)
+    SQ_TAKE(rms_norm_row)
+    SQ_TAKE(silu_mul)
+    SQ_TAKE(softmax_row)
+    SQ_TAKE(f16_to_f32)
+    SQ_TAKE(bf16_to_f32)
+#undef SQ_TAKE
+    return t;
+}
+
+static const struct sq_kernels *
+find(const char *name, size_t length)
+{
+    for (int i = 0; i < N_TABLES; i++) {
+        if (strlen(tables[i].name) == length && !strncmp(tables[i].name, name, length)) {
+            return &tables[i];
+        }
+    }
+    return NULL;
+}
+
+const struct sq_kernels *const *
+sq_kernels_compiled(void)
+{
+    return listed;
+}
+
+int
+sq_kernels_runnable(const struct sq_kernels *table)
+{
+    return (table->required_features & ~features) == 0;
+}
+
+int
+sq_kernels_init(const char *disabled)
+{
+    int off[N_TABLES] = {0};
+    features = sq_cpu_features();
+    for (int i = 0; i < N_TABLES; i++) {
+        tables[i] = merged(sources[i]);
+        listed[i] = &tables[i];
+    }
+    listed[N_TABLES] = NULL;
+    for (const char *p = disabled; p && *p;) {
+        const size_t length = strcspn(p, ",");
+        if (length) {
+            const struct sq_kernels *t = find(p, length);
+            if (!t || t == &tables[N_TABLES - 1]) {
+                return -1;
+            }
+            off[t - tables] = 1;
+        }
+        p += length + (p[length] == ',');
+    }
+    for (int i = 0; i < N_TABLES; i++) {
+        if (!off[i] && sq_kernels_runnable(&tables[i])) {
+            active = &tables[i];
+            break;
+        }
+    }
+    return 0;
+}
+
+const struct sq_kernels *
+sq_kernels_active(void)
+{
+    return active;
+}
+
+int
+sq_kernels_use(const char *name)
+{
+    const struct sq_kernels *t = find(name, strlen(name));
+    if (!t || !sq_kernels_runnable(t)) {
+        return -1;
+    }
+    active = t;
+    return 0;
+}

@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The kernel table of one instruction set, the list of tables, and the active one.
+ *
+ * A table is the generic one with rows overwritten, so that no pointer is ever NULL. Microkernels
+ * return void: the sq_*.c layer has checked shapes and ranges. */
+#ifndef SQ_KERNELS_H
+#define SQ_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Arguments of the packed microkernels: rows of activations against one panel of nr outputs. */
+struct sq_panel_args {
+    int64_t m;             /* rows of this call, 1 .. mr */
+    int64_t k;             /* padded to SQ_K_ALIGN */
+    int64_t g;             /* group length, a multiple of SQ_K_ALIGN, or k (padded) */
+    const void *a;         /* codes int8 or values float, [m][ld_a] */
+    int64_t ld_a;          /* elements */
+    const float *a_scales; /* [m], unused for float activations, like the sums */
+    const int32_t *a_sums; /* [m][ld_sums]: sum of the codes before each block of SQ_K_ALIGN */
+    int64_t ld_sums;       /* at least k / SQ_K_ALIGN + 1 */
+    const uint8_t *panel;  /* nr * k / 2 bytes, in the table's own order, SQ_ALIGN_BYTES aligned */
+    const float *w_scales; /* [k / g][nr], zero padded */
+    float *y;              /* [m][ld_y], nr columns are written */
+    int64_t ld_y;
+};
+
+/* Codes: y = a_scale * sum over groups, ascending, of w_scale * (float)(exact integer sum),
+ * products and sums rounded one by one, so that every table gives the same bits. Values: y = sum
+ * over groups of w_scale * (chain of multiply-adds over the group's k, ascending, from zero). */
+typedef void (*sq_panel_kernel)(const struct sq_panel_args *args);
+
+/* One candidate of the clip search: codes less zero are in low .. high, low <= 0 <= high. */
+struct sq_step {
+    float scale, low, high;
+};
+
+struct sq_kernels {
+    const char *name;
+    uint32_t required_features;
+    int64_t mr, nr; /* tile of the packed microkernels */
+
+    /* words [nr][k / 8], k a multiple of SQ_K_ALIGN, into one panel of nr * k / 2 bytes. */
+    void (*pack_panel)(const int32_t *words, int64_t k, uint8_t *panel);
+    sq_panel_kernel gemm_a4w4, gemm_a8w4, gemm_a16w4;
+
+    /* c [m][n] = a [m][k] b [k][n]: every element is one chain of fused (or, in the generic table,
+     * plain) multiply-adds over k in ascending order, from zero, whatever m and n are. */
+    void (*gemm_f32)(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
+                     int64_t ld_b, float *c, int64_t ld_c);
+
+    /* Smallest and largest of x [k], k >= 1; 1 is returned if all are finite (else ignore them). */
+    int (*extremes)(const float *x, int64_t k, float *min, float *max);
+    /* codes [k] <- clamp(rint(x * inv_scale), low, high) + offset, low 8 bits; halves to even. low
+     * and high are integers in -255 .. 255. Equal bytes on every table. */
+    void (*quantize_codes)(const float *x, int64_t k, float inv_scale, float low, float high,
+                           int offset, int8_t *codes);
+    /* errors [count] <- squared error of rounding x with each of steps: element i is added to lane
+     * i mod 8 in float64, lanes as ((0+4)+(2+6)) + ((1+5)+(3+7)). Equal bits on every table. */
+    void (*quantize_errors)(const float *x, int64_t k, const struct sq_step *steps, int count,
+                            double *errors);
+    /* y = (x * (float)(1 / sqrt(mean(x^2) + eps))) * weight; the squares are summed like the errors
+     * above. Equal bits on every table. y may be x. */
+    void (*rms_norm_row)(const float *x, const float *weight, int64_t n, float eps, float *y);
+    /* y [n] = silu(gate) * up; y may be gate or up. */
+    void (*silu_mul)(const float *gate, const float *up, int64_t n, float *y);
+    /* x [n] <- softmax(scale * x), sums in a fixed order; zeros are written from n to n_padded. */
+    void (*softmax_row)(float *x, int64_t n, int64_t n_padded, float scale);
+    /* 16-bit to float32; 1 is returned if all are finite. */
+    int (*f16_to_f32)(const uint16_t *in, int64_t count, float *out);
+    int (*bf16_to_f32)(const uint16_t *in, int64_t count, float *out);
+};
+
+#define SQ_MR_MAX 16
+#define SQ_NR_MAX 64
+
+/* Tables compiled in, best first; NULL-terminated. Valid after sq_kernels_init. */
+const struct sq_kernels *const *
+sq_kernels_compiled(void);
+
+int
+sq_kernels_runnable(const struct sq_kernels *table);
+
+/* Fills the tables and selects the best runnable one not named in disabled (comma separated, or
+ * NULL). Returns 0, or -1 when disabled holds an unknown name. Call once, before any other use. */
+int
+sq_kernels_init(const char *disabled);
+
+/* The table in use. */
+const struct sq_kernels *
+sq_kernels_active(void);
+
+/* Switches the table (tests). 0, or -1 if the name is unknown or cannot run here. */
+int
+sq_kernels_use(const char *name);
+
+/* Each instruction set's file exports exactly its table. */
+extern const struct sq_kernels sq_kernels_generic;
+extern const struct sq_kernels sq_kernels_avx2;
+
+#endif

@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Activations for the packed linears, and the blocking loops and tails around the microkernels. */
+#include "sq_internal.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "sq_kernels.h"
+#include "sq_threads.h"
+
+/* ---- activations ------------------------------------------------------------------------ */
+
+/* Inputs quantized in one chunk of the parallel loop. */
+enum { PREPARE_CHUNK = 1 << 15 };
+
+int64_t
+sq_activations_ld(int64_t k)
+{
+    return sq_round_up(k, SQ_K_ALIGN);
+}
+
+/* Sections of the workspace: codes or values, then scales, then sums. */
+struct sections {
+    size_t data_bytes, scales_bytes, sums_bytes;
+};
+
+static struct sections
+activation_sections(int bits, int64_t m, int64_t k)
+{
+    const int64_t ld = sq_activations_ld(k);
+    if (bits == 16) {
+        return (struct sections){.data_bytes = sq_align_bytes((size_t)(m * ld) * sizeof(float))};
+    }
+    const size_t sums = (size_t)(m * (ld / SQ_K_ALIGN + 1));
+    return (struct sections){.data_bytes = sq_align_bytes((size_t)(m * ld)),
+                             .scales_bytes = sq_align_bytes((size_t)m * sizeof(float)),
+                             .sums_bytes = sq_align_bytes(sums * sizeof(int32_t))};
+}
+
+size_t
+sq_activations_workspace_bytes(int bits, int64_t m, int64_t k)
+{
+    const struct sections s = activation_sections(bits, m, k);
+    return s.data_bytes + s.scales_bytes + s.sums_bytes;
+}
+
+struct prepare_job {
+    const struct sq_kernels *kernels;
+    const float *x;
+    float clip;
+    struct sq_activations *a;
+    atomic_int nonfinite;
+};
+
+/* sums[b] = sum of the codes before block b of SQ_K_ALIGN. */
+static void
+running_sums(const int8_t *codes, int64_t ld, int32_t *sums)
+{
+    int32_t total = 0;
+    for (int64_t b = 0; b < ld / SQ_K_ALIGN; b++) {
+        sums[b] = total;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < SQ_K_ALIGN; j++) {
+            sum += codes[b * SQ_K_ALIGN + j];
+        }
+        total += sum;
+    }
+    sums[ld / SQ_K_ALIGN] = total;
+}
+
+static void
+prepare_tokens(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct prepare_job *job = context;
+    struct sq_activations *a = job->a;
+    const size_t padding = (size_t)(a->ld - a->k);
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        const float *x = job->x + i * a->k;
+        int finite;
+        if (a->bits == 16) {
+            float min, max, *values = a->values + i * a->ld;
+            finite = job->kernels->extremes(x, a->k, &min, &max);
+            memcpy(values, x, (size_t)a->k * sizeof(float));
+            memset(values + a->k, 0, padding * sizeof(float));
+        }
+        else {
+            int8_t *codes = a->codes + i * a->ld;
+            finite = sq_quantize_row(job->kernels, a->bits, job->clip, x, a->k, codes,
+                                     a->scales + i) == SQ_OK;
+            memset(codes + a->k, 0, padding);
+            running_sums(codes, a->ld, a->sums + i * (a->ld / SQ_K_ALIGN + 1));
+        }
+        if (!finite) { /* the arguments were checked: nothing else can be wrong */
+            atomic_store(&job->nonfinite, 1);
+            return;
+        }
+    }
+}
+
+sq_status
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, const float *x,
+                       int64_t m, int64_t k, void *workspace, struct sq_activations *a)
+{
+    int64_t product;
+    if (!kernels || !a || (m > 0 && (!x || !workspace))) {
+        return SQ_ERR_NULL;
+    }
+    if ((bits != 4 && bits != 8 && bits != 16) || !(clip > 0.0f && clip <= 1.0f) ||
+        k > SQ_PACKED_K_MAX) {
+        return SQ_ERR_RANGE;
+    }
+    if (k < 1 || !sq_product(m, sq_activations_ld(k) * (int64_t)sizeof(float), &product)) {
+        return SQ_ERR_SHAPE;
+    }
+    const struct sections s = activation_sections(bits, m, k);
+    char *memory = workspace;
+    *a = (struct sq_activations){.bits = bits, .m = m, .k = k, .ld = sq_activations_ld(k)};
+    if (bits == 16) {
+        a->values = workspace;
+    }
+    else if (m > 0) {
+        a->codes = workspace;
+        a->scales = (float *)(memory + s.data_bytes);
+        a->sums = (int32_t *)(memory + s.data_bytes + s.scales_bytes);
+    }
+    struct prepare_job job = {.kernels = kernels, .x = x, .clip = clip, .a = a};
+    sq_parallel_for(m, sq_max_i64(1, PREPARE_CHUNK / k), prepare_tokens, &job);
+    return atomic_load(&job.nonfinite) ? SQ_ERR_NONFINITE : SQ_OK;
+}
+
+/* ---- packed ----------------------------------------------------------------------------- */
+
+/* A chunk is a run of panels; inside it the rows go by blocks whose activations stay in the second
+ * level cache (ROW_BLOCK_BYTES) while the chunk's panels (CHUNK_BYTES, never fewer than one panel)
+ * pass over them, and a panel stays in the first level while mr rows at a time meet it. */
+enum { ROW_BLOCK_BYTES = 1 << 18, CHUNK_BYTES = 1 << 18 };
+/* Multiply-adds below which waking the pool costs more than it brings. */
+enum { SERIAL_WORK = 1 << 19 };
+
+struct linear_job {
+    const sq_packed_t *w;
+    const struct sq_activations *a;
+    sq_panel_kernel kernel;
+    int64_t row_block;
+    float *y;
+    int64_t ld_y;
+};
+
+/* Rows row .. row + rows - 1 against panel p; the last panel's missing columns go to a buffer. */
+static void
+linear_tile(const struct linear_job *job, int64_t p, int64_t row, int64_t rows)
+{
+    const sq_packed_t *w = job->w;
+    const struct sq_activations *a = job->a;
+    const int64_t nr = w->kernels->nr, columns = sq_min_i64(nr, w->n - p * nr);
+    _Alignas(SQ_ALIGN_BYTES) float buffer[SQ_MR_MAX * SQ_NR_MAX];
+    float *y = job->y + row * job->ld_y + p * nr;
+    struct sq_panel_args args = {.m = rows,
+                                 .k = w->k_padded,
+                                 .g = w->group_length,
+                                 .ld_a = a->ld,
+                                 .ld_sums = a->ld / SQ_K_ALIGN + 1,
+                                 .panel = w->panels + p * w->panel_stride_bytes,
+                                 .w_scales = w->scales + p * w->groups * nr,
+                                 .y = columns == nr ? y : buffer,
+                                 .ld_y = columns == nr ? job->ld_y : nr};
+    if (a->bits == 16) {
+        args.a = a->values + row * a->ld;
+    }
+    else {
+        args.a = a->codes + row * a->ld;
+        args.a_scales = a->scales + row;
+        args.a_sums = a->sums + row * args.ld_sums;
+    }
+    job->kernel(&args);
+    if (columns < nr) {
+        for (int64_t i = 0; i < rows; i++) {
+            memcpy(y + i * job->ld_y, buffer + i * nr, (size_t)columns * sizeof *y);
+        }
+    }
+}
+
+static void
+linear_panels(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct linear_job *job = context;
+    const int64_t m = job->a->m, mr = job->w->kernels->mr;
+    (void)thread;
+    for (int64_t block = 0; block < m; block += job->row_block) {
+        const int64_t block_end = sq_min_i64(m, block + job->row_block);
+        for (int64_t p = begin; p < end; p++) {
+            for (int64_t row = block; row < block_end; row += mr) {
+                linear_tile(job, p, row, sq_min_i64(mr, block_end - row));
+            }
+        }
+    }
+}
+
+static sq_panel_kernel
+kernel_for(const struct sq_kernels *kernels, int bits)
+{
+    switch (bits) {
+        case 4:
+            return kernels->gemm_a4w4;
+        case 8:
+            return kernels->gemm_a8w4;
+        case 16:
+            return kernels->gemm_a16w4;
+        default:
+            return NULL;
+    }
+}
+
+sq_status
+sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y)
+{
+    if (!w || !a || (a->m > 0 && !y)) {
+        return SQ_ERR_NULL;
+    }
+    const sq_panel_kernel kernel = kernel_for(w->kernels, a->bits);
+    if (!kernel) {
+        return SQ_ERR_RANGE;
+    }
+    int64_t product;
+    if (a->k != w->k || ld_y < w->n || !sq_product(a->m, ld_y, &product)) {
+        return SQ_ERR_SHAPE;
+    }
+    const int64_t mr = w->kernels->mr;
+    const int64_t row_bytes = a->ld * (a->bits == 16 ? (int64_t)sizeof(float) : 1);
+    struct linear_job job = {.w = w,
+                             .a = a,
+                             .kernel = kernel,
+                             .row_block = sq_max_i64(mr, ROW_BLOCK_BYTES / row_bytes / mr * mr),
+                             .y = y,
+                             .ld_y = ld_y};
+    const int small = (double)a->m * (double)w->n * (double)w->k < SERIAL_WORK;
+    const int64_t grain = small ? w->n_panels : sq_max_i64(1, CHUNK_BYTES / w->panel_bytes);
+    if (a->m > 0) {
+        sq_parallel_for(w->n_panels, grain, linear_panels, &job);
+    }
+    return SQ_OK;
+}

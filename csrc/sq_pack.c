@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Codes to the words of the file (pack-quantized layout), and words to the panels of one table. */
+#include "sq_internal.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "sq_kernels.h"
+#include "sq_threads.h"
+
+enum { CODES_PER_WORD = 8, PANELS_PER_CHUNK = 4, CHUNK_WORDS = 1 << 13 };
+static const uint32_t zero_word = 0x88888888u; /* eight times code 0, stored as code + 8 */
+_Static_assert(CODES_PER_WORD * 4 == 8 * sizeof(int32_t), "eight nibbles fill a word");
+_Static_assert(SQ_K_ALIGN % CODES_PER_WORD == 0, "padded rows are whole words");
+
+int64_t
+sq_packed_words(int64_t k)
+{
+    return sq_ceil_div(k, CODES_PER_WORD);
+}
+
+/* ---- words ------------------------------------------------------------------------------ */
+
+struct words_job {
+    const int8_t *codes_in;
+    int8_t *codes_out;
+    const int32_t *words_in;
+    int32_t *words_out;
+    int64_t k;
+    atomic_int out_of_range;
+};
+
+static void
+pack_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct words_job *job = context;
+    const int64_t k = job->k, words = sq_packed_words(k);
+    (void)thread;
+    unsigned bad = 0;
+    for (int64_t i = begin; i < end; i++) {
+        const int8_t *codes = job->codes_in + i * k;
+        for (int64_t w = 0; w < words; w++) {
+            const int64_t first = w * CODES_PER_WORD, count = sq_min_i64(k - first, CODES_PER_WORD);
+            uint32_t word = zero_word;
+            for (int64_t j = 0; j < count; j++) {
+                const unsigned nibble = (unsigned)(codes[first + j] + 8);
+                bad |= nibble; /* above 15 when the code is outside -8 .. 7 */
+                word ^= ((nibble ^ 8u) & 15u) << (4 * j);
+            }
+            job->words_out[i * words + w] = (int32_t)word;
+        }
+    }
+    if (bad > 15) {
+        atomic_store(&job->out_of_range, 1);
+    }
+}
+
+static void
+unpack_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct words_job *job = context;
+    const int64_t k = job->k, words = sq_packed_words(k);
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        const int32_t *row = job->words_in + i * words;
+        int8_t *codes = job->codes_out + i * k;
+        for (int64_t j = 0; j < k; j++) {
+            const uint32_t word = (uint32_t)row[j / CODES_PER_WORD];
+            codes[j] = (int8_t)((int)(word >> (4 * (j % CODES_PER_WORD)) & 15) - 8);
+        }
+    }
+}
+
+sq_status
+sq_pack_int4(const int8_t *codes, int64_t n, int64_t k, int32_t *words)
+{
+    int64_t count;
+    if (k < 1 || !sq_product(n, k, &count)) {
+        return SQ_ERR_SHAPE;
+    }
+    if (count && (!codes || !words)) {
+        return SQ_ERR_NULL;
+    }
+    struct words_job job = {.codes_in = codes, .words_out = words, .k = k};
+    sq_parallel_for(n, sq_max_i64(1, CHUNK_WORDS / sq_packed_words(k)), pack_rows, &job);
+    return atomic_load(&job.out_of_range) ? SQ_ERR_RANGE : SQ_OK;
+}
+
+sq_status
+sq_unpack_int4(const int32_t *words, int64_t n, int64_t k, int8_t *codes)
+{
+    int64_t count;
+    if (k < 1 || !sq_product(n, k, &count)) {
+        return SQ_ERR_SHAPE;
+    }
+    if (count && (!codes || !words)) {
+        return SQ_ERR_NULL;
+    }
+    struct words_job job = {.words_in = words, .codes_out = codes, .k = k};
+    sq_parallel_for(n, sq_max_i64(1, CHUNK_WORDS / sq_packed_words(k)), unpack_rows, &job);
+    return SQ_OK;
+}
+
+/* ---- panels ----------------------------------------------------------------------------- */
+
+struct panels_job {
+    const int32_t *words; /* [n][ceil(k / 8)] */
+    const float *scales;  /* [n][groups] */
+    const sq_packed_t *w;
+    uint8_t *panels;
+    float *panel_scales;
+    atomic_int no_memory;
+};
+
+/* Rows of panel p, padded: outputs past n and k past the end read as code 0, whatever the file
+ * holds in its tail nibbles. padded [nr][k_padded / 8]. */
+static void
+pad_rows(const struct panels_job *job, int64_t p, int32_t *padded)
+{
+    const sq_packed_t *w = job->w;
+    const int64_t words = sq_packed_words(w->k), words_padded = w->k_padded / CODES_PER_WORD;
+    const int64_t last = w->k % CODES_PER_WORD;
+    for (int64_t j = 0; j < w->kernels->nr; j++) {
+        const int64_t row = p * w->kernels->nr + j;
+        int32_t *to = padded + j * words_padded;
+        const int64_t filled = row < w->n ? words : 0;
+        if (filled) {
+            memcpy(to, job->words + row * words, (size_t)words * sizeof *to);
+            if (last) {
+                const uint32_t keep = ((uint32_t)1 << (4 * last)) - 1;
+                const uint32_t word = (uint32_t)to[words - 1];
+                to[words - 1] = (int32_t)((word & keep) | (zero_word & ~keep));
+            }
+        }
+        for (int64_t i = filled; i < words_padded; i++) {
+            to[i] = (int32_t)zero_word;
+        }
+    }
+}
+
+static void
+fill_panels(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct panels_job *job = context;
+    const sq_packed_t *w = job->w;
+    const int64_t nr = w->kernels->nr;
+    (void)thread;
+    int32_t *padded = sq_alloc((size_t)w->panel_bytes);
+    if (!padded) {
+        atomic_store(&job->no_memory, 1);
+        return;
+    }
+    for (int64_t p = begin; p < end; p++) {
+        pad_rows(job, p, padded);
+        w->kernels->pack_panel(padded, w->k_padded, job->panels + p * w->panel_stride_bytes);
+        for (int64_t g = 0; g < w->groups; g++) {
+            for (int64_t j = 0; j < nr; j++) {
+                const int64_t row = p * nr + j;
+                job->panel_scales[(p * w->groups + g) * nr + j] =
+                    row < w->n ? job->scales[row * w->groups + g] : 0.0f;
+            }
+        }
+    }
+    free(padded);
+}
+
+/* Sizes of w from n, k, g and the table. */
+static sq_status
+set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g)
+{
+    if (n < 1 || k < 1 || g < 0 || (g && (g % SQ_K_ALIGN || k % g))) {
+        return SQ_ERR_SHAPE;
+    }
+    if (k > SQ_PACKED_K_MAX) {
+        return SQ_ERR_RANGE;
+    }
+    w->n = n;
+    w->k = k;
+    w->g = g;
+    w->k_padded = sq_round_up(k, SQ_K_ALIGN);
+    w->group_length = g ? g : w->k_padded;
+    w->groups = w->k_padded / w->group_length;
+    w->n_panels = sq_ceil_div(n, w->kernels->nr);
+    w->panel_bytes = w->kernels->nr * w->k_padded / 2;
+    w->panel_stride_bytes = (int64_t)sq_align_bytes((size_t)w->panel_bytes);
+    int64_t bytes;
+    if (!sq_product(w->n_panels, w->panel_stride_bytes, &bytes) ||
+        !sq_product(bytes, (int64_t)sizeof(float), &bytes)) { /* scales are fewer than bytes */
+        return SQ_ERR_RANGE;
+    }
+    return SQ_OK;
+}
+
+sq_status
+sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
+                 int64_t n, int64_t k, int64_t g, sq_packed_t **out)
+{
+    if (!kernels || !words || !scales || !out) {
+        return SQ_ERR_NULL;
+    }
+    *out = NULL;
+    sq_packed_t sizes = {.kernels = kernels};
+    SQ_TRY(set_sizes(&sizes, n, k, g));
+    const int64_t n_scales = sizes.n_panels * sizes.groups * kernels->nr;
+    sq_packed_t *w = sq_alloc(sizeof *w);
+    uint8_t *panels = sq_alloc((size_t)(sizes.n_panels * sizes.panel_stride_bytes));
+    float *panel_scales = sq_alloc((size_t)n_scales * sizeof(float));
+    if (!w || !panels || !panel_scales) {
+        free(w);
+        free(panels);
+        free(panel_scales);
+        return SQ_ERR_NOMEM;
+    }
+    *w = sizes;
+    w->panels = panels;
+    w->scales = panel_scales;
+    struct panels_job job = {
+        .words = words, .scales = scales, .w = w, .panels = panels, .panel_scales = panel_scales};
+    sq_parallel_for(w->n_panels, PANELS_PER_CHUNK, fill_panels, &job);
+    if (atomic_load(&job.no_memory)) {
+        sq_packed_destroy(w);
+        return SQ_ERR_NOMEM;
+    }
+    *out = w;
+    return SQ_OK;
+}
+
+void
+sq_packed_destroy(sq_packed_t *w)
+{
+    if (w) {
+        free((void *)w->panels);
+        free((void *)w->scales);
+        free(w);
+    }
+}
+
+void
+sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g)
+{
+    *n = w->n;
+    *k = w->k;
+    *g = w->g;
+}
+
+size_t
+sq_packed_bytes(const sq_packed_t *w)
+{
+    return (size_t)(w->n_panels * w->panel_stride_bytes) +
+           (size_t)(w->n_panels * w->groups * w->kernels->nr) * sizeof(float);
+}
+
+const struct sq_kernels *
+sq_packed_kernels(const sq_packed_t *w)
+{
+    return w->kernels;
+}

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A pool of pthreads that hands out chunks by an atomic counter; safe across fork. */
+#include "sq_threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "sq_internal.h"
+
+/* One job at a time. Workers sleep on wake until generation changes, then take chunks until none is
+ * left; the caller takes chunks too and waits on done for the workers it invited, 1 .. invited.
+ * Others, and those that wake when the job is over (invited is 0 then), go back to sleep: whoever
+ * takes part without having been counted could end a later job too early. */
+static struct {
+    pthread_mutex_t owner; /* held by the caller whose job runs */
+    pthread_mutex_t lock;  /* guards everything below but next */
+    pthread_cond_t wake, done;
+    _Atomic int wanted;
+    int started, invited, running;
+    uint64_t generation;
+    sq_range_fn fn;
+    void *context;
+    int64_t items, grain;
+    _Atomic int64_t next;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
+          .lock = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER,
+          .done = PTHREAD_COND_INITIALIZER,
+          .wanted = 1};
+
+static void
+take_chunks(int thread)
+{
+    for (;;) {
+        const int64_t begin = atomic_fetch_add(&pool.next, pool.grain);
+        if (begin >= pool.items) {
+            return;
+        }
+        pool.fn(pool.context, begin, sq_min_i64(begin + pool.grain, pool.items), thread);
+    }
+}
+
+static void *
+worker(void *argument)
+{
+    const int thread = (int)(intptr_t)argument;
+    uint64_t seen = 0;
+    pthread_mutex_lock(&pool.lock);
+    seen = pool.generation - 1; /* the job that started this worker counts as new */
+    for (;;) {
+        while (seen == pool.generation) {
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        }
+        seen = pool.generation;
+        if (thread > pool.invited) { /* not part of this job */
+            continue;
+        }
+        pthread_mutex_unlock(&pool.lock);
+        take_chunks(thread);
+        pthread_mutex_lock(&pool.lock);
+        if (--pool.running == 0) {
+            pthread_cond_signal(&pool.done);
+        }
+    }
+    return NULL;
+}
+
+/* With lock held: brings the number of workers up to wanted - 1; fewer if the system refuses. */
+static int
+start_workers(void)
+{
+    while (pool.started < pool.wanted - 1) {
+        pthread_t id;
+        pthread_attr_t attributes;
+        if (pthread_attr_init(&attributes)) {
+            break;
+        }
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        const int failed =
+            pthread_create(&id, &attributes, worker, (void *)(intptr_t)(pool.started + 1));
+        pthread_attr_destroy(&attributes);
+        if (failed) {
+            break;
+        }
+        pool.started++;
+    }
+    return sq_min_i64(pool.started, pool.wanted - 1);
+}
+
+void
+sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
+{
+    if (items <= 0) {
+        return;
+    }
+    grain = sq_max_i64(grain, 1);
+    if (items <= grain || pool.wanted == 1 || pthread_mutex_trylock(&pool.owner)) {
+        for (int64_t begin = 0; begin < items; begin += grain) {
+            fn(context, begin, sq_min_i64(begin + grain, items), 0);
+        }
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    pool.fn = fn;
+    pool.context = context;
+    pool.items = items;
+    pool.grain = grain;
+    atomic_store(&pool.next, 0);
+    pool.generation++;
+    pool.running = pool.invited = start_workers();
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+
+    take_chunks(0);
+
+    pthread_mutex_lock(&pool.lock);
+    while (pool.running > 0) {
+        pthread_cond_wait(&pool.done, &pool.lock);
+    }
+    pool.invited = 0;
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.owner);
+}
+
+void
+sq_set_num_threads(int count)
+{
+    pthread_mutex_lock(&pool.owner);
+    pool.wanted = (int)sq_max_i64(1, sq_min_i64(count, SQ_THREADS_MAX));
+    pthread_mutex_unlock(&pool.owner);
+}
+
+int
+sq_get_num_threads(void)
+{
+    return pool.wanted;
+}
+
+int
+sq_available_cpus(void)
+{
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set)) {
+        return 1;
+    }
+    return (int)sq_max_i64(1, CPU_COUNT(&set));
+}
+
+static void
+before_fork(void)
+{
+    pthread_mutex_lock(&pool.owner);
+    pthread_mutex_lock(&pool.lock);
+}
+
+static void
+after_fork_parent(void)
+{
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.owner);
+}
+
+/* The child has no workers; the locks were held by this thread, the conditions had waiters. */
+static void
+after_fork_child(void)
+{
+    pthread_mutex_init(&pool.owner, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pthread_cond_init(&pool.done, NULL);
+    pool.started = 0;
+    pool.invited = 0;
+    pool.running = 0;
+}
+
+void
+sq_threads_init(void)
+{
+    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+}
