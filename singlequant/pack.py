@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the packed folder of docs/format.md: one shard per layer, whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from . import _C
+from .architectures import LINEARS, ModelShape
+from .artifacts import (
+    FACTOR_DENSE_MAX,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    SITES,
+    Factor,
+    PackedLinear,
+    QuantConfig,
+    QuantizedLayer,
+    clip_name,
+    packed_words,
+    packing_problem,
+    read_json,
+    rotation_name,
+)
+
+if TYPE_CHECKING:  # the stages meet only in artifacts
+    from .checkpoint import Checkpoint
+
+__all__ = ["ModelWriter", "estimate_size", "quantization_json", "write_safetensors"]
+
+RECIPE_FILE = "recipe.json"
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+SAFETENSORS_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+}
+
+
+# ---- files that are whole or not there ----------------------------------------------------------
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Writes tensors to path without copying them; path appears only once all is on the disk.
+
+    Same input, same bytes: wider types first, then by name, as the safetensors library orders
+    them. OSError if the disk is full.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    begin = 0
+    for name, array in order:
+        end = begin + array.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with _whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, array in order:
+            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with _whole_file(path) as file:
+        file.write((json.dumps(values, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Any]:
+    """A file to write that takes its name only after it was written and synced."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # write() knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+def quantization_json(config: QuantConfig) -> dict[str, Any]:
+    """config.json's quantization_config."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "scheme": config.scheme,
+        "method": config.method,
+        "weights": {
+            "bits": 4,
+            "symmetric": True,
+            "group_size": config.group_size,
+            "rounding": config.weights,
+        },
+        "activations": {
+            "bits": config.activation_bits,
+            "symmetric": True,
+            "per": "token",
+            "clip": config.activation_clip,
+        },
+        "ignore": list(config.ignore),
+        "kv_bits": 16,
+    }
+
+
+def factor_tensors(name: str, factor: Factor, transpose: bool) -> dict[str, NDArray[Any]]:
+    """A factor as stored: its matrix (or the transpose) up to FACTOR_DENSE_MAX, else its chain."""
+    if factor.order > FACTOR_DENSE_MAX:
+        return {
+            f"{name}_chain": np.array([factor.order, factor.hadamard], np.int64),
+            f"{name}_pairs": factor.pairs,
+            f"{name}_angles": factor.angles,
+        }
+    matrix = factor.matrix().astype(np.float32)
+    return {name: np.ascontiguousarray(matrix.T if transpose else matrix)}
+
+
+def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArray[Any]]:
+    """All tensors of a layer's shard by name."""
+    tensors = dict(layer.dense)
+    for name, linear in layer.packed.items():
+        tensors[f"{name}.weight_packed"] = linear.words
+        tensors[f"{name}.weight_scale"] = linear.scales
+        tensors[f"{name}.weight_shape"] = np.array(linear.shape, np.int64)
+    for site, rotation in layer.rotations.items():
+        if not rotation.is_identity:
+            left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
+            tensors |= factor_tensors(left, rotation.left, transpose=False)
+            tensors |= factor_tensors(right, rotation.right, transpose=True)
+    for site, clip in layer.clips.items():
+        if np.float32(clip) != np.float32(config.activation_clip):
+            tensors[clip_name(layer.index, site)] = np.array([clip], np.float32)
+    return tensors
+
+
+def shard_name(number: int, total: int) -> str:
+    """File of shard `number`, from 1; 1 holds what is outside the layers, i + 2 holds layer i."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+class ModelWriter:
+    """Writes OUT layer by layer, in OUT.partial; OUT appears complete, by one rename.
+
+    As a context manager: an exception removes OUT.partial, and the parents made for it, unless
+    resume is set; an interrupt or a kill leaves it for a later run with resume. FileExistsError if
+    OUT exists; ValueError if OUT.partial is of another run (with resume) or in use.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        checkpoint: Checkpoint,
+        config: QuantConfig,
+        *,
+        resume: bool = False,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """provenance: JSON values that a resumed run must share, such as a hash of the text."""
+        self._out, self._checkpoint, self._config = Path(out), checkpoint, config
+        self._resume = resume
+        check_run(self._out, checkpoint, config)
+        self._partial = self._out.with_name(self._out.name + ".partial")
+        self._made_parents: list[Path] = []  # nearest first
+        self._total = checkpoint.shape.layers + 1
+        self._finished: set[int] = set()
+        self._lock: int | None = None
+        self._recipe = {
+            "format_version": FORMAT_VERSION,
+            "config": config.to_json(),
+            "layers": checkpoint.shape.layers,
+            "source_sha256": checkpoint.fingerprint,
+            "provenance": dict(provenance or {}),
+        }
+
+    def __enter__(self) -> ModelWriter:
+        self._refuse_existing()
+        try:
+            if self._partial.exists():
+                self._take_over()
+            else:
+                self._make_partial()
+            if not (self._partial / RECIPE_FILE).exists():
+                _write_json(self._partial / RECIPE_FILE, self._recipe)
+            if not _is_whole(self._partial / shard_name(1, self._total)):
+                self._write_outer()
+            return self
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self._out):  # a symbolic link to nothing is there as well
+            raise FileExistsError(f"{self._out} already exists")
+
+    def _make_partial(self) -> None:
+        self._made_parents = [parent for parent in self._out.parents if not parent.exists()]
+        self._partial.mkdir(parents=True)
+        self._take_lock()
+
+    def _take_over(self) -> None:
+        """OUT.partial exists: continue it, or empty it if it is ours."""
+        recipe = self._partial / RECIPE_FILE
+        leftovers = [file for file in self._partial.iterdir() if file.suffix != ".tmp"]
+        if not recipe.is_file() and leftovers:
+            raise ValueError(
+                f"{self._partial}: expected a folder of an interrupted run, found no "
+                f"{RECIPE_FILE}: remove it yourself"
+            )
+        self._take_lock()
+        if not self._resume or not recipe.is_file():
+            for file in self._partial.iterdir():
+                file.unlink()
+            return
+        try:
+            _compare_recipes(recipe, read_json(recipe), self._recipe)
+        except BaseException:
+            self._release_lock()
+            raise
+        layers = range(self._checkpoint.shape.layers)
+        self._finished = {i for i in layers if _is_whole(self._layer_path(i))}
+
+    def _take_lock(self) -> None:
+        """One run per OUT.partial; the kernel releases the lock of a killed one."""
+        self._lock = os.open(self._partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release_lock()
+            raise ValueError(f"{self._partial}: in use by another run") from None
+        except OSError:
+            pass  # some network file systems cannot lock folders
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _layer_path(self, layer: int) -> Path:
+        return self._partial / shard_name(layer + 2, self._total)
+
+    def finished_layers(self) -> set[int]:
+        """Layers that are already whole on the disk: those of the run that is resumed, and ours."""
+        return set(self._finished)
+
+    def _write_outer(self) -> None:
+        """Embedding, head and final norm, as they are."""
+        c = self._checkpoint
+        names = [c.architecture.embed, c.architecture.final_norm]
+        if not c.shape.tie_word_embeddings:
+            names.append(c.architecture.head)
+        tensors = {f"{name}.weight": c.tensor(f"{name}.weight") for name in names}
+        write_safetensors(self._partial / shard_name(1, self._total), tensors)
+
+    def write_layer(self, layer: QuantizedLayer) -> None:
+        """Writes one layer's shard. ValueError if the layer is not what config and model ask."""
+        _check_layer(layer, self._checkpoint, self._config)
+        write_safetensors(self._layer_path(layer.index), layer_tensors(layer, self._config))
+        self._finished.add(layer.index)
+
+    def finish(self) -> Path:
+        """Writes index, config and copies, then gives the folder its name. Returns OUT."""
+        missing = sorted(set(range(self._checkpoint.shape.layers)) - self._finished)
+        if missing:
+            raise ValueError(
+                f"finish: layers not written: {', '.join(map(str, missing[:8]))} (a generator "
+                f"gives its layers only once)"
+            )
+        _write_json(self._partial / "model.safetensors.index.json", self._index())
+        values = {**self._checkpoint.config, "quantization_config": quantization_json(self._config)}
+        _write_json(self._partial / "config.json", values)
+        for name in COPIED_FILES:
+            if (self._checkpoint.path / name).is_file():
+                shutil.copyfile(self._checkpoint.path / name, self._partial / name)
+        _sync_folder(self._partial)
+        self._refuse_existing()
+        os.rename(self._partial, self._out)
+        self._made_parents = []
+        _sync_folder(self._out.parent)
+        self._release_lock()
+        return self._out
+
+    def _index(self) -> dict[str, Any]:
+        """model.safetensors.index.json: which shard has which tensor."""
+        weight_map: dict[str, str] = {}
+        total_size = 0
+        for number in range(1, self._total + 1):
+            path = self._partial / shard_name(number, self._total)
+            with safe_open(path, "np") as file:
+                weight_map |= dict.fromkeys(sorted(file.keys()), path.name)
+            with path.open("rb") as file:
+                total_size += path.stat().st_size - 8 - struct.unpack("<Q", file.read(8))[0]
+        return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Removes what this run made, unless it is to be resumed or was renamed."""
+        interrupted = error is not None and not isinstance(error, Exception)
+        if not self._resume and not interrupted:
+            if self._lock is not None:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            for parent in self._made_parents:
+                with contextlib.suppress(OSError):  # not made after all, or in use by others
+                    parent.rmdir()
+        self._release_lock()
+
+
+def _compare_recipes(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """ValueError naming the first field in which a saved recipe differs from this run's."""
+
+    def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            nested = isinstance(value, Mapping)
+            flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        return flat
+
+    old, new = flatten(found), flatten(expected)
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{path}: cannot resume: {key}: expected {new.get(key)!r}, found {old.get(key)!r} "
+                f"(run without resume to start again)"
+            )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard is there and the safetensors library accepts its header and size."""
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+# ---- what a run and a layer must be --------------------------------------------------------------
+
+
+def check_run(out: Path | None, checkpoint: Checkpoint, config: QuantConfig) -> None:
+    """ValueError unless config can be made of checkpoint in out (None: nowhere). Reads nothing."""
+    checkpoint.require_unquantized()
+    if out is not None:
+        if out.name in ("", ".."):
+            raise ValueError(f"OUT: expected the name of a new folder, found {str(out)!r}")
+        if out.parent.resolve().is_relative_to(checkpoint.path.resolve()):
+            raise ValueError(f"OUT: expected a folder outside of {checkpoint.path}, found {out}")
+    names = [linear for linear, _ in _linears(checkpoint)]
+    names += [checkpoint.architecture.head, checkpoint.architecture.embed]  # left alone as it is
+    for pattern in config.ignore:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"ignore: {pattern!r} matches no linear of the model")
+    for name, (_, k) in packed_linears(checkpoint, config).items():
+        problem = packing_problem(name, k, config)
+        if problem:
+            raise ValueError(problem)
+
+
+def _linears(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (n, k)) of every linear of the model."""
+    for i in range(checkpoint.shape.layers):
+        for role in LINEARS:
+            yield checkpoint.linear_name(i, role), checkpoint.shape.linear(role)
+
+
+def packed_linears(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, tuple[int, int]]:
+    """Name -> (n, k) of every linear that config packs."""
+    return {name: shape for name, shape in _linears(checkpoint) if not config.ignores(name)}
+
+
+def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantConfig) -> None:
+    """ValueError unless the layer has exactly the tensors that checkpoint and config ask for."""
+    i, shape = layer.index, checkpoint.shape
+    if not 0 <= i < shape.layers:
+        raise ValueError(f"layer: expected 0 to {shape.layers - 1}, found {i}")
+    linears = {checkpoint.linear_name(i, role): shape.linear(role) for role in LINEARS}
+    packed = {name: nk for name, nk in linears.items() if not config.ignores(name)}
+    dense = {
+        f"{norm.format(i=i)}.weight": (shape.hidden,) for norm in checkpoint.architecture.norms
+    }
+    dense |= {f"{name}.weight": nk for name, nk in linears.items() if name not in packed}
+    dense |= {
+        f"{checkpoint.linear_name(i, role)}.bias": shape.linear(role)[:1]
+        for role in LINEARS
+        if shape.bias(role)
+    }
+    _check_shapes(f"layer {i}: packed", packed, layer.packed)
+    _check_shapes(f"layer {i}: dense", dense, layer.dense)
+    for name, array in layer.dense.items():
+        if array.dtype.name not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"{name}: expected 32 or 16-bit floats, found {array.dtype}")
+    for name, linear in layer.packed.items():
+        groups = linear.shape[1] // config.group_size if config.group_size else 1
+        if linear.scales.shape[1] != groups:
+            raise ValueError(
+                f"{name}: expected {groups} scales per row, found {linear.scales.shape[1]}"
+            )
+    for site, rotation in layer.rotations.items():
+        if rotation.k != shape.site(site):
+            raise ValueError(
+                f"layer {i}: {site}: expected a rotation of {shape.site(site)} inputs, "
+                f"found {rotation!r}"
+            )
+
+
+def _check_shapes(
+    what: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, PackedLinear | NDArray[Any]],
+) -> None:
+    for name in [*expected, *found]:
+        want = expected.get(name, "no such tensor")
+        have = tuple(found[name].shape) if name in found else "none"
+        if want != have:
+            raise ValueError(f"{what}: {name}: expected {want}, found {have}")
+
+
+# ---- how large it will be -----------------------------------------------------------------------
+
+
+def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
+    """Bytes of the folder that config would make of checkpoint, within a few percent."""
+    shape, packed = checkpoint.shape, packed_linears(checkpoint, config)
+    total = sum(
+        (checkpoint.path / name).stat().st_size
+        for name in COPIED_FILES
+        if (checkpoint.path / name).is_file()
+    )
+    head = f"{checkpoint.architecture.head}.weight" if shape.tie_word_embeddings else None
+    for name, info in checkpoint.tensors.items():
+        total += 160  # its header entry and its line of the index
+        linear = name.removesuffix(".weight")
+        if linear in packed and linear != name:
+            n, k = packed[linear]
+            groups = k // config.group_size if config.group_size else 1
+            total += 4 * n * (packed_words(k) + groups) + 16 + 320
+        elif name != head:
+            total += info.nbytes
+    if config.method != "none":
+        total += shape.layers * sum(_rotation_bytes(shape, site) for site in SITES)
+    return total
+
+
+def _rotation_bytes(shape: ModelShape, site: str) -> int:
+    """Bytes of a site's factors: dense, or for a large one a chain of two rotations per entry."""
+    return sum(
+        320 + (4 * order**2 if order <= FACTOR_DENSE_MAX else 16 * 2 * order)
+        for order in _C.factor_sizes(shape.site(site))
+    )

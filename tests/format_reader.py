@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second, plain reader of the packed format: what docs/format.md says is enough to write it."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+
+
+def read_tensors(path: Path) -> dict:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    tensors = {}
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            values = np.frombuffer(raw[begin:end], DTYPES[entry["dtype"]])
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                values = (values.astype(np.uint32) << 16).view(np.float32)
+            tensors[name] = values.reshape(entry["shape"])
+    return tensors
+
+
+def read_model(folder: Path) -> tuple:
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert (quantization["quant_method"], quantization["format_version"]) == ("singlequant", 1)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {file: read_tensors(folder / file) for file in set(index.values())}
+    return quantization, {name: shards[file][name] for name, file in index.items()}
+
+
+def weight(tensors: dict, linear: str) -> np.ndarray:
+    """[n, k] as the linear multiplies it."""
+    if f"{linear}.weight" in tensors:
+        return tensors[f"{linear}.weight"].astype(np.float64)
+    n, k = tensors[f"{linear}.weight_shape"]
+    words = tensors[f"{linear}.weight_packed"].view(np.uint32)
+    nibbles = words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+    codes = nibbles.reshape(n, -1)[:, :k].astype(np.float64) - 8
+    scales = tensors[f"{linear}.weight_scale"].astype(np.float64)
+    return codes * np.repeat(scales, k // scales.shape[1], axis=1)
+
+
+def paley(q: int, border: int) -> np.ndarray:
+    """The bordered Jacobsthal matrix of order q + 1."""
+    chi = np.full(q, -1)
+    chi[np.arange(q) ** 2 % q] = 1
+    chi[0] = 0
+    s = np.ones((q + 1, q + 1))
+    s[1:, 0], s[0, 0] = border, 0
+    s[1:, 1:] = chi[(np.arange(q)[:, None] - np.arange(q)) % q]
+    return s
+
+
+def hadamard(n: int) -> np.ndarray:
+    """The matrix of order n of docs/format.md."""
+    two, odd = n & -n, n // (n & -n)
+    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
+    core = np.cos(angle) + np.sin(angle)
+    for r in [2**i for i in range(2, 11) if odd > 1 and 2**i <= two and odd * 2**i <= 1024]:
+        p = odd * r
+        if all((p - 1) % d for d in range(2, p - 1)):  # prime
+            core = paley(p - 1, -1) + np.eye(p)
+        elif r == 4 and all((p // 2 - 1) % d for d in range(2, p // 2 - 1)):
+            core = np.kron(paley(p // 2 - 1, 1), [[1, 1], [1, -1]])
+            core += np.kron(np.eye(p // 2), [[1, -1], [-1, -1]])
+        else:
+            continue
+        break
+    while len(core) < n:
+        core = np.kron(core, [[1, 1], [1, -1]])
+    return core / np.sqrt(n)
+
+
+def factor(tensors: dict, name: str) -> np.ndarray:
+    """[order, order] acting on column vectors; for `right` that is the transpose of the matrix."""
+    if name in tensors:
+        return tensors[name].T if name.endswith("right") else tensors[name]
+    order, mixed = tensors[f"{name}_chain"]
+    matrix = hadamard(int(order)) if mixed else np.eye(order)
+    for (i, j), angle in zip(tensors[f"{name}_pairs"], tensors[f"{name}_angles"], strict=True):
+        c, s = np.cos(angle), np.sin(angle)
+        matrix[i], matrix[j] = c * matrix[i] - s * matrix[j], s * matrix[i] + c * matrix[j]
+    return matrix
+
+
+def rotate(tensors: dict, layer: int, site: str, x: np.ndarray) -> np.ndarray:
+    """x [m, k] as it enters the linears of a site, before it is quantized."""
+    prefix = f"model.layers.{layer}.rotations.{site}"
+    if f"{prefix}.left" not in tensors and f"{prefix}.left_chain" not in tensors:
+        return x
+    left, right = factor(tensors, f"{prefix}.left"), factor(tensors, f"{prefix}.right")
+    blocks = x.reshape(len(x), len(left), len(right))
+    return (left @ blocks @ right.T).reshape(x.shape)

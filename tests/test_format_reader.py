@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain reader of format_reader.py reads what the writer wrote: docs/format.md is enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import random_layer
+from format_reader import hadamard, read_model, rotate, weight
+
+from singlequant import _C
+from singlequant.artifacts import QuantConfig
+from singlequant.checkpoint import load_checkpoint
+from singlequant.pack import ModelWriter
+
+ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (521, 2)}
+
+
+@pytest.fixture
+def written(make_checkpoint, tmp_path, request):
+    """(folder, layers, codes by linear, checkpoint) of a model with a chain of order 521."""
+    source = load_checkpoint(make_checkpoint(tmp_path / "m", intermediate=1042, dtype="bfloat16"))
+    config = QuantConfig(method="hadamard", ignore=("*.k_proj",))
+    layers, codes = [], {}
+    with ModelWriter(tmp_path / "out", source, config) as writer:
+        for i in range(source.shape.layers):
+            layer, of_layer = random_layer(source, config, i, orders=ORDERS)
+            writer.write_layer(layer)
+            layers.append(layer)
+            codes |= of_layer
+        writer.finish()
+    return tmp_path / "out", layers, codes, source
+
+
+def test_plain_reader_reads_the_weights_written(written):
+    folder, layers, codes, source = written
+    quantization, tensors = read_model(folder)
+    assert (quantization["scheme"], quantization["method"]) == ("w4a4", "hadamard")
+    for layer in layers:
+        for name, linear in layer.packed.items():
+            expected = codes[name] * linear.scales.astype(np.float64)
+            np.testing.assert_array_equal(weight(tensors, name), expected)
+        for name, array in layer.dense.items():
+            np.testing.assert_array_equal(tensors[name], array.astype(np.float32))
+    np.testing.assert_array_equal(
+        tensors["model.embed_tokens.weight"], source.embedding.astype(np.float32)
+    )
+
+
+def test_plain_reader_rotates_as_the_factors_do(written):
+    folder, layers, _, source = written
+    _, tensors = read_model(folder)
+    rng = np.random.default_rng(1)
+    for layer in layers:
+        for site, rotation in layer.rotations.items():
+            x = rng.standard_normal((3, source.shape.site(site)))
+            blocks = x.reshape(3, rotation.left.order, rotation.right.order)
+            expected = rotation.left.matrix() @ blocks @ rotation.right.matrix().T
+            found = rotate(tensors, layer.index, site, x).reshape(expected.shape)
+            # dense factors were rounded to float32: 64 terms of 6e-8
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 12, 20, 28, 36, 44, 52, 86, 92, 172, 521, 600, 1042])
+def test_plain_hadamard_is_the_cores(n):
+    np.testing.assert_allclose(hadamard(n), _C.hadamard_matrix(n), atol=1e-12)

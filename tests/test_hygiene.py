@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every array function of the core owes its caller: inputs stay as they are, any layout is
+accepted, nothing leaks after success or failure, the GIL is free, no symbol escapes."""
+
+import contextlib
+import ctypes
+import gc
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from singlequant import _C
+
+RNG = np.random.default_rng(0)
+EYE = np.eye(4, dtype=np.float32)
+
+
+def f32(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def f64(*shape):
+    return RNG.standard_normal(shape)
+
+
+CODES = RNG.integers(-8, 8, (6, 40)).astype(np.int8)
+WORDS = _C.pack(CODES)
+PAIRS = np.array([[0, 3], [2, 1], [1, 3]], np.int32)
+CHAIN = (4, True, PAIRS, f64(3))
+STATE = _C.statistics_update(f32(5, 12), 3, 4)
+ARCHITECTURE = {
+    "hidden": 16, "intermediate": 24, "heads": 2, "kv_heads": 2, "head_dim": 8,
+    "sliding_window": 0, "rms_eps": 1e-5, "rope_scale": 1.0, "inv_freq": f32(4),
+}
+SHAPES = [(16, 16)] * 4 + [(24, 16)] * 2 + [(16, 24)]
+LINEARS = tuple((f32(n, k), f32(n)) for n, k in SHAPES)
+SITES = ((EYE, CHAIN, 4, 1.0), None, (CHAIN, EYE, 4, 1.0), (np.eye(6), None, 4, 1.0))
+
+# Function -> positional arguments; arrays may stand inside tuples and dicts.
+CALLS = {
+    "hadamard_transform": (f64(3, 12),),
+    "chain_apply": (PAIRS, f64(3), f64(5, 4)),
+    "art_extremes": (f64(20), 1.5, 30),
+    "art_columns": (f64(7, 9), 12),
+    "urt": (f64(9), f64(9)),
+    "uniformity_sweep": (f64(6, 11), 2),
+    "rotate": (f32(3, 16), CHAIN, EYE),
+    "statistics_update": (f32(5, 12), 3, 4, STATE),
+    "statistics_merge": (STATE, STATE),
+    "quantize": (f32(3, 64), 4, 32, False, 1.0, True),
+    "dequantize": (CODES, f32(6, 2), RNG.integers(0, 15, (6, 2)).astype(np.int32)),
+    "pack": (CODES,),
+    "unpack": (WORDS, 40),
+    "PackedWeight": (WORDS, f32(6, 1), 40),
+    "linear": (f32(3, 40), _C.PackedWeight(WORDS, f32(6, 1), 40), 4, 0.9),
+    "linear_dense": (f32(3, 40), f32(6, 40).astype(np.float16)),
+    "to_float32": (f32(3, 40).astype(np.float16), True),
+    "gather_rows": (f32(9, 5).astype(np.float16), np.array([3, 0, 8])),
+    "rms_norm": (f32(3, 40), f32(40), 1e-5),
+    "sample": (f32(50), 0.7, 10, 0.9, 0.4),
+    "negative_log_likelihood": (f32(3, 50), np.array([0, 49, 7])),
+    "kl_divergence": (f32(3, 50), f32(3, 50)),
+    "kernel_gemm_f32": (f32(3, 5), f32(5, 4), f32(3, 4)),
+    "kernel_rms_norm": (f32(9), f32(9), 1e-5, f32(9)),
+    "kernel_silu_mul": (f32(9), f32(9), f32(9)),
+    "kernel_softmax": (f32(9), 5, 0.5),
+    "kernel_widen": (np.arange(9, dtype=np.uint16), True, f32(9)),
+    "DecoderLayer": (ARCHITECTURE, (f32(16), f32(16)), LINEARS, SITES),
+}
+# Position of the argument that is the output.
+OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "kernel_softmax": 0,
+          "kernel_widen": 2}
+# Arguments whose dtype says what the bits are, so that a list (float64, int64) will not do.
+TYPED = {"dequantize": {0}, "unpack": {0}, "PackedWeight": {0}, "linear_dense": {1},
+         "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0}, "DecoderLayer": {2}}
+NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
+             "factor_sizes", "givens_angle", "hadamard_matrix", "KVCache", "FormatError"}
+
+LAYOUTS = {
+    "list": lambda a: a.tolist(),
+    "strided": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "reversed": lambda a: a[..., ::-1].copy()[..., ::-1],
+    "fortran": np.asfortranarray,
+    "swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    "unaligned": lambda a: np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape),
+    "readonly": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = _C.get_num_threads()
+    _C.set_num_threads(1)
+    yield
+    _C.set_num_threads(before)
+
+
+def change(value, how):
+    """value with how() applied to every array in it."""
+    if isinstance(value, np.ndarray):
+        return how(value)
+    if isinstance(value, tuple):
+        return tuple(change(v, how) for v in value)
+    if isinstance(value, dict):
+        return {k: change(v, how) for k, v in value.items()}
+    return value
+
+
+def arrays_in(value):
+    found = []
+    change(value, found.append)
+    return found
+
+
+def fresh(name, how=np.copy):
+    """New arguments: inputs through how(), the output copied."""
+    return [
+        change(v, np.copy if i == OUTPUT.get(name) else how) for i, v in enumerate(CALLS[name])
+    ]
+
+
+def outcome(name, arguments):
+    """Every byte that a call produces."""
+    result = getattr(_C, name)(*arguments)
+    if name == "PackedWeight":
+        result = _C.linear(CALLS["linear"][0], result)
+    if name == "DecoderLayer":
+        hidden = np.ones((2, 16), np.float32)
+        result.forward(hidden, [0, 0], [0, 1], _C.KVCache(1, 1, 2, 8, 4), 0)
+        result = hidden
+    values = result if isinstance(result, tuple) else (result,)
+    if name in OUTPUT:
+        values = (*values, arguments[OUTPUT[name]])
+    return [np.asarray(v).tobytes() for v in values]
+
+
+def test_table_holds_every_array_function():
+    public = {name for name in dir(_C) if not name.startswith("_")}
+    assert set(CALLS) | NO_ARRAYS == public
+    assert not set(CALLS) & NO_ARRAYS
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_inputs_are_untouched(name):
+    arguments = fresh(name)
+    inputs = [a for i, v in enumerate(arguments) if i != OUTPUT.get(name) for a in arrays_in(v)]
+    before = [a.tobytes() for a in inputs]
+    outcome(name, arguments)
+    assert [a.tobytes() for a in inputs] == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_any_layout_gives_the_same_bytes(name, layout):
+    arguments = fresh(name, LAYOUTS[layout])
+    if layout == "list":
+        for i in TYPED.get(name, ()):
+            arguments[i] = CALLS[name][i]
+    assert outcome(name, arguments) == outcome(name, fresh(name))
+
+
+# ---- leaks --------------------------------------------------------------------------------------
+
+ROUNDS = 200
+LIBC = ctypes.CDLL(None)
+
+
+def heap_bytes():
+    """What malloc has handed out and not got back, to the byte."""
+    if not hasattr(LIBC, "mallinfo2"):
+        pytest.skip("needs glibc 2.33")
+    info = type("mallinfo2", (ctypes.Structure,), {"_fields_": [("sizes", ctypes.c_size_t * 10)]})
+    LIBC.mallinfo2.restype = info
+    sizes = LIBC.mallinfo2().sizes
+    return sizes[7] + sizes[4]  # uordblks, in the heap, and hblkhd, mapped
+
+
+def leaks(call):
+    """Whether call keeps memory. A leak shows each time, a cache that fills up does not."""
+    for _ in range(20):
+        call()
+    return all(growth(call) >= 8 for _ in range(3))
+
+
+def growth(call):
+    """Bytes per round that call keeps, of the C heap or of Python's objects and arrays."""
+    gc.collect()
+    heap = heap_bytes()
+    for _ in range(ROUNDS):
+        call()
+    gc.collect()
+    heap = heap_bytes() - heap
+    tracemalloc.start()
+    try:
+        call()
+        gc.collect()
+        traced = tracemalloc.get_traced_memory()[0]
+        for _ in range(ROUNDS):
+            call()
+        gc.collect()
+        traced = tracemalloc.get_traced_memory()[0] - traced
+    finally:
+        tracemalloc.stop()
+    return max(heap, traced) / ROUNDS
+
+
+def broken_arguments(name):
+    """The call's arguments with one array at a time of a wrong kind, size or value."""
+    wrong = [
+        lambda a: a.astype(complex),
+        lambda a: a[None, None],
+        lambda a: np.concatenate([a, a], axis=-1)[..., : a.shape[-1] + 1],
+        lambda a: np.full_like(a, np.nan if a.dtype.kind == "f" else np.iinfo(a.dtype).max),
+    ]
+    n = len(arrays_in(tuple(CALLS[name])))
+    for how in wrong:
+        for target in range(n):
+            count = iter(range(n))
+            yield list(change(
+                tuple(CALLS[name]), lambda a, c=count, t=target, h=how: h(a) if next(c) == t else a
+            ))
+
+
+@pytest.mark.parametrize("leak", [
+    lambda kept: kept.append(np.empty(20)),
+    lambda kept: kept.append(object()),
+    lambda kept: LIBC.malloc(200),
+], ids=["array", "object", "malloc"])
+def test_leaks_are_seen(leak):
+    kept = []
+    if heap_bytes() == 0:
+        pytest.skip("another malloc, a sanitizer's, is in front")
+    assert leaks(lambda: leak(kept))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_good_calls_leak_nothing(name):
+    arguments = fresh(name)
+    held = [a for a in arrays_in(tuple(arguments))]
+    references = [sys.getrefcount(a) for a in held]
+    assert not leaks(lambda: getattr(_C, name)(*arguments))
+    assert [sys.getrefcount(a) for a in held] == references
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_failing_calls_leak_nothing(name):
+    function = getattr(_C, name)
+    failing = []
+    for arguments in broken_arguments(name):
+        try:
+            function(*arguments)
+        except (TypeError, ValueError):
+            failing.append(arguments)
+    assert failing, "every function refuses something"
+    held = [a for arguments in failing for a in arrays_in(tuple(arguments))]
+    references = [sys.getrefcount(a) for a in held]
+
+    def call():
+        for arguments in failing[:: max(1, len(failing) // 12)]:
+            with contextlib.suppress(TypeError, ValueError):
+                function(*arguments)
+
+    assert not leaks(call)
+    assert [sys.getrefcount(a) for a in held] == references
+
+
+# ---- the GIL ------------------------------------------------------------------------------------
+
+BIG = f32(1024, 2048)
+LONG_CHAIN = (2048, False, np.tile([[0, 1]], (20_000, 1)).astype(np.int32), f64(20_000))
+BIG_WORDS = RNG.integers(-(2**31), 2**31, (2048, 256)).astype(np.int32)
+BIG_WEIGHT = _C.PackedWeight(BIG_WORDS, np.ones((2048, 1), np.float32), 2048)
+LONG_CALLS = {
+    "quantize": lambda: _C.quantize(BIG, 4, 0, True, 1.0, True),
+    "linear": lambda: _C.linear(BIG, BIG_WEIGHT, 16),
+    "linear_dense": lambda: _C.linear_dense(BIG, BIG),
+    "rotate": lambda: _C.rotate(BIG, LONG_CHAIN, np.eye(1, dtype=np.float32)),
+    "statistics_update": lambda: _C.statistics_update(BIG, 64, 32),
+    "kl_divergence": lambda: _C.kl_divergence(BIG, -BIG),
+}
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_long_calls_release_the_gil(name):
+    """A Python thread runs on in the middle third of the call: NumPy may drop the lock at the
+    begin, where arguments are converted."""
+    call, stop, ticks = LONG_CALLS[name], threading.Event(), []
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        for _ in range(20):
+            begin = time.perf_counter()
+            call()
+            end = time.perf_counter()
+            margin = (end - begin) / 3
+            if any(begin + margin < t < end - margin for t in ticks):
+                return
+    finally:
+        stop.set()
+        thread.join()
+    pytest.fail(f"no tick inside {name}, which took {end - begin:.4f} s")
+
+
+# ---- symbols ------------------------------------------------------------------------------------
+
+needs_nm = pytest.mark.skipif(not shutil.which("nm"), reason="nm is not installed")
+
+
+def symbols(path, *options):
+    run = subprocess.run(["nm", *options, path], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in run.stdout.splitlines()}
+    return {n for n in names if not n.startswith(("__asan", "__ubsan", "__odr_asan"))}
+
+
+@needs_nm
+def test_extension_exports_its_init_function_alone():
+    assert symbols(_C.__file__, "-D", "--defined-only") - {"_init", "_fini"} == {"PyInit__C"}
+
+
+@needs_nm
+def test_core_symbols_have_the_prefix():
+    objects = [p for p in (Path(_C.__file__).parents[1] / "build").glob("**/csrc/**/*.o")]
+    if not objects:
+        pytest.skip("no objects under build/")
+    for path in objects:
+        for name in symbols(path, "-g", "--defined-only"):
+            own = name.startswith("sq_") or name == "PyInit__C"
+            assert own or name.startswith("singlequant_ARRAY_API"), path  # NumPy's table

@@ -1,0 +1,521 @@
+"""Angles, chains, ART, URT, uniformity sweeps and the Kronecker application."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, strategies as st
+
+from singlequant import _C, _reference as reference
+
+finite = st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+@pytest.fixture
+def both_thread_counts():
+    """A function that returns a callable's results under 1 and 2 threads."""
+    before = _C.get_num_threads()
+
+    def run(function):
+        results = []
+        for count in (1, 2):
+            _C.set_num_threads(count)
+            results.append(function())
+        return results
+
+    yield run
+    _C.set_num_threads(before)
+
+
+def random_chain(rng, n, steps):
+    pairs = [rng.choice(n, 2, replace=False) for _ in range(steps)]
+    return np.array(pairs, np.int32).reshape(-1, 2), rng.uniform(-np.pi, np.pi, steps)
+
+
+def assert_same_chain(found, expected, atol=1e-12):
+    assert found[0].dtype == np.int32
+    assert found[1].dtype == np.float64
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=atol)
+
+
+# ---- angles and chains
+
+
+@given(finite, finite)
+def test_givens_angle_makes_both_entries_equal(a, b):
+    angle = _C.givens_angle(a, b)
+    assert angle == pytest.approx(reference.givens_angle(a, b), abs=1e-15)
+    target = math.hypot(a, b) * math.sqrt(0.5)
+    rotated = _C.chain_apply([[0, 1]], [angle], [a, b])
+    np.testing.assert_allclose(rotated, target, atol=1e-12 * max(1, target))
+
+
+def test_givens_angle_rejects_nan():
+    with pytest.raises(ValueError, match="b: NaN or Inf"):
+        _C.givens_angle(1.0, math.nan)
+
+
+def test_chain_apply_follows_the_sign_convention():
+    c, s = math.cos(0.3), math.sin(0.3)
+    rotated = _C.chain_apply([[0, 2]], [0.3], [1.0, 5.0, 2.0])
+    np.testing.assert_allclose(rotated, [c - 2 * s, 5.0, s + 2 * c], atol=1e-15)
+
+
+@pytest.mark.parametrize(("n", "steps"), [(2, 1), (5, 9), (33, 700)])
+def test_chain_apply_matches_the_reference(rng, n, steps):
+    pairs, angles = random_chain(rng, n, steps)
+    x = rng.standard_normal((150, 2, n))
+    before = x.copy()
+    y = _C.chain_apply(pairs, angles, x)
+    np.testing.assert_allclose(y, reference.chain_apply(pairs, angles, x), atol=1e-12)
+    np.testing.assert_array_equal(x, before)
+
+
+def test_chain_apply_takes_swapped_strided_and_empty_arrays(rng):
+    pairs, angles = random_chain(rng, 6, 10)
+    x = rng.standard_normal((4, 12))[:, ::2]
+    expected = _C.chain_apply(pairs, angles, np.ascontiguousarray(x))
+    swapped = _C.chain_apply(pairs.astype(">i8"), angles.astype(">f8"), x.astype(">f8"))
+    np.testing.assert_array_equal(swapped, expected)
+    assert _C.chain_apply(pairs, angles, np.zeros((0, 6))).shape == (0, 6)
+    none = np.zeros((0, 2), np.int32), np.zeros(0)
+    np.testing.assert_array_equal(_C.chain_apply(*none, x), x)
+
+
+def test_chain_apply_is_the_same_for_one_and_two_threads(rng, both_thread_counts):
+    pairs, angles = random_chain(rng, 16, 300)
+    x = rng.standard_normal((5000, 16))
+    one, two = both_thread_counts(lambda: _C.chain_apply(pairs, angles, x).tobytes())
+    assert one == two
+
+
+@pytest.mark.parametrize("pair", [(0, 3), (-1, 0), (1, 1), (0, 2**32 + 1)])
+def test_chain_apply_rejects_bad_pairs(pair):
+    with pytest.raises(ValueError, match="pairs: "):
+        _C.chain_apply(np.array([pair]), [0.1], np.zeros(3))
+
+
+def test_chain_apply_errors_name_the_argument():
+    pairs = np.array([[0, 1]])
+    with pytest.raises(ValueError, match=r"angles: expected shape\[0\] = 1, got 2"):
+        _C.chain_apply(pairs, [0.1, 0.2], np.zeros(3))
+    with pytest.raises(ValueError, match=r"pairs: expected shape\[1\] = 2, got 3"):
+        _C.chain_apply([[0, 1, 2]], [0.1], np.zeros(3))
+    with pytest.raises(ValueError, match="angles: NaN or Inf"):
+        _C.chain_apply(pairs, [np.nan], np.zeros(3))
+    with pytest.raises(TypeError, match="pairs: expected an array"):
+        _C.chain_apply([[0.0, 1.0]], [0.1], np.zeros(3))
+    with pytest.raises(ValueError, match="x: expected"):
+        _C.chain_apply(pairs, [0.1], 1.0)
+
+
+# ---- ART
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 101])
+def test_art_extremes_matches_the_reference(rng, n):
+    v = rng.standard_t(2, n)
+    before = v.copy()
+    found = _C.art_extremes(v, 1.5, 3 * n)
+    assert_same_chain(found, reference.art_extremes(v, 1.5, 3 * n))
+    np.testing.assert_array_equal(v, before)
+
+
+def test_art_extremes_makes_the_pair_equal_and_meets_the_threshold(rng):
+    v = rng.standard_normal(64)
+    v[[3, 9]] = 6.0, -5.0
+    pairs, angles = _C.art_extremes(v, 3.0, 1000)
+    i, j = pairs[0]
+    assert (i, j) == (3, np.argmin(np.abs(v)))
+    first = _C.chain_apply(pairs[:1], angles[:1], v)
+    assert first[i] == pytest.approx(first[j], abs=1e-12)
+    after = _C.chain_apply(pairs, angles, v)
+    assert np.abs(after).max() <= 3.0 * np.median(np.abs(v))
+    assert 0 < len(pairs) < 1000
+
+
+def test_art_extremes_stops_once_all_are_alike(rng):
+    v = rng.standard_normal(8)  # a threshold below 1 is out of reach
+    pairs, angles = _C.art_extremes(v, 0.5, 10_000)
+    assert len(pairs) < 1000
+    after = _C.chain_apply(pairs, angles, v)
+    np.testing.assert_allclose(np.abs(after), np.linalg.norm(v) / math.sqrt(8), atol=1e-11)
+    assert_same_chain((pairs, angles), reference.art_extremes(v, 0.5, 10_000))
+
+
+def test_art_extremes_stops_at_the_step_limit(rng):
+    assert len(_C.art_extremes(rng.standard_normal(10), 0.0, 4)[0]) == 4
+    assert len(_C.art_extremes(rng.standard_normal(10), 0.0, 0)[0]) == 0
+
+
+@pytest.mark.parametrize("v", [[], [3.0], [2.0, -2.0, 2.0], [0.0, 0.0]])
+def test_art_extremes_leaves_what_cannot_fall(v):
+    pairs, angles = _C.art_extremes(np.array(v), 0.0, 5)
+    assert pairs.shape == (0, 2)
+    assert angles.shape == (0,)
+
+
+def test_art_extremes_rejects_bad_arguments():
+    with pytest.raises(ValueError, match="v: NaN or Inf"):
+        _C.art_extremes([1.0, np.nan], 1.0, 5)
+    with pytest.raises(ValueError, match="threshold: expected at least 0, got nan"):
+        _C.art_extremes([1.0, 2.0], np.nan, 5)
+    with pytest.raises(ValueError, match="max_steps: expected 0 to .*, got -1"):
+        _C.art_extremes([1.0, 2.0], 1.0, -1)
+    with pytest.raises(ValueError, match="v: expected 1 dimensions, got 2"):
+        _C.art_extremes([[1.0]], 1.0, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 9), (7, 40), (31, 203)], ids=str)
+def test_art_columns_matches_the_reference(rng, shape):
+    columns = rng.standard_t(3, shape)
+    before = columns.copy()
+    found = _C.art_columns(columns, 4 * shape[0])
+    assert_same_chain(found, reference.art_columns(columns, 4 * shape[0]))
+    np.testing.assert_array_equal(columns, before)
+
+
+def test_art_columns_lowers_the_pair_peak_at_every_step(rng):
+    columns = rng.standard_t(3, (20, 500))
+    pairs, angles = _C.art_columns(columns, 80)
+    assert len(pairs) > 5
+    state, overall = columns, np.abs(columns).max()
+    for t, pair in enumerate(pairs):
+        peak = np.abs(state[pair]).max()
+        assert peak == overall
+        state = _C.chain_apply(pairs[t : t + 1], angles[t : t + 1], state.T).T
+        assert np.abs(state[pair]).max() < peak
+        overall = np.abs(state).max()
+
+
+def test_art_columns_equals_the_pair_at_the_peak_row():
+    columns = np.array([[1.0, 8.0, 1.0], [0.5, 2.0, 0.25], [3.0, 3.0, 3.0]])
+    pairs, angles = _C.art_columns(columns, 1)
+    np.testing.assert_array_equal(pairs, [[0, 1]])
+    after = _C.chain_apply(pairs, angles, columns.T).T
+    np.testing.assert_allclose(after[:2, 1], math.hypot(8, 2) / math.sqrt(2))
+
+
+def test_art_columns_does_not_count_a_step_that_lowers_nothing():
+    # the second row is flat already: turning down the first row's peak raises it past that peak
+    columns = np.array([[1.0, 0.9], [0.0, -0.9]])
+    assert len(_C.art_columns(columns, 5)[0]) == 0
+    assert len(reference.art_columns(columns, 5)[0]) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (4, 0)], ids=str)
+def test_art_columns_takes_degenerate_shapes(shape):
+    assert _C.art_columns(np.ones(shape), 3)[0].shape == (0, 2)
+
+
+def test_art_columns_rejects_bad_arguments():
+    with pytest.raises(ValueError, match="columns: NaN or Inf"):
+        _C.art_columns([[1.0, np.inf], [0.0, 0.0]], 5)
+    with pytest.raises(ValueError, match="max_steps: expected 0 to .*, got -2"):
+        _C.art_columns([[1.0]], -2)
+
+
+# ---- URT
+
+
+def vectors(n):
+    """Values whose squares stay in range, or 0."""
+    entry = finite.map(lambda x: x if abs(x) > 1e-100 else 0.0)
+    return st.lists(entry, min_size=n, max_size=n).map(np.array)
+
+
+def scaled_like(u, v):
+    """u with the norm of v."""
+    target = u / np.abs(u).max()
+    return target * (np.linalg.norm(v) / np.linalg.norm(target))
+
+
+@given(st.integers(2, 12).flatmap(lambda n: st.tuples(vectors(n), vectors(n))))
+def test_urt_maps_v_onto_u(pair):
+    v, u = pair
+    assume(u.any())
+    pairs, angles = _C.urt(v, u)
+    mapped = _C.chain_apply(pairs, angles, v)
+    np.testing.assert_allclose(mapped, scaled_like(u, v), atol=1e-12 * np.linalg.norm(v))
+    assert len(pairs) <= 2 * (len(v) - 1)
+    assert_same_chain((pairs, angles), reference.urt(v, u))
+
+
+@pytest.mark.parametrize("n", [86, 512])
+def test_urt_maps_v_onto_a_flat_u_in_many_dimensions(rng, n):
+    v, u = rng.standard_normal(n), np.sign(rng.standard_normal(n))
+    chain = _C.urt(v, u)
+    mapped = _C.chain_apply(*chain, v)
+    np.testing.assert_allclose(mapped, scaled_like(u, v), atol=1e-12 * np.linalg.norm(v))
+    assert_same_chain(chain, reference.urt(v, u))
+
+
+def test_urt_makes_only_the_rotations_it_needs():
+    assert len(_C.urt([3.0, 0.0, 0.0, 4.0], [1.0, 0.0, 0.0, 0.0])[0]) == 1
+    assert len(_C.urt([2.0, 0.0, 0.0], [5.0, 0.0, 0.0])[0]) == 0
+    pairs, angles = _C.urt([-2.0, 0.0], [1.0, 0.0])
+    assert len(pairs) == 1
+    np.testing.assert_allclose(_C.chain_apply(pairs, angles, [-2.0, 0.0]), [2, 0], atol=1e-12)
+
+
+def test_urt_of_zero_is_empty():
+    assert len(_C.urt(np.zeros(4), np.ones(4))[0]) == 0
+    assert len(_C.urt(np.zeros(0), np.zeros(0))[0]) == 0
+    assert len(_C.urt([-2.0], [-1.0])[0]) == 0
+
+
+@pytest.mark.parametrize(("v", "u"), [([1.0, 2.0], [0.0, 0.0]), ([1.0], [-1.0])])
+def test_urt_rejects_unreachable_targets(v, u):
+    for twin in (_C, reference):
+        with pytest.raises(ValueError, match="u: no rotation takes v onto it"):
+            twin.urt(v, u)
+
+
+def test_urt_rejects_bad_arguments():
+    with pytest.raises(ValueError, match="v, u: NaN or Inf"):
+        _C.urt([1.0, np.nan], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"u: expected shape\[0\] = 2, got 3"):
+        _C.urt([1.0, 2.0], [1.0, 1.0, 1.0])
+
+
+# ---- the uniformity sweep
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 50), (3, 7), (8, 30), (13, 101)], ids=str)
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_uniformity_sweep_matches_the_reference(rng, shape, sweeps):
+    columns = rng.standard_normal(shape)
+    before = columns.copy()
+    pairs, angles, after = _C.uniformity_sweep(columns, sweeps)
+    expected = reference.uniformity_sweep(columns, sweeps)
+    assert_same_chain((pairs, angles), expected[:2])
+    np.testing.assert_allclose(after, expected[2], atol=1e-12)
+    np.testing.assert_array_equal(columns, before)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 9])
+def test_uniformity_sweep_meets_every_pair_once(rng, n):
+    pairs, _, _ = _C.uniformity_sweep(rng.standard_normal((n, 64)))
+    assert sorted(map(tuple, pairs)) == [(i, j) for i in range(n) for j in range(i + 1, n)]
+
+
+def test_uniformity_sweep_lowers_the_fourth_moment_at_every_step(rng):
+    columns = rng.standard_normal((12, 400))
+    pairs, angles, after = _C.uniformity_sweep(columns, 2)
+    state, total = columns, (columns**4).sum()
+    for t in range(len(pairs)):
+        state = _C.chain_apply(pairs[t : t + 1], angles[t : t + 1], state.T).T
+        now = (state**4).sum()
+        assert now <= total * (1 + 1e-13)
+        total = now
+    assert total < 0.98 * (columns**4).sum()
+    np.testing.assert_allclose(state, after, atol=1e-12)
+
+
+def test_uniformity_sweep_finds_the_best_angle_of_a_pair(rng):
+    columns = rng.standard_normal((2, 300))
+    _, angles, after = _C.uniformity_sweep(columns)
+    assert abs(angles[0]) <= math.pi / 4
+    tried = [
+        (_C.chain_apply([[0, 1]], [angle], columns.T) ** 4).sum()
+        for angle in np.linspace(-math.pi / 4, math.pi / 4, 2001)
+    ]
+    assert (after**4).sum() <= min(tried) * (1 + 1e-12)
+
+
+def test_uniformity_sweep_of_one_token_makes_the_pair_equal():
+    _, _, after = _C.uniformity_sweep([[3.0], [1.0]])
+    np.testing.assert_allclose(np.abs(after), math.sqrt(5), atol=1e-12)
+
+
+def test_uniformity_sweep_leaves_an_optimal_pair():
+    columns = np.array([[1.0, 1.0, -2.0], [1.0, -1.0, 2.0]])
+    pairs, _, after = _C.uniformity_sweep(columns)
+    assert len(pairs) == 0
+    np.testing.assert_array_equal(after, columns)
+
+
+def test_uniformity_sweep_is_the_same_for_one_and_two_threads(rng, both_thread_counts):
+    columns = rng.standard_normal((31, 1001))
+    one, two = both_thread_counts(lambda: [a.tobytes() for a in _C.uniformity_sweep(columns, 2)])
+    assert one == two
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (4, 0)], ids=str)
+def test_uniformity_sweep_takes_degenerate_shapes(shape):
+    pairs, angles, after = _C.uniformity_sweep(np.ones(shape), 2)
+    assert pairs.shape == (0, 2)
+    assert angles.shape == (0,)
+    np.testing.assert_array_equal(after, np.ones(shape))
+
+
+def test_uniformity_sweep_takes_lists_strides_and_swapped_bytes(rng):
+    columns = rng.standard_normal((5, 20))
+    expected = _C.uniformity_sweep(columns)
+    wide = np.zeros((5, 40))
+    wide[:, ::2] = columns
+    for other in (columns.tolist(), wide[:, ::2], columns.astype(">f8")):
+        for a, b in zip(_C.uniformity_sweep(other), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**200, 2.0**-150])
+def test_uniformity_sweep_works_at_both_ends_of_the_range(rng, magnitude):
+    columns = rng.uniform(-1, 1, (4, 30))
+    expected = _C.uniformity_sweep(columns)
+    found = _C.uniformity_sweep(columns * magnitude)
+    assert_same_chain(found[:2], expected[:2])
+
+
+def test_uniformity_sweep_rejects_bad_arguments():
+    with pytest.raises(ValueError, match="columns: NaN or Inf"):
+        _C.uniformity_sweep([[1.0, np.nan], [0.0, 0.0]])
+    with pytest.raises(ValueError, match="columns: a value is out of range"):
+        _C.uniformity_sweep([[1e70, 1.0], [0.0, 0.0]])
+    with pytest.raises(ValueError, match="sweeps: expected 0 or more .*, got -1"):
+        _C.uniformity_sweep([[1.0]], -1)
+    with pytest.raises(ValueError, match="columns: expected 2 dimensions, got 1"):
+        _C.uniformity_sweep([1.0])
+
+
+def test_uniformity_sweep_releases_the_gil(rng):
+    columns = rng.standard_normal((48, 20000))
+    worker = threading.Thread(target=_C.uniformity_sweep, args=(columns, 2))
+    worker.start()
+    ticks = 0
+    while worker.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 3
+
+
+# ---- Kronecker application
+
+
+def orthogonal(rng, n):
+    return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("m", [1, 3, 65])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (7, 1), (3, 5), (43, 32), (86, 128)], ids=str)
+def test_rotate_equals_the_dense_product(rng, sizes, m):
+    k1, k2 = sizes
+    left, right = orthogonal(rng, k1), orthogonal(rng, k2)
+    x = rng.standard_normal((m, k1 * k2)).astype(np.float32)
+    before = x.copy()
+    y = _C.rotate(x, left, right)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, reference.rotate(x, left, right), atol=1e-5)
+    np.testing.assert_array_equal(x, before)
+    if k1 * k2 <= 64:
+        kron = np.kron(left.astype(float).T, right.astype(float).T)
+        np.testing.assert_allclose(y, x @ kron, atol=1e-5)
+
+
+def test_rotate_keeps_a_reflection_of_order_one(rng):
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+    minus = np.array([[-1.0]])
+    np.testing.assert_array_equal(_C.rotate(x, minus, np.eye(4)), -x)
+    np.testing.assert_array_equal(_C.rotate(x, np.eye(4), minus), -x)
+
+
+@pytest.mark.parametrize("sizes", [(1, 6), (12, 5), (5, 12), (1031, 1), (3, 1024)], ids=str)
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_rotate_applies_chain_factors(rng, sizes, hadamard):
+    k1, k2 = sizes
+    left = (k1, hadamard, *random_chain(rng, k1, 2 * k1 if k1 > 1 else 0))
+    right = (k2, not hadamard, *random_chain(rng, k2, 2 * k2 if k2 > 1 else 0))
+    x = rng.standard_normal((5, k1 * k2)).astype(np.float32)
+    y = _C.rotate(x, left, right)
+    np.testing.assert_allclose(y, reference.rotate(x, left, right), atol=1e-5)
+
+
+def test_rotate_mixes_a_chain_and_a_matrix(rng):
+    chain = (12, True, *random_chain(rng, 12, 30))
+    matrix = orthogonal(rng, 10)
+    x = rng.standard_normal((2, 3, 120)).astype(np.float32)
+    for left, right in ((chain, matrix), (matrix, chain)):
+        y = _C.rotate(x, left, right)
+        assert y.shape == x.shape
+        np.testing.assert_allclose(y, reference.rotate(x, left, right), atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "chain"])
+@pytest.mark.parametrize("table", _C.kernels()["runnable"])
+def test_rotate_of_a_row_depends_on_that_row_alone(rng, both_thread_counts, table, dense):
+    active = _C.kernels()["active"]
+    left = orthogonal(rng, 12) if dense else (12, True, *random_chain(rng, 12, 20))
+    right = orthogonal(rng, 17) if dense else (17, True, *random_chain(rng, 17, 20))
+    x = rng.standard_normal((1001, 204)).astype(np.float32)
+    _C.use_kernels(table)
+    try:
+        one, two = both_thread_counts(lambda: _C.rotate(x, left, right))
+        single = np.stack([_C.rotate(row, left, right) for row in x[::50]])
+    finally:
+        _C.use_kernels(active)
+    assert one.tobytes() == two.tobytes()
+    assert one[::50].tobytes() == single.tobytes()
+
+
+def test_rotate_takes_lists_strides_swapped_bytes_and_no_rows(rng):
+    left, right = orthogonal(rng, 2), orthogonal(rng, 3)
+    x = rng.standard_normal((4, 12)).astype(np.float32)[:, ::2]
+    expected = _C.rotate(np.ascontiguousarray(x), left, right)
+    for other in (x, x.tolist(), x.astype(">f4"), x.astype(np.float64)):
+        np.testing.assert_array_equal(_C.rotate(other, left, right), expected)
+    np.testing.assert_array_equal(_C.rotate(x, left.tolist(), right.astype(">f4")), expected)
+    assert _C.rotate(np.zeros((0, 6)), left, right).shape == (0, 6)
+
+
+def test_rotate_errors_name_the_argument():
+    x, none = np.zeros((2, 6)), (np.zeros((0, 2), int), [])
+    with pytest.raises(ValueError, match=r"x: expected shape\[-1\] = k1 \* k2 = 2 \* 4, got 6"):
+        _C.rotate(x, np.eye(2), np.eye(4))
+    with pytest.raises(ValueError, match=r"left: expected a square matrix, got \(2, 3\)"):
+        _C.rotate(x, np.zeros((2, 3)), np.eye(3))
+    with pytest.raises(ValueError, match="right: expected 2 dimensions, got 1"):
+        _C.rotate(x, np.eye(2), np.zeros(3))
+    with pytest.raises(ValueError, match=r"right: expected \(order, hadamard, pairs, angles\)"):
+        _C.rotate(x, np.eye(2), (3, True))
+    with pytest.raises(ValueError, match="right: expected an order of 1 to .*, got 0"):
+        _C.rotate(x, np.eye(2), (0, True, *none))
+    with pytest.raises(ValueError, match=r"left: expected two different indices below 2"):
+        _C.rotate(x, (2, False, [[0, 2]], [0.1]), np.eye(3))
+    with pytest.raises(ValueError, match="left: expected as many angles as pairs = 1, got 2"):
+        _C.rotate(x, (2, False, [[0, 1]], [0.1, 0.2]), np.eye(3))
+    with pytest.raises(ValueError, match="left: angle 0 is NaN or Inf"):
+        _C.rotate(x, (2, False, [[0, 1]], [np.inf]), np.eye(3))
+    with pytest.raises(ValueError, match="x: expected"):
+        _C.rotate(1.0, np.eye(1), np.eye(1))
+
+
+FUNCTIONS = [
+    "factor_sizes",
+    "givens_angle",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "chain_apply",
+    "art_extremes",
+    "art_columns",
+    "urt",
+    "uniformity_sweep",
+    "rotate",
+    "statistics_update",
+    "statistics_merge",
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rotate_functions_have_signatures_and_twins(name):
+    function = getattr(_C, name)
+    assert function.__text_signature__.startswith("(")
+    assert function.__doc__
+    assert callable(getattr(reference, name))
