@@ -1,0 +1,204 @@
+"""Checkpoint + tokens -> statistics of every site, layer by layer.
+
+The layers run one after the other on the unquantized weights; a layer's inputs live only while it
+is processed. Statistics are the same bytes at any thread count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from . import _C
+from .artifacts import SITES, FormatError, LayerStatistics, SiteStatistics, read_json
+from .forward import build_layer, flat_positions
+
+WINDOW = 512  # tokens of a calibration window
+SAMPLE_TOKENS = 512  # tokens kept per site for the angles
+SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
+STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 1
+ARRAYS = ("gram1", "gram2", "min", "max", "sum", "sum2", "sum4", "sample", "weights")
+
+
+def calibration_windows(
+    tokens: Sequence[int] | NDArray[np.integer], count: int, window: int = WINDOW, seed: int = 0
+) -> NDArray[np.int64]:
+    """Windows [count // window, window] of a calibration text's tokens.
+
+    seed 0 takes the first windows, any other draws windows without replacement. A text with fewer
+    than `count` tokens gives the windows it has. ValueError when there is not even one.
+    """
+    tokens = np.asarray(tokens, np.int64)
+    if count < 1:
+        raise ValueError(f"calibration_tokens: expected at least 1, got {count}")
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 token, got {window}")
+    window = min(window, count)
+    available = len(tokens) // window
+    if available == 0:
+        raise ValueError(
+            f"calibration text: expected at least one window of {window} tokens, got {len(tokens)}"
+        )
+    wanted = min(count // window, available)
+    windows = tokens[: available * window].reshape(available, window)
+    if seed:
+        chosen = np.random.default_rng(seed).permutation(available)[:wanted]
+        return windows[np.sort(chosen)]
+    return windows[:wanted]
+
+
+def site_statistics(
+    inputs: NDArray[np.float32], weights: Sequence[NDArray], sample_tokens: int = SAMPLE_TOKENS
+) -> SiteStatistics:
+    """Statistics of one site from its inputs [m, k] and its linears' weights, each [n, k]."""
+    k1, k2 = _C.factor_sizes(inputs.shape[1])
+    state = _C.statistics_update(inputs, k1, k2)
+    tokens = max(1, -(-len(inputs) // sample_tokens))
+    rows = max(1, -(-sum(map(len, weights)) // SAMPLE_ROWS))
+    kept = [_C.to_float32(np.ascontiguousarray(w[::rows]), reject=True) for w in weights]
+    return SiteStatistics(k1, k2, *state, sample=inputs[::tokens].copy(),
+                          weights=np.concatenate(kept))
+
+
+def calibrate(
+    checkpoint,
+    windows: NDArray[np.int64],
+    sample_tokens: int = SAMPLE_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+    skip: Collection[int] = (),
+) -> Iterator[LayerStatistics]:
+    """Yield the statistics of each layer's sites, in order.
+
+    checkpoint: an unquantized Checkpoint. windows: [count, length] token ids, each a sequence of
+    its own. progress(layers done, layers) is called after each layer; an exception cancels.
+    skip: layers that are only passed through, without statistics. ValueError when the checkpoint
+    is packed, a token id is outside the vocabulary or an activation is not finite.
+    """
+    checkpoint.require_unquantized()
+    windows = np.asarray(windows, np.int64)
+    if windows.ndim != 2 or windows.size == 0:
+        raise ValueError(f"windows: expected (count, length) with tokens, got {windows.shape}")
+    return _layers(checkpoint, windows, sample_tokens, progress, skip)
+
+
+def _layers(checkpoint, windows, sample_tokens, progress, skip) -> Iterator[LayerStatistics]:
+    """The loop of `calibrate`, whose arguments were checked."""
+    shape = checkpoint.shape
+    last = max(set(range(shape.layers)) - set(skip), default=-1)  # nothing is asked behind it
+    sequence, position = flat_positions(np.full(len(windows), windows.shape[1]))
+    hidden = _C.gather_rows(checkpoint.embedding, windows.reshape(-1))
+    for index in range(shape.layers):
+        if index <= last:
+            layer = build_layer(checkpoint, index)
+            cache = _C.KVCache(1, len(windows), shape.kv_heads, shape.head_dim, windows.shape[1])
+            record = index not in skip
+            inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
+            del layer, cache
+            if record:
+                sites = _layer_statistics(checkpoint, index, inputs, sample_tokens)
+                del inputs
+                yield sites
+        if progress:
+            progress(index + 1, shape.layers)
+
+
+def _layer_statistics(checkpoint, index, inputs, sample_tokens) -> LayerStatistics:
+    """Statistics of a layer from the recorded inputs of its sites."""
+    linears, sites = checkpoint.layer(index).linears, {}
+    for name, recorded in zip(SITES, inputs, strict=True):
+        weights = [linears[role].weight for role in checkpoint.architecture.sites[name]]
+        try:
+            sites[name] = site_statistics(recorded, weights, sample_tokens)
+        except ValueError as error:
+            for i in range(index + 1):  # a weight that is not finite is the better message
+                checkpoint.require_finite(i)
+            raise ValueError(f"layer {index}, inputs of {name}: {error}") from None
+    return LayerStatistics(index, sites)
+
+
+def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -> None:
+    """Write one file per layer, and statistics.json; the folder appears only when it is whole.
+
+    FileExistsError when it is there already.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} already exists")
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True)
+    try:
+        count = 0
+        for layer in statistics:
+            tensors = {
+                f"{name}.{field}": getattr(site, field)
+                for name, site in layer.sites.items()
+                for field in ARRAYS
+            }
+            save_file(tensors, partial / _layer_file(layer.index),
+                      {f"{n}.count": str(s.count) for n, s in layer.sites.items()})
+            count += 1
+        header = {"format_version": STATISTICS_VERSION, "layers": count}
+        (partial / STATISTICS_FILE).write_text(json.dumps(header))
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _layer_file(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def load_statistics(folder: str | Path) -> Iterator[LayerStatistics]:
+    """Yield what `save_statistics` wrote, layer by layer. FormatError names what is wrong."""
+    path = Path(folder) / STATISTICS_FILE
+    header = read_json(path)
+    version, layers = header.get("format_version"), header.get("layers")
+    if type(version) is not int or version != STATISTICS_VERSION:
+        raise FormatError(
+            f"{path}: format_version: expected {STATISTICS_VERSION}, found {version!r:.80}"
+        )
+    if type(layers) is not int or layers < 0:
+        raise FormatError(f"{path}: layers: expected an integer from 0, found {layers!r:.80}")
+    for index in range(layers):
+        yield _load_layer(Path(folder) / _layer_file(index), index)
+
+
+def _load_layer(path: Path, index: int) -> LayerStatistics:
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "np") as file:
+            counts = file.metadata() or {}
+        return LayerStatistics(index, {name: _load_site(name, tensors, counts) for name in SITES})
+    except KeyError as error:
+        raise FormatError(f"{path}: expected {error.args[0]}, found no such entry") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
+def _load_site(
+    name: str, tensors: Mapping[str, NDArray], counts: Mapping[str, str]
+) -> SiteStatistics:
+    """One site's statistics. KeyError for a missing entry, ValueError for one that is wrong."""
+    arrays = {field: tensors[f"{name}.{field}"] for field in ARRAYS}
+    k1, k2 = (len(np.atleast_1d(arrays[gram])) for gram in ("gram1", "gram2"))
+    for field, array in arrays.items():
+        rows = len(array) if array.ndim else 0
+        shape = {"gram1": (k1, k1), "gram2": (k2, k2), "sample": (rows, k1 * k2),
+                 "weights": (rows, k1 * k2)}.get(field, (k1 * k2,))
+        dtype = np.float32 if field in ("sample", "weights") else np.float64
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{name}.{field}: expected {np.dtype(dtype)} {shape}, "
+                             f"found {array.dtype} {array.shape}")
+    count = counts[f"{name}.count"]
+    if not (count.isascii() and count.isdigit()):
+        raise ValueError(f"{name}.count: expected a number of tokens, found {count!r:.80}")
+    return SiteStatistics(k1, k2, int(count), **arrays)
