@@ -1,0 +1,134 @@
+"""Perplexity and divergence of anything that turns tokens into logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _C
+
+TOKENS_PER_STEP = 2048  # windows are grouped into calls of about this many tokens
+HEAD_ROWS = 256  # rows of logits alive at once
+
+
+class Scorer(Protocol):
+    """What evaluation needs of a model."""
+
+    def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]: ...
+    def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation; divergences are None without a reference model.
+
+    perplexity is exp of the mean negative log-likelihood (nats) over `predictions` predictions;
+    kl_mean and kl_p99 are nats per token from the reference to the model; top1_agreement is the
+    share of predictions whose most likely token is the same.
+    """
+
+    perplexity: float
+    tokens: int
+    predictions: int
+    seq_len: int
+    seconds: float
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    reference_perplexity: float | None = None
+
+    def to_json(self) -> dict[str, float | int]:
+        """The fields that were measured, ready for json.dumps."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def __repr__(self) -> str:
+        text = f"Evaluation(perplexity={self.perplexity:.4f}, predictions={self.predictions}"
+        if self.kl_mean is not None:
+            text += f", kl_mean={self.kl_mean:.5f}, top1_agreement={self.top1_agreement:.3f}"
+        return text + ")"
+
+
+def split_windows(tokens: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Windows [count, seq_len] without overlap, the rest left out (as GPTQ and QuaRot do)."""
+    if seq_len < 2:
+        raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise ValueError(f"text: expected at least one window of {seq_len} tokens, "
+                         f"got {len(tokens)} tokens")
+    return np.asarray(tokens[: count * seq_len], np.int64).reshape(count, seq_len)
+
+
+def evaluate(
+    model: Scorer,
+    tokens: NDArray[np.int64],
+    seq_len: int,
+    reference: Scorer | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity over all whole windows of tokens [count]; with a reference also the divergences.
+
+    progress(done, total) is called after each group of windows; an exception in it cancels.
+    """
+    start = time.perf_counter()
+    windows = split_windows(tokens, seq_len)
+    nll, reference_nll, kl, same = [], [], [], []
+    step = max(1, TOKENS_PER_STEP // seq_len)
+    for first in range(0, len(windows), step):
+        group = windows[first : first + step]
+        for target, logits, expected in _predictions(model, reference, group):
+            nll.append(_finite(_C.negative_log_likelihood(logits, target), "model"))
+            if expected is not None:
+                likelihood = _C.negative_log_likelihood(expected, target)
+                reference_nll.append(_finite(likelihood, "reference"))
+                divergence, agree = _C.kl_divergence(expected, logits)
+                kl.append(divergence)
+                same.append(agree)
+        if progress:
+            progress(min(first + step, len(windows)), len(windows))
+    nll = np.concatenate(nll)
+    result = {
+        "perplexity": float(np.exp(nll.mean())),
+        "tokens": int(windows.size),
+        "predictions": len(nll),
+        "seq_len": seq_len,
+    }
+    if kl:
+        kl = np.concatenate(kl)
+        result |= {
+            "kl_mean": float(kl.mean()),
+            "kl_p99": float(np.quantile(kl, 0.99)),
+            "top1_agreement": float(np.concatenate(same).mean()),
+            "reference_perplexity": float(np.exp(np.concatenate(reference_nll).mean())),
+        }
+    return Evaluation(seconds=time.perf_counter() - start, **result)
+
+
+def _finite(nll: NDArray[np.float64], who: str) -> NDArray[np.float64]:
+    """nll itself; ValueError when a model's logits made it NaN or Inf."""
+    if not np.isfinite(nll).all():
+        raise ValueError(f"{who}: expected finite logits, found NaN or Inf")
+    return nll
+
+
+def _predictions(
+    model: Scorer, reference: Scorer | None, windows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray, NDArray, NDArray | None]]:
+    """Blocks of (targets, logits, reference logits) over the predictions of some windows."""
+    target = windows[:, 1:].reshape(-1)
+    hidden = model.hidden_states(windows)[:, :-1].reshape(len(target), -1)
+    expected = None
+    if reference is not None:
+        expected = reference.hidden_states(windows)[:, :-1].reshape(len(target), -1)
+    for first in range(0, len(target), HEAD_ROWS):
+        rows = slice(first, first + HEAD_ROWS)
+        yield (
+            target[rows],
+            model.logits(hidden[rows]),
+            None if expected is None else reference.logits(expected[rows]),
+        )
