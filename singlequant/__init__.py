@@ -1,1 +1,79 @@
+# ruff: noqa: I001
 """Run large language models in 4 bits on the CPU: closed-form rotations, packed int4 kernels."""
+
+from . import arrays
+from ._C import FormatError, get_num_threads, set_num_threads
+from .artifacts import (
+    Factor,
+    LayerRotations,
+    LayerStatistics,
+    PackedLinear,
+    QuantConfig,
+    QuantizedLayer,
+    SiteRotation,
+    SiteStatistics,
+)
+from .calibrate import calibrate, calibration_windows, load_statistics, save_statistics
+from .checkpoint import Checkpoint, load_checkpoint
+from .evaluate import Evaluation, evaluate
+from .info import __version__, show_runtime
+from .quantize import quantize
+from .rotate import solve_rotations
+from .runtime import Model
+from .sweep import (
+    Summary,
+    bundled_model,
+    bundled_text,
+    calibration_tokens,
+    load,
+    perplexity,
+    quantize_folder,
+    save,
+)
+
+# Last: `rotate` and `pack` are functions here, and stage modules of the same name when imported.
+from .arrays import art, givens_angle, hadamard, linear, pack, rotate, unpack, urt
+
+__all__ = [
+    "Checkpoint",
+    "Evaluation",
+    "Factor",
+    "FormatError",
+    "LayerRotations",
+    "LayerStatistics",
+    "Model",
+    "PackedLinear",
+    "QuantConfig",
+    "QuantizedLayer",
+    "SiteRotation",
+    "SiteStatistics",
+    "Summary",
+    "__version__",
+    "arrays",
+    "art",
+    "bundled_model",
+    "bundled_text",
+    "calibrate",
+    "calibration_tokens",
+    "calibration_windows",
+    "evaluate",
+    "get_num_threads",
+    "givens_angle",
+    "hadamard",
+    "linear",
+    "load",
+    "load_checkpoint",
+    "load_statistics",
+    "pack",
+    "perplexity",
+    "quantize",
+    "quantize_folder",
+    "rotate",
+    "save",
+    "save_statistics",
+    "set_num_threads",
+    "show_runtime",
+    "solve_rotations",
+    "unpack",
+    "urt",
+]

@@ -1,0 +1,96 @@
+"""The whole thing on the bundled model: quantize, compare, draw, write."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from . import _C
+from .artifacts import QuantConfig, SiteRotation, SiteStatistics
+from .calibrate import calibrate
+from .checkpoint import load_checkpoint
+from .rotate import solve_site
+from .sweep import (
+    bundled_model,
+    bundled_text,
+    calibration_tokens,
+    folder_bytes,
+    load,
+    perplexity,
+    quantize_folder,
+)
+
+RUNS = (("w4a4", "none"), ("w4a4", "hadamard"), ("w4a4", "singlequant"), ("w4a8", "singlequant"))
+SEQ_LEN = 256
+EVALUATED_TOKENS = 8192
+PROMPT = "This function"
+NEW_TOKENS = 40
+
+
+def demo(picture: Path) -> None:
+    """Print one table and one sentence, save one picture of activations before and after."""
+    source = bundled_model()
+    original = load(source)
+    tokens = original.encode(bundled_text("heldout"))[:EVALUATED_TOKENS]
+    print(f"{original!r}: activations with outlier channels, as in large models\n")
+    before = perplexity(original, tokens, SEQ_LEN)
+    print("scheme  method        perplexity  KL to original   size MB   seconds to quantize")
+    print(f"{'16-bit':<7} {'original':<12} {before.perplexity:>11.3f}  {0:>14.5f}  "
+          f"{folder_bytes(source) / 1e6:>8.2f}   {'':>19}")
+    with tempfile.TemporaryDirectory() as folder:
+        for scheme, method in RUNS:
+            out = Path(folder) / f"{scheme}-{method}"
+            summary = quantize_folder(source, out, QuantConfig(scheme=scheme, method=method))
+            quantized = load(out)
+            result = perplexity(quantized, tokens, SEQ_LEN, reference=original)
+            print(f"{scheme:<7} {method:<12} {result.perplexity:>11.3f}  {result.kl_mean:>14.5f}  "
+                  f"{summary.bytes_after / 1e6:>8.2f}   {summary.seconds:>19.2f}")
+            if (scheme, method) == ("w4a4", "singlequant"):
+                text = quantized.generate(PROMPT, max_new_tokens=NEW_TOKENS, temperature=0.6,
+                                          top_k=20, seed=1)
+    written = " ".join(f"{PROMPT}{text}".split())
+    print(f"\nW4A4 writes: {written}\n")
+    print(draw(source, picture))
+
+
+def worst_site(source: Path) -> tuple[str, SiteStatistics, SiteRotation]:
+    """The site whose channels differ most in size: its name, statistics and rotation."""
+    checkpoint = load_checkpoint(source)
+    found = None
+    for layer in calibrate(checkpoint, calibration_tokens(checkpoint, QuantConfig())):
+        for name, site in layer.sites.items():
+            rms = np.sqrt(site.sum2 / site.count)
+            ratio = rms.max() / np.median(rms)
+            if found is None or ratio > found[0]:
+                found = ratio, f"layer {layer.index}, inputs of {name}", site
+    _, name, site = found
+    return name, site, solve_site(site)
+
+
+def draw(source: Path, picture: Path) -> str:
+    """Save the picture; returns the line to print."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no picture: it needs matplotlib (pip install 'singlequant[plots]')"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    name, site, rotation = worst_site(source)
+    before = np.abs(site.sample)
+    after = np.abs(_C.rotate(site.sample, rotation.left.runtime(), rotation.right.runtime()))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    channels = np.arange(before.shape[1])
+    for axis, values, title in zip(axes, (before, after), ("before", "after rotation"),
+                                   strict=True):
+        for quantile, shade in ((1.0, "0.8"), (0.99, "0.55"), (0.5, "0.1")):
+            axis.fill_between(channels, np.quantile(values, quantile, axis=0), color=shade, lw=0,
+                              label=f"{quantile:.0%} of tokens" if quantile < 1 else "largest")
+        axis.set(title=f"{name}: {title}", xlabel="channel", xlim=(0, len(channels) - 1))
+    axes[0].set_ylabel("|activation|")
+    axes[0].legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    return f"picture: {picture}"

@@ -1,0 +1,47 @@
+"""The package's version and what it runs on."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import numpy as np
+
+from . import _C
+
+__version__ = metadata.version("singlequant")
+
+
+def runtime_info() -> dict[str, object]:
+    """What matters in a bug report: kernels, threads, BLAS, versions."""
+    kernels = _C.kernels()
+    return {
+        "singlequant": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "kernels": kernels["active"],
+        "kernels compiled": ", ".join(kernels["compiled"]),
+        "kernels runnable": ", ".join(kernels["runnable"]),
+        "threads": _C.get_num_threads(),
+        "blas": _C.blas_info(),
+    }
+
+
+def cpu_name() -> str:
+    """The CPU as /proc/cpuinfo names it; "unknown" elsewhere."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return "unknown"
+
+
+def show_runtime() -> None:
+    """Print `runtime_info`, a line each."""
+    for key, value in runtime_info().items():
+        print(f"{key:<17} {value}")

@@ -1,0 +1,57 @@
+"""A whole model in float32 with rotated inputs and rotated weights is the model itself."""
+
+import numpy as np
+import pytest
+
+import singlequant as sq
+from singlequant import _C, _reference
+from singlequant.artifacts import SITES
+from singlequant.forward import architecture_row, flat_positions
+from singlequant.rotate import METHODS
+
+
+def rotated_linear(weight, rotation):
+    sides = rotation.left.runtime(), rotation.right.runtime()
+    turned = _C.rotate(_C.to_float32(weight), *sides)
+    return lambda x: _C.linear_dense(_C.rotate(x.astype(np.float32), *sides), turned)
+
+
+def rotated_logits(checkpoint, rotations, tokens):
+    """Logits [m, vocab] of one sequence, every linear replaced by its rotated self."""
+    shape = checkpoint.shape
+    sequence, position = flat_positions([len(tokens)])
+    hidden = _C.gather_rows(checkpoint.embedding, tokens).astype(np.float64)
+    cache = _reference.KVCache(1, 1, shape.kv_heads, shape.head_dim, len(tokens))
+    for layer in rotations:
+        weights = checkpoint.layer(layer.layer)
+        linears = [
+            rotated_linear(weights.linears[role].weight, layer.sites[site])
+            for site in SITES
+            for role in checkpoint.architecture.sites[site]
+        ]
+        twin = _reference.DecoderLayer(architecture_row(shape), weights.norms, linears, None)
+        twin.forward(hidden, sequence, position, cache, 0)
+    final = _reference.rms_norm(hidden, checkpoint.final_norm.astype(np.float64), shape.rms_eps)
+    return _C.linear_dense(final.astype(np.float32), checkpoint.head)
+
+
+def check(folder, windows, tokens, method):
+    checkpoint = sq.load_checkpoint(folder)
+    rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows), method)
+    logits = rotated_logits(checkpoint, rotations, tokens)
+    original = sq.load(folder).forward(tokens[None])[0]
+    np.testing.assert_allclose(logits, original, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rotated_model_gives_the_originals_logits(make_checkpoint, tmp_path, method):
+    model = make_checkpoint(tmp_path / "model", intermediate=172, dtype="float32")
+    rng = np.random.default_rng(0)
+    check(model, rng.integers(0, 320, (2, 24)), rng.integers(0, 320, 20), method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["singlequant", "paper", "hadamard"])
+def test_rotated_reference_model_gives_the_originals_logits(reference_model, method):
+    rng = np.random.default_rng(0)
+    check(reference_model, rng.integers(0, 4096, (1, 128)), rng.integers(0, 4096, 48), method)

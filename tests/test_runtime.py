@@ -1,0 +1,212 @@
+"""A loaded model: the same bits in prefill and decode, alone or in a batch, at any thread count."""
+
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+import singlequant as sq
+from singlequant import _C
+from singlequant.runtime import stream_text
+
+TEXT = "the quick brown fox rotates its tail. " * 60
+
+
+@pytest.fixture(scope="module", params=["w4a4", "w4a8", "w4a16"])
+def model(request, tmp_path_factory):
+    from conftest import make_checkpoint
+
+    folder = tmp_path_factory.mktemp(request.param)
+    source = make_checkpoint(folder / "source", hidden=96, intermediate=176, heads=6, kv_heads=2,
+                             tie=False, layers=3)
+    checkpoint = sq.load_checkpoint(source)
+    config = sq.QuantConfig(scheme=request.param, calibration_tokens=64)
+    windows = np.arange(64).reshape(2, 32)
+    rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows))
+    out = sq.save(sq.quantize(checkpoint, rotations, config), folder / "out", checkpoint, config)
+    return sq.load(out)
+
+
+def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 320, n) for n in rng.integers(5, 40, count)]
+
+
+def hidden_alone(model, tokens):
+    return model.new_session(1, 64).append([tokens])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_decode_gives_the_bits_of_prefill(model, threads):
+    sq.set_num_threads(threads)
+    tokens = prompts(1)[0]
+    whole = hidden_alone(model, tokens)
+    session = model.new_session(1, 64)
+    steps = np.concatenate([session.append([tokens[i : i + 1]]) for i in range(len(tokens))])
+    np.testing.assert_array_equal(steps, whole)
+    np.testing.assert_allclose(model.logits(steps), model.logits(whole), atol=1e-4, rtol=0)
+
+
+def test_prefill_in_pieces_gives_the_bits_of_prefill_at_once(model):
+    tokens = prompts(1, seed=3)[0]
+    session = model.new_session(1, 64)
+    pieces = np.concatenate([session.append([tokens[:3]]), session.append([tokens[3:]])])
+    np.testing.assert_array_equal(pieces, hidden_alone(model, tokens))
+
+
+def test_batch_of_eight_gives_the_bits_of_each_alone(model):
+    batch = prompts(8, seed=1)
+    together = model.new_session(8, 64).append(batch)
+    alone = np.concatenate([hidden_alone(model, tokens) for tokens in batch])
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_allclose(model.logits(together), model.logits(alone), atol=1e-4, rtol=0)
+
+
+def test_threads_do_not_change_a_bit(model):
+    batch = prompts(4, seed=2)
+    results = []
+    for threads in (1, 2, 5):
+        sq.set_num_threads(threads)
+        results.append(model.new_session(4, 64).append(batch))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_windows_give_the_bits_of_a_session(model):
+    windows = np.stack([np.arange(20, 52), np.arange(100, 132)])
+    hidden = model.hidden_states(windows)
+    np.testing.assert_array_equal(hidden.reshape(64, -1), model.new_session(2, 32).append(windows))
+
+
+def test_kernel_tables_agree_within_rounding(model):
+    tokens = prompts(1, seed=4)[0]
+    results = {}
+    for name in _C.kernels()["runnable"]:
+        _C.use_kernels(name)
+        results[name] = sq.load(model.checkpoint.path).forward(tokens[None])
+    first = next(iter(results.values()))
+    for logits in results.values():
+        scale = np.abs(first).max()
+        # a code may step at a rounding boundary; everything else is float32 rounding
+        assert np.abs(logits - first).max() < 0.05 * scale
+
+
+def test_generate_is_the_same_alone_and_in_a_batch(model):
+    batch = prompts(5, seed=5)
+    options = {"max_new_tokens": 12, "temperature": 0.0, "stop_tokens": []}
+    together = model.generate([list(p) for p in batch], **options)
+    alone = [model.generate([int(t) for t in p], **options) for p in batch]
+    assert together == alone
+
+
+def test_generate_with_a_seed_repeats_itself_and_streams(model):
+    seen = []
+    options = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    a = model.generate("the quick", **options, seed=1, stop_tokens=[],
+                       on_token=lambda i, t: seen.append(t))
+    assert a == model.generate("the quick", **options, seed=1, stop_tokens=[])
+    assert len(seen) == 8
+    others = {model.generate("the quick", **options, seed=s, stop_tokens=[]) for s in range(2, 7)}
+    assert others - {a}
+
+
+@pytest.fixture(scope="module")
+def metaspace_model(tmp_path_factory):
+    """A tokenizer as LLaMA 2's: words carry their space, decoding strips the first."""
+    from conftest import make_checkpoint
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    folder = make_checkpoint(tmp_path_factory.mktemp("metaspace") / "model")
+    pieces = ["<unk>", "<s>", "</s>", *(f"\u2581{w}" for w in ("the", "function", "returns")), "x"]
+    vocabulary = {p: i for i, p in enumerate([*pieces, *(f"\u2581w{i}" for i in range(313))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return sq.load(folder)
+
+
+def test_space_before_the_first_new_word_is_kept(metaspace_model):
+    prompt = metaspace_model.encode("the function").tolist()
+    assert len(prompt) == 2
+    new = metaspace_model.encode("returns the").tolist()
+    assert metaspace_model.decode_after(prompt, new) == " returns the"
+    step = stream_text(metaspace_model, prompt)
+    assert [step(token) for token in new] == [" returns", " the"]
+
+
+def test_generated_text_continues_the_prompt(metaspace_model):
+    text = metaspace_model.generate("the function", max_new_tokens=3, stop_tokens=[])
+    tokens = metaspace_model.encode("the function").tolist()
+    new = metaspace_model.generate(tokens, max_new_tokens=3, stop_tokens=[])
+    whole = metaspace_model.tokenizer.decode(tokens + new)
+    assert "the function" + text == whole
+
+
+def test_stream_waits_for_whole_characters(model):
+    new = model.encode("\u20ac!", special=False).tolist()  # three bytes, a token each
+    step = stream_text(model, [5])
+    shown = [step(token) for token in new]
+    assert "".join(shown) == "\u20ac!"
+    assert shown[0] == ""
+
+
+def test_generate_ends_at_a_stop_token(model):
+    tokens = model.generate([5, 6, 7], max_new_tokens=10, stop_tokens=[])
+    assert len(tokens) == 10
+    cut = model.generate([5, 6, 7], max_new_tokens=10, stop_tokens=[tokens[4]])
+    assert cut == tokens[: tokens.index(tokens[4])]
+
+
+def test_generate_stops_at_the_models_maximum(model):
+    limit = model.shape.max_position_embeddings
+    new = model.generate([5] * (limit - 3), max_new_tokens=50, stop_tokens=[])
+    assert len(new) == 4  # positions limit - 3 .. limit - 1 are fed, the last one's answer is free
+
+
+@pytest.mark.parametrize(("prompt", "message"), [
+    ([], "at least one prompt"), ([[]], "prompt 0: expected at least one token"),
+    ([[5] * 256], "prompt 0: expected fewer than 256 tokens"), ([[5, 320]], "320"),
+])
+def test_generate_names_a_bad_prompt(model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt)
+
+
+def test_session_refuses_more_than_its_capacity(model):
+    session = model.new_session(1, 8)
+    session.append([np.arange(6)])
+    with pytest.raises(ValueError, match="at most 8 in a sequence, got 9"):
+        session.append([np.arange(3)])
+
+
+def test_perplexity_counts_windows_and_predictions(model):
+    result = sq.perplexity(model, TEXT, seq_len=32)
+    count = len(model.encode(TEXT)) // 32
+    assert (result.tokens, result.predictions) == (count * 32, count * 31)
+    assert result.kl_mean is None
+    assert set(result.to_json()) == {"perplexity", "tokens", "predictions", "seq_len", "seconds"}
+
+
+def test_perplexity_equals_the_formula(model):
+    tokens = model.encode(TEXT)[:64]
+    result = sq.perplexity(model, tokens, seq_len=32)
+    logits = model.forward(tokens.reshape(2, 32)).astype(np.float64)[:, :-1]
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, tokens.reshape(2, 32)[:, 1:, None], -1)
+    assert result.perplexity == pytest.approx(np.exp(-picked.mean()), rel=1e-6)
+
+
+def test_divergence_from_itself_is_zero(model):
+    result = sq.perplexity(model, TEXT, seq_len=32, reference=model)
+    assert abs(result.kl_mean) < 1e-9
+    assert result.top1_agreement == 1.0
+
+
+def test_model_repr_says_what_it_is(model):
+    assert repr(model) == "Model('out', quantized, layers=3, hidden=96, vocab=320)"

@@ -1,0 +1,247 @@
+"""The one sweep on small checkpoints: whole folders, same bytes, resume, memory, recipes."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import SENTENCES as TEXT
+from safetensors.numpy import load_file, save_file
+
+import singlequant as sq
+from singlequant.artifacts import SITES
+from singlequant.sweep import PeakMemory, dry_run
+
+
+def config(**changes) -> sq.QuantConfig:
+    return sq.QuantConfig(**{"calibration_tokens": 64, **changes})
+
+
+def digests(folder):
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_quantized_folder_runs(make_checkpoint, tmp_path, text, scheme, architecture):
+    model = make_checkpoint(tmp_path / "source", architecture=architecture, tie=False)
+    out = tmp_path / "out"
+    summary = sq.quantize_folder(model, out, config(scheme=scheme), text)
+    original, quantized = sq.load(model), sq.load(out)
+    assert quantized.checkpoint.quantized
+    result = sq.perplexity(quantized, TEXT, 32, reference=original)
+    # random weights: only a sanity bound; the reference model's figures are held elsewhere
+    assert result.kl_mean < {"w4a4": 0.2, "w4a8": 0.1, "w4a16": 0.1}[scheme]
+    assert len(summary.sites) == 8
+    assert summary.bytes_after > 0
+    assert "Summary('out'" in repr(summary)
+
+
+@pytest.mark.parametrize("method", ["singlequant", "paper", "art", "urt", "hadamard", "none"])
+@pytest.mark.parametrize("shape", [
+    {"hidden": 64, "intermediate": 96},
+    {"hidden": 60, "heads": 2, "kv_heads": 1, "head_dim": 22, "intermediate": 53},
+])
+def test_high_precision_activations_keep_the_function(make_checkpoint, tmp_path, text, method,
+                                                      shape):
+    model = make_checkpoint(tmp_path / "source", dtype="float32", bias=True, **shape)
+    out = tmp_path / "out"
+    sq.quantize_folder(model, out, config(method=method, scheme="w4a16", ignore=("*.down_proj",)),
+                       text)
+    result = sq.perplexity(sq.load(out), TEXT, 32, reference=sq.load(model))
+    assert result.kl_mean < 0.3  # a wrong rotation gives several nats
+    assert result.top1_agreement > 0.75
+
+
+def test_same_input_gives_the_same_bytes_at_any_thread_count(model, tmp_path, text):
+    for threads in (1, 2, 5):
+        sq.set_num_threads(threads)
+        sq.quantize_folder(model, tmp_path / f"out{threads}", config(), text)
+    assert digests(tmp_path / "out1") == digests(tmp_path / "out2") == digests(tmp_path / "out5")
+
+
+def test_stages_chained_by_hand_give_the_same_folder(model, tmp_path, text):
+    sq.quantize_folder(model, tmp_path / "a", config(), text)
+    checkpoint = sq.load_checkpoint(model)
+    windows = sq.calibration_tokens(checkpoint, config(), text)
+    rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows))
+    sq.save(sq.quantize(checkpoint, rotations, config()), tmp_path / "b", checkpoint, config())
+    a, b = digests(tmp_path / "a"), digests(tmp_path / "b")
+    assert {k: v for k, v in a.items() if k != "recipe.json"} == {
+        k: v for k, v in b.items() if k != "recipe.json"
+    }
+
+
+def test_recipe_beside_the_result_makes_it_again(model, tmp_path, text):
+    used = config(scheme="w4a8", group_size=32, seed=3, ignore=("*.q_proj",))
+    sq.quantize_folder(model, tmp_path / "a", used, text)
+    again = sq.QuantConfig.from_file(tmp_path / "a" / "recipe.json")
+    assert again == used
+    sq.quantize_folder(model, tmp_path / "b", again, text)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_recipe_with_another_text_is_refused(make_checkpoint, model, tmp_path, text):
+    sq.quantize_folder(model, tmp_path / "a", config(), text)
+    recipe = tmp_path / "a" / "recipe.json"
+    other = tmp_path / "other.txt"
+    other.write_text("another text altogether, as long as it must be. " * 100)
+    message = r"recipe\.json: it was made with another calibration text \(sha256 [0-9a-f]{64}\)"
+    with pytest.raises(ValueError, match=message):
+        sq.quantize_folder(model, tmp_path / "b", config(), other, recipe=recipe)
+    assert not (tmp_path / "b").exists()
+    sq.quantize_folder(model, tmp_path / "b", config(), text, recipe=recipe)
+    # tokens chosen in another way, another model and options alone have no text to agree with
+    sq.quantize_folder(model, tmp_path / "c", config(seed=1), other, recipe=recipe)
+    fine_tuned = make_checkpoint(tmp_path / "fine-tuned", seed=1)
+    sq.quantize_folder(fine_tuned, tmp_path / "d", config(), other, recipe=recipe)
+    recipe.write_text(json.dumps(config().to_json()))
+    sq.quantize_folder(model, tmp_path / "e", config(), other, recipe=recipe)
+
+
+@pytest.mark.parametrize("tensor", [
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.1.mlp.down_proj.bias",
+    "model.layers.1.self_attn.q_proj.bias",
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.layers.0.post_attention_layernorm.weight",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf_never_reach_out(make_checkpoint, tmp_path, text, tensor, value):
+    model = make_checkpoint(tmp_path / "model", bias=True, tie=False)
+    tensors = load_file(model / "model.safetensors")
+    tensors[tensor].reshape(-1)[-1] = value
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ValueError, match=f"^{re.escape(tensor.removesuffix('.weight'))}"):
+        sq.quantize_folder(model, tmp_path / "out", config(ignore=("*.down_proj",)), text)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("run", [
+    lambda model, out, *rest: sq.quantize_folder(model, out, *rest),
+    lambda model, out, *rest: dry_run(model, *rest),
+])
+def test_what_cannot_be_made_is_refused_before_the_text_is_read(model, tmp_path, text, run):
+    sq.quantize_folder(model, tmp_path / "packed", config(), text)
+    missing, out = tmp_path / "no.txt", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"checkpoint: expected an unquantized model, .*/packed\)"):
+        run(tmp_path / "packed", out, config(), missing)
+    with pytest.raises(ValueError, match=r"ignore: 'no\*' matches no linear of the model"):
+        run(model, out, config(ignore=("no*",)), missing)
+
+
+def test_calibration_windows_fit_the_model(make_checkpoint, tmp_path, text):
+    checkpoint = sq.load_checkpoint(make_checkpoint(tmp_path / "short"))
+    limit = checkpoint.shape.max_position_embeddings
+    assert limit < 512
+    assert sq.calibration_tokens(checkpoint, sq.QuantConfig(), text).shape[1] == limit
+
+
+def test_ignored_linears_keep_their_bits(model, tmp_path, text):
+    sq.quantize_folder(model, tmp_path / "out", config(ignore=("model.layers.1.*",)), text)
+    before, after = sq.load_checkpoint(model), sq.load_checkpoint(tmp_path / "out")
+    for role, linear in after.layer(1).linears.items():
+        np.testing.assert_array_equal(linear.weight, before.layer(1).linears[role].weight)
+
+
+def test_ignoring_the_head_by_name_changes_nothing(model, tmp_path, text):
+    sq.quantize_folder(model, tmp_path / "out", config(ignore=("lm_head",)), text)
+    layer = sq.load_checkpoint(tmp_path / "out").layer(0)
+    assert all(isinstance(linear.weight, sq.PackedLinear) for linear in layer.linears.values())
+
+
+def test_cancelling_leaves_nothing(model, tmp_path, text):
+    def cancel(done, total):
+        raise RuntimeError("cancelled")
+
+    with pytest.raises(RuntimeError, match="cancelled"):
+        sq.quantize_folder(model, tmp_path / "out", config(), text, progress=cancel)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_resume_solves_the_rest_to_the_bytes_of_an_uninterrupted_run(
+    model, tmp_path, text, monkeypatch
+):
+    def stop_after_one(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sq.quantize_folder(model, tmp_path / "out", config(), text, progress=stop_after_one)
+    assert not (tmp_path / "out").exists()
+    first = (tmp_path / "out.partial" / "model-00002-of-00003.safetensors").stat().st_mtime_ns
+    rotate, solved, seen = sys.modules["singlequant.rotate"], [], []
+    solve = rotate.solve_site
+    monkeypatch.setattr(rotate, "solve_site", lambda *a: solved.append(1) or solve(*a))
+    summary = sq.quantize_folder(model, tmp_path / "out", config(), text, resume=True,
+                                 progress=lambda *done: seen.append(done))
+    assert len(solved) == len(SITES)  # one layer of two
+    assert summary.resumed_layers == 1
+    assert [(s.layer, s.site) for s in summary.sites] == [(1, site) for site in SITES]
+    assert seen == [(1, 2), (2, 2)]
+    written = (tmp_path / "out" / "model-00002-of-00003.safetensors").stat().st_mtime_ns
+    assert written == first
+    assert sq.quantize_folder(model, tmp_path / "whole", config(), text).resumed_layers == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_resume_with_another_text_is_refused(model, tmp_path, text):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sq.quantize_folder(model, tmp_path / "out", config(), text, progress=stop)
+    text.write_text("another text altogether, as long as it must be. " * 100)
+    with pytest.raises(ValueError, match="calibration"):
+        sq.quantize_folder(model, tmp_path / "out", config(), text, resume=True)
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_at_most_the_partial_folder(make_checkpoint, tmp_path, text):
+    model = make_checkpoint(tmp_path / "big", hidden=512, intermediate=1024, layers=12)
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "singlequant", "quantize", model, out, "--calibration", text,
+         "--calibration-tokens", "64"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out.partial" / "model-00002-of-00013.safetensors").exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not out.exists()
+    sq.quantize_folder(model, out, config(), text, resume=True)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["scheme"] == "w4a4"
+
+
+def test_dry_run_writes_nothing_and_tells_the_size(model, tmp_path, text):
+    before = set(tmp_path.iterdir())
+    estimate = dry_run(model, config(), text)
+    assert set(tmp_path.iterdir()) == before
+    summary = sq.quantize_folder(model, tmp_path / "out", config(), text)
+    assert abs(estimate.bytes_after - summary.bytes_after) <= 0.05 * summary.bytes_after
+    assert estimate.bytes_before == summary.bytes_before
+    assert estimate.seconds > 0
+
+
+def test_peak_memory_sees_an_allocation():
+    with PeakMemory() as memory:
+        block = np.ones(20_000_000)
+        time.sleep(0.05)
+        del block
+    assert 120e6 < memory.peak - memory.start < 400e6
