@@ -1,0 +1,24 @@
+# Targets for developers; `make help` lists them.
+VENV ?= .venv
+PYTHON ?= python3
+
+.PHONY: help build test ladder asan lint bench notebooks
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+$(VENV)/bin/pytest:
+	$(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -e '.[test]'
+build: $(VENV)/bin/pytest ## build the extension in place
+	$(VENV)/bin/pip install -q -e '.[test]'
+test: build ## run the tests
+	$(VENV)/bin/pytest
+ladder: build ## the tests once per instruction set, newest to oldest
+	$(VENV)/bin/pytest && SINGLEQUANT_DISABLE_CPU=avx2 $(VENV)/bin/pytest
+asan: build ## the quick tests under the address and undefined-behaviour sanitizers
+	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
+	VENV=$(VENV) tools/run_sanitized.sh
+lint: build ## ruff and clang-format
+	$(VENV)/bin/ruff check . && git ls-files 'csrc/*.[ch]' | xargs clang-format --dry-run -Werror
+bench: build ## the linear against OpenBLAS
+	$(VENV)/bin/python benchmarks/bench_linear.py
+notebooks: build ## execute the notebooks
+	$(VENV)/bin/pytest tests/test_notebooks.py
