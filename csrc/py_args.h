@@ -69,9 +69,12 @@ sq_py_add_runtime_types(PyObject *module);
 
 /* Each binding file's functions; {NULL}-terminated. */
 extern PyMethodDef sq_py_rotate_methods[];
+extern PyMethodDef sq_py_duquant_methods[];
 extern PyMethodDef sq_py_quantize_methods[];
+extern PyMethodDef sq_py_gptq_methods[];
 extern PyMethodDef sq_py_pack_methods[];
 extern PyMethodDef sq_py_runtime_methods[];
+extern PyMethodDef sq_py_outliers_methods[];
 extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */
 
 /* The PackedWeight behind o, borrowed, or NULL with TypeError naming the argument. */

@@ -129,6 +129,7 @@ typedef struct {
     struct sq_layer layer;
     PyObject *owned; /* list of the arrays and weights that the structs point into */
     struct sq_py_factor factors[SQ_N_SITES][2]; /* left and right, what the sites point into */
+    struct sq_py_blocks blocks[SQ_N_SITES];     /* the same of block rotations */
 } DecoderLayer;
 
 static const char *const linear_names[SQ_N_LINEARS] = {"q", "k", "v", "o", "gate", "up", "down"};
@@ -351,13 +352,43 @@ done:
 
 /* ---- sites ------------------------------------------------------------------------------ */
 
-/* (left, right) -> site; one of them may be None. */
+/* (first, permutation, second) -> site. */
+static int
+parse_blocks(DecoderLayer *self, int site, PyObject *tuple, PyObject *right, int64_t k)
+{
+    struct sq_site *s = &self->layer.sites[site];
+    PyObject *const parts[3] = {PyTuple_GET_ITEM(tuple, 0), PyTuple_GET_ITEM(tuple, 1),
+                                PyTuple_GET_ITEM(tuple, 2)};
+    char name[40];
+    if (right != Py_None) {
+        PyErr_Format(PyExc_ValueError, "site %s: expected no right factor beside blocks, got %s",
+                     site_names[site], Py_TYPE(right)->tp_name);
+        return -1;
+    }
+    PyOS_snprintf(name, sizeof name, "site %s: ", site_names[site]);
+    if (sq_py_blocks(parts, name, &self->blocks[site])) {
+        return -1;
+    }
+    s->blocks = self->blocks[site].rotation;
+    if (s->blocks.k != k) {
+        PyErr_Format(PyExc_ValueError, "site %s: expected blocks of %lld inputs, got %lld",
+                     site_names[site], (long long)k, (long long)s->blocks.k);
+        return -1;
+    }
+    s->rotated = SQ_BLOCKS;
+    return 0;
+}
+
+/* (left, right) -> site; one of them may be None, and left may be the blocks of a rotation. */
 static int
 parse_rotation(DecoderLayer *self, int site, PyObject *left, PyObject *right, int64_t k)
 {
     struct sq_site *s = &self->layer.sites[site];
     struct sq_factor *factors[2] = {&s->left, &s->right};
     PyObject *objects[2] = {left, right};
+    if (PyTuple_Check(left) && PyTuple_GET_SIZE(left) == 3) {
+        return parse_blocks(self, site, left, right, k);
+    }
     for (int i = 0; i < 2; i++) {
         struct sq_py_factor *parsed = &self->factors[site][i];
         char name[40];
@@ -374,7 +405,7 @@ parse_rotation(DecoderLayer *self, int site, PyObject *left, PyObject *right, in
                          (long long)k, (long long)parsed->factor.order);
             return -1;
         }
-        s->rotated = 1;
+        s->rotated = SQ_KRONECKER;
         *factors[i] = parsed->factor;
     }
     if (!s->rotated) {
@@ -451,10 +482,36 @@ done:
     return result;
 }
 
+static const int site_first[SQ_N_SITES + 1] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN, SQ_N_LINEARS};
+
+/* The packed linears of a site share their codes: 0 if they agree on which inputs have 8 bits. */
+static int
+check_high(const DecoderLayer *self, int site)
+{
+    long long high = -1;
+    for (int i = site_first[site]; i < site_first[site + 1]; i++) {
+        const sq_packed_t *packed = self->layer.linears[i].packed;
+        const long long own = packed ? sq_packed_high(packed) : high;
+        if (own > 0 && self->layer.sites[site].bits != 4) {
+            PyErr_Format(PyExc_ValueError,
+                         "site %s: bits: expected 4, as linear %s has high inputs, got %d",
+                         site_names[site], linear_names[i], self->layer.sites[site].bits);
+            return -1;
+        }
+        if (high >= 0 && own != high) {
+            PyErr_Format(PyExc_ValueError,
+                         "site %s: expected high = %lld as the linears before, got %lld in %s",
+                         site_names[site], high, own, linear_names[i]);
+            return -1;
+        }
+        high = own;
+    }
+    return 0;
+}
+
 static int
 parse_sites(DecoderLayer *self, PyObject *sites)
 {
-    static const int first[SQ_N_SITES] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN};
     PyObject *list = PySequence_Tuple(sites);
     if (!list) {
         return -1;
@@ -466,7 +523,11 @@ parse_sites(DecoderLayer *self, PyObject *sites)
         result = -1;
     }
     for (int i = 0; i < SQ_N_SITES && !result; i++) {
-        result = parse_site(self, i, PyTuple_GET_ITEM(list, i), self->layer.linears[first[i]].k);
+        result =
+            parse_site(self, i, PyTuple_GET_ITEM(list, i), self->layer.linears[site_first[i]].k);
+        if (!result) {
+            result = check_high(self, i);
+        }
     }
     Py_DECREF(list);
     return result;
@@ -488,7 +549,8 @@ PyDoc_STRVAR(
     "sites: qkv, o, gate_up, down, each None or (left, right, bits, clip), or a dict of these: "
     "the\n    rotation of the input of packed linears as in rotate() (None, a matrix or a "
     "chain) and the bits\n    (4, 8, 16) and clip of their activations. Dense linears read the "
-    "input as it is.\n\n"
+    "input as it is. In place of\n    left, with right None, may stand (first, permutation, "
+    "second) as in rotate_blocks().\n\n"
     "ValueError and TypeError name what disagrees. May be shared between threads.");
 
 static PyObject *
@@ -539,6 +601,7 @@ layer_dealloc(PyObject *object)
     for (int i = 0; i < SQ_N_SITES; i++) {
         sq_py_factor_clear(&self->factors[i][0]);
         sq_py_factor_clear(&self->factors[i][1]);
+        sq_py_blocks_clear(&self->blocks[i]);
     }
     Py_XDECREF(self->owned);
     type->tp_free(object);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The factor of a rotation as Python gives it: a matrix, or a chain behind a Hadamard matrix. */
+/* Rotations as Python gives them: factors (a matrix, or a chain behind a Hadamard matrix), blocks.
+ */
 #ifndef SQ_PY_FACTOR_H
 #define SQ_PY_FACTOR_H
 
@@ -22,6 +23,20 @@ sq_py_factor(PyObject *o, enum sq_py_side side, const char *name, struct sq_py_f
 
 void
 sq_py_factor_clear(struct sq_py_factor *f);
+
+/* A block rotation and what keeps its arrays alive; zero it before use. */
+struct sq_py_blocks {
+    struct sq_block_rotation rotation;
+    PyArrayObject *first, *permutation, *second; /* owned */
+};
+
+/* objects, first [k / b, b, b], permutation [k] and second like first, into b. 0, or -1 with an
+ * exception whose text starts with prefix. Clear b either way. */
+int
+sq_py_blocks(PyObject *const objects[3], const char *prefix, struct sq_py_blocks *b);
+
+void
+sq_py_blocks_clear(struct sq_py_blocks *b);
 
 /* New reference to o as pairs [g][2] of int32, each two different indices below n. NULL with
  * TypeError or ValueError. */

@@ -165,9 +165,10 @@ module_exec(PyObject *module)
     if (!state->format_error || PyModule_AddObjectRef(module, "FormatError", state->format_error)) {
         return -1;
     }
-    PyMethodDef *const tables[] = {module_methods,         sq_py_rotate_methods,
-                                   sq_py_quantize_methods, sq_py_pack_methods,
-                                   sq_py_runtime_methods,  sq_py_kernels_methods};
+    PyMethodDef *const tables[] = {
+        module_methods,         sq_py_rotate_methods,   sq_py_duquant_methods,
+        sq_py_quantize_methods, sq_py_gptq_methods,     sq_py_pack_methods,
+        sq_py_runtime_methods,  sq_py_outliers_methods, sq_py_kernels_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i])) {
             return -1;

@@ -191,7 +191,7 @@ convert_scales(PyObject *o, int64_t n, int64_t groups)
 
 /* 0 if the core will take k and group, otherwise -1 with ValueError. */
 static int
-check_group(long long k, long long group)
+check_group(long long k, long long group, long long high)
 {
     if (k > SQ_PACKED_K_MAX) {
         PyErr_Format(PyExc_ValueError, "k: expected k <= %d, got %lld", SQ_PACKED_K_MAX, k);
@@ -203,24 +203,30 @@ check_group(long long k, long long group)
                      SQ_K_ALIGN, k, group);
         return -1;
     }
+    const long long step = group ? group : SQ_K_ALIGN;
+    if (high < 0 || high >= k || high % step) {
+        PyErr_Format(PyExc_ValueError, "high: expected a multiple of %lld below k = %lld, got %lld",
+                     step, k, high);
+        return -1;
+    }
     return 0;
 }
 
 static PyObject *
 packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"words", "scales", "k", "group", NULL};
+    static char *names[] = {"words", "scales", "k", "group", "high", NULL};
     PyObject *words_object, *scales_object;
     PyArrayObject *words = NULL, *scales = NULL;
     packed_object *self = NULL;
     sq_packed_t *packed = NULL;
-    long long k, group = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|L:PackedWeight", names, &words_object,
-                                     &scales_object, &k, &group)) {
+    long long k, group = 0, high = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|LL:PackedWeight", names, &words_object,
+                                     &scales_object, &k, &group, &high)) {
         return NULL;
     }
     words = sq_py_bits_array(words_object, NPY_INT32, 2, "words");
-    if (!words || check_words(words, k) || check_group(k, group)) {
+    if (!words || check_words(words, k) || check_group(k, group, high)) {
         goto done;
     }
     const int64_t n = PyArray_DIM(words, 0);
@@ -235,8 +241,8 @@ packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     sq_status status;
     const struct sq_kernels *kernels = sq_kernels_active();
     SQ_BEGIN_NOGIL(n * k);
-    status =
-        sq_packed_create(kernels, PyArray_DATA(words), PyArray_DATA(scales), n, k, group, &packed);
+    status = sq_packed_create(kernels, PyArray_DATA(words), PyArray_DATA(scales), n, k, group, high,
+                              &packed);
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(PyType_GetModule(type), status, "PackedWeight");
@@ -280,6 +286,12 @@ packed_group(PyObject *self, void *Py_UNUSED(closure))
 }
 
 static PyObject *
+packed_high(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(sq_packed_high(((packed_object *)self)->packed));
+}
+
+static PyObject *
 packed_kernels(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyUnicode_FromString(sq_packed_kernels(((packed_object *)self)->packed)->name);
@@ -305,16 +317,19 @@ packed_repr(PyObject *self)
 static PyGetSetDef packed_getset[] = {
     {"shape", packed_shape, NULL, "(n, k)", NULL},
     {"group", packed_group, NULL, "Inputs that share a scale; 0: one scale per output.", NULL},
+    {"high", packed_high, NULL, "Leading inputs whose activations have 8 bits instead of 4.", NULL},
     {"kernels", packed_kernels, NULL, "Name of the kernel table that made the panels.", NULL},
     {"nbytes", packed_nbytes, NULL, "Memory held by panels and scales.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 PyDoc_STRVAR(packed_doc,
-             "PackedWeight(words, scales, k, group=0)\n--\n\n"
+             "PackedWeight(words, scales, k, group=0, high=0)\n--\n\n"
              "int4 weights [n, k] in the panels of the active kernel table. words [n, ceil(k / 8)] "
              "int32 as pack\nmakes them, scales [n, k / group] float32 (or [n]); group = 0 is one "
-             "scale per output, otherwise a\nmultiple of 32 that divides k. Immutable; copies its "
+             "scale per output, otherwise a\nmultiple of 32 that divides k. high: leading inputs "
+             "whose activations get 8 bits "
+             "where the others\nget 4, a multiple of 32 and of group. Immutable; copies its "
              "arguments. ValueError for shapes that do not\nagree and scales that are not finite.");
 
 static PyType_Slot packed_slots[] = {
@@ -355,13 +370,15 @@ PyDoc_STRVAR(
     linear_doc,
     "linear(x, weight, bits=4, clip=1.0)\n--\n\n"
     "x [..., k] float32 times a PackedWeight [n, k] transposed: [..., n] float32. bits 4 or 8 "
-    "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range); 16 "
+    "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range; the "
+    "weight's high "
+    "inputs get 8 bits\nover their own unclipped range); 16 "
     "leaves it in float32.\nInteger sums are exact; a token's values do not depend on the "
     "others or on the number of threads.\nValueError for NaN, Inf, bad shapes, bits or clip.");
 
 /* 0 if the arguments go together, otherwise -1 with ValueError. */
 static int
-check_linear(PyArrayObject *x, int64_t k, int bits, float clip)
+check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
 {
     const int ndim = PyArray_NDIM(x);
     if (ndim < 1) {
@@ -373,6 +390,11 @@ check_linear(PyArrayObject *x, int64_t k, int bits, float clip)
     }
     if (bits != 4 && bits != 8 && bits != 16) {
         PyErr_Format(PyExc_ValueError, "bits: expected 4, 8 or 16, got %d", bits);
+        return -1;
+    }
+    if (high && bits != 4) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 4, as the weight has high inputs, got %d",
+                     bits);
         return -1;
     }
     if (!(clip > 0.0f && clip <= 1.0f)) {
@@ -402,7 +424,7 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
         goto done;
     }
     sq_packed_shape(weight, &n, &k, &g);
-    if (check_linear(x, k, bits, clip)) {
+    if (check_linear(x, k, sq_packed_high(weight), bits, clip)) {
         goto done;
     }
     const int ndim = PyArray_NDIM(x);
@@ -422,7 +444,8 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
     sq_status status;
     const struct sq_kernels *kernels = sq_packed_kernels(weight);
     SQ_BEGIN_NOGIL(m * k + n * k);
-    status = sq_activations_prepare(kernels, bits, clip, PyArray_DATA(x), m, k, workspace, &a);
+    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), PyArray_DATA(x), m,
+                                    k, workspace, &a);
     if (status == SQ_OK) {
         status = sq_linear_packed(weight, &a, PyArray_DATA(y), n);
     }

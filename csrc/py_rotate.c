@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the rotate stage: factor sizes, Hadamard matrices, chains and their solvers, rotation
  * of activations, streaming statistics. */
+#include "py_decoder.h"
 #include "py_factor.h"
 
 #include <math.h>
@@ -532,6 +533,100 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(
+    chain_from_matrix_doc,
+    "chain_from_matrix(matrix)\n--\n\n"
+    "The chain (pairs [steps, 2] int32, angles [steps] rad) that maps v to matrix v, for an "
+    "orthogonal\nmatrix [n, n]: Givens rotations that clear it column by column. With determinant "
+    "-1 the last row comes\nout negated. ValueError unless the matrix is square and orthogonal "
+    "within 1e-6.");
+
+static PyObject *
+chain_from_matrix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"matrix", NULL};
+    PyObject *matrix_object, *result = NULL;
+    struct chain chain = {NULL, NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:chain_from_matrix", names, &matrix_object)) {
+        return NULL;
+    }
+    PyArrayObject *matrix = copy_f64(matrix_object, 2, "matrix");
+    if (!matrix || sq_py_check_dim(matrix, 1, PyArray_DIM(matrix, 0), "matrix")) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(matrix, 0);
+    if (n < 1 || n > SQ_CHAIN_MATRIX_MAX) {
+        PyErr_Format(PyExc_ValueError, "matrix: expected an order from 1 to %d, got %lld",
+                     SQ_CHAIN_MATRIX_MAX, (long long)n);
+        goto done;
+    }
+    if (chain_new(&chain, n * (n - 1) / 2)) {
+        goto done;
+    }
+    int64_t steps;
+    sq_status status;
+    SQ_BEGIN_NOGIL(n * n);
+    status =
+        sq_chain_from_matrix(f64(matrix), n, PyArray_DATA(chain.pairs), f64(chain.angles), &steps);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        PyErr_SetString(PyExc_ValueError, "matrix: expected an orthogonal one (within 1e-6)");
+        goto done;
+    }
+    if (chain_cut(&chain, steps) == 0) {
+        result = Py_BuildValue("OO", chain.pairs, chain.angles);
+    }
+done:
+    Py_XDECREF(matrix);
+    chain_clear(&chain);
+    return result;
+}
+
+PyDoc_STRVAR(
+    principal_directions_doc,
+    "principal_directions(gram)\n--\n\n"
+    "Eigenvectors of a symmetric matrix [n, n] as rows [n, n] float64, eigenvalues falling, by "
+    "cyclic Jacobi\nrotations: the same bytes at any number of threads. ValueError unless it is "
+    "square and finite.");
+
+static PyObject *
+principal_directions(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"gram", NULL};
+    PyObject *object, *result = NULL;
+    PyArrayObject *gram = NULL, *directions = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:principal_directions", names, &object)) {
+        return NULL;
+    }
+    gram = sq_py_array(object, NPY_FLOAT64, 2, "gram");
+    if (!gram || sq_py_check_dim(gram, 1, PyArray_DIM(gram, 0), "gram")) {
+        goto done;
+    }
+    npy_intp dims[2] = {PyArray_DIM(gram, 0), PyArray_DIM(gram, 0)};
+    if (dims[0] < 1 || dims[0] > SQ_CHAIN_MATRIX_MAX) {
+        PyErr_Format(PyExc_ValueError, "gram: expected an order from 1 to %d, got %lld",
+                     SQ_CHAIN_MATRIX_MAX, (long long)dims[0]);
+        goto done;
+    }
+    directions = sq_py_empty(2, dims, NPY_FLOAT64);
+    if (!directions) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(dims[0] * dims[0]);
+    status = sq_principal_directions(f64(gram), dims[0], f64(directions));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "gram");
+        goto done;
+    }
+    result = Py_NewRef((PyObject *)directions);
+done:
+    Py_XDECREF(gram);
+    Py_XDECREF(directions);
+    return result;
+}
+
 /* ---- statistics ------------------------------------------------------------------------- */
 
 enum { N_STATISTICS = 7 };
@@ -624,6 +719,53 @@ statistics_tuple(const struct statistics_arg *a)
 {
     return Py_BuildValue("LOOOOOOO", (long long)a->s.count, a->arrays[0], a->arrays[1],
                          a->arrays[2], a->arrays[3], a->arrays[4], a->arrays[5], a->arrays[6]);
+}
+
+PyDoc_STRVAR(
+    column_moments_doc,
+    "column_moments(weight)\n--\n\n"
+    "(largest magnitude [k], sum of squares [k]), float64, of the columns of weight [n, k] "
+    "(float32, float16\nor bfloat16). ValueError for NaN or Inf.");
+
+static PyObject *
+column_moments(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"weight", NULL};
+    PyObject *object, *result = NULL;
+    PyArrayObject *w = NULL, *max_abs = NULL, *sum2 = NULL;
+    sq_dtype dtype;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:column_moments", names, &object)) {
+        return NULL;
+    }
+    w = sq_py_dense(object, 2, "weight", &dtype);
+    if (!w) {
+        return NULL;
+    }
+    npy_intp k = PyArray_DIM(w, 1);
+    if (k < 1) {
+        PyErr_SetString(PyExc_ValueError, "weight: expected at least 1 column, got 0");
+        goto done;
+    }
+    max_abs = sq_py_empty(1, &k, NPY_FLOAT64);
+    sum2 = sq_py_empty(1, &k, NPY_FLOAT64);
+    if (!max_abs || !sum2) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(w));
+    status = sq_column_moments(dtype, PyArray_DATA(w), PyArray_DIM(w, 0), k, PyArray_DATA(max_abs),
+                               PyArray_DATA(sum2));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "weight");
+        goto done;
+    }
+    result = PyTuple_Pack(2, (PyObject *)max_abs, (PyObject *)sum2);
+done:
+    Py_XDECREF(w);
+    Py_XDECREF(max_abs);
+    Py_XDECREF(sum2);
+    return result;
 }
 
 PyDoc_STRVAR(
@@ -724,6 +866,7 @@ PyMethodDef sq_py_rotate_methods[] = {
     SQ_METHOD(chain_apply),       SQ_METHOD(art_extremes),
     SQ_METHOD(art_columns),       SQ_METHOD(urt),
     SQ_METHOD(uniformity_sweep),  SQ_METHOD(rotate),
-    SQ_METHOD(statistics_update), SQ_METHOD(statistics_merge),
-    {NULL, NULL, 0, NULL},
+    SQ_METHOD(chain_from_matrix), SQ_METHOD(principal_directions),
+    SQ_METHOD(column_moments),    SQ_METHOD(statistics_update),
+    SQ_METHOD(statistics_merge),  {NULL, NULL, 0, NULL},
 };

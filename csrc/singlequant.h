@@ -60,6 +60,12 @@ sq_statistics_update(struct sq_statistics *s, const float *x, int64_t m);
 sq_status
 sq_statistics_merge(struct sq_statistics *dst, const struct sq_statistics *src);
 
+/* Largest magnitude and sum of squares of each column of w [n][k], in float64 chains over the rows.
+ * NaN or Inf: SQ_ERR_NONFINITE. Parallel over columns. */
+sq_status
+sq_column_moments(sq_dtype dtype, const void *w, int64_t n, int64_t k, double *max_abs /* [k] */,
+                  double *sum2 /* [k] */);
+
 /* ---- rotations (rotate) --------------------------------------------------------------------
  * A chain is a list of Givens rotations in order of application. Rotation t with pair (i, j) and
  * angle theta maps a vector v by v_i' = c v_i - s v_j, v_j' = s v_i + c v_j. */
@@ -105,6 +111,19 @@ sq_art_columns(double *columns, int64_t n, int64_t rows, int64_t max_steps, int3
 sq_status
 sq_urt(const double *v, const double *u, int64_t n, int32_t *pairs, double *angles, int64_t *steps);
 
+/* The chain that maps v to matrix v, for an orthogonal matrix [n][n] of determinant 1: Givens
+ * rotations turn it into the identity column by column, and the chain undoes them in reverse. With
+ * determinant -1 the last row comes out negated. n (n - 1) / 2 rotations at most; pairs and angles
+ * have room for them. matrix is overwritten. SQ_ERR_RANGE if it is not orthogonal within 1e-6. */
+#define SQ_CHAIN_MATRIX_MAX 4096
+sq_status
+sq_chain_from_matrix(double *matrix, int64_t n, int32_t *pairs, double *angles, int64_t *steps);
+
+/* Eigenvectors of the symmetric gram [n][n] as rows, eigenvalues falling: the principal directions
+ * of an axis. The same bytes on every machine with IEEE arithmetic. */
+sq_status
+sq_principal_directions(const double *gram, int64_t n, double *directions /* [n][n] */);
+
 /* One uniformity sweep on columns [n][rows]: every pair of columns once, disjoint pairs at a time
  * (round-robin), each rotated by (pi - arg sum z^4) / 4, z = a + i b, which minimises
  * sum(a^4 + b^4). columns is updated in place. pairs [n (n-1) / 2][2], angles alike. Parallel over
@@ -141,6 +160,57 @@ sq_rotate_workspace_bytes(const struct sq_factor *left, const struct sq_factor *
 sq_status
 sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
           float *y, void *workspace);
+
+/* ---- DuQuant (rotate) ---------------------------------------------------------------------
+ * arXiv 2406.01721, section 3.2: x' = x R1 P R2, R1 and R2 block-diagonal with k / b blocks [b][b],
+ * P a permutation of the channels. */
+
+/* Largest block of sq_duquant_* and sq_rotate_blocks, and largest random matrix. */
+#define SQ_DUQUANT_B_MAX 4096
+
+/* q [n][n] <- a random orthogonal matrix (Haar's measure) of the seed's own stream. workspace:
+ * [2 n]. */
+sq_status
+sq_random_orthogonal(int64_t n, uint64_t seed, double *q, double *workspace);
+
+/* steps [count][b][b] <- R~ Q of equation 2, with its own random Q for each greedy step: the first
+ * row of R~ and the first column of every matrix are 1 / sqrt(b). Parallel over steps; takes
+ * b^2 doubles of memory per thread. */
+sq_status
+sq_duquant_steps(int64_t b, int64_t count, uint64_t seed, float *steps);
+
+/* blocks [k / b][b][b] <- R^ of each block of b columns of sample [rows][k]: at most count greedy
+ * steps R^i = E_d steps[i] E_d, d the column of largest absolute value, of which the first n are
+ * kept, n the step after which the largest absolute value (the peak) was least; 0 of them where no
+ * step lowers it. peaks [k / b][count + 1]: the peak before and after each step. Parallel over
+ * blocks; takes 2 (rows + b) b + 5 b^2 floats of memory per thread. NaN or Inf: SQ_ERR_NONFINITE.
+ */
+sq_status
+sq_duquant_blocks(const float *sample, int64_t rows, int64_t k, const float *steps, int64_t count,
+                  int64_t b, float *blocks, float *peaks);
+
+/* permutation [k]: the channels by descending maxima [k] (the lower index first among equals),
+ * dealt over the k / b blocks back and forth; channel permutation[i] goes to place i. */
+sq_status
+sq_zigzag(const double *maxima, int64_t k, int64_t b, int32_t *permutation);
+
+struct sq_block_rotation {
+    int64_t k, b;
+    const float *first;         /* [k / b][b][b] */
+    const int32_t *permutation; /* [k], each of 0 .. k - 1 once */
+    const float *second;        /* [k / b][b][b] */
+};
+
+/* Bytes of workspace for m rows or fewer in sq_rotate_blocks, whatever the number of threads is
+ * when the call comes. SIZE_MAX / 2 when the sizes are out of range. */
+size_t
+sq_rotate_blocks_workspace_bytes(int64_t k, int64_t m);
+
+/* y [m][k] <- x blockdiag(first), permuted, times blockdiag(second). y may be x. Parallel over
+ * rows; the value of a row depends on that row alone, bit for bit. */
+sq_status
+sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
+                 void *workspace);
 
 /* ---- quantizers (quantize) -------------------------------------------------------------- */
 
@@ -185,6 +255,41 @@ sq_status
 sq_dequantize(const int8_t *codes, const float *scales, const int32_t *zeros, int64_t m, int64_t k,
               int64_t groups, float *x);
 
+/* ---- GPTQ (quantize) --------------------------------------------------------------------
+ * Rounding column by column, each column's error spread over the columns still to come so that
+ * tr(E H E^T) stays small, E = W - dequantized codes, H = sum over tokens of x x^T (Frantar et al.,
+ * arXiv 2210.17323). One factor of H serves all linears of a site. */
+
+/* gram [k][k] (symmetric) += x^T x for x [m][k]. The sums are made in the lower triangle and
+ * mirrored. NaN or Inf in x: SQ_ERR_NONFINITE, gram is as it was. Parallel over blocks of gram. */
+sq_status
+sq_gram_update(const float *x, int64_t m, int64_t k, float *gram);
+
+/* Largest k of sq_gptq_*: a factor of 2^16 x 2^16 has 16 GiB. */
+#define SQ_GPTQ_K_MAX (1 << 16)
+
+/* gram [k][k] (symmetric) <- L, lower triangular, zeros above, of
+ *     L L^T = P (gram + damping * mean(diagonal) * I) P^T;
+ * row i of L stands for input permutation[i], and inputs are rounded from the last row to the
+ * first. by_diagonal 0: inputs in their own order (permutation[i] = k - 1 - i), 1: in the order of
+ * falling diagonal, "act order". An input that is zero on every token has no error to spread and is
+ * rounded to nearest. Values that are not finite: SQ_ERR_NONFINITE. Not positive definite:
+ * SQ_ERR_RANGE. In both cases gram is spoiled. In float32; again in float64, with 8 k^2 bytes of
+ * scratch, where that fails. Parallel over blocks. */
+sq_status
+sq_gptq_factor(float *gram, int64_t k, float damping, int by_diagonal, int32_t *permutation);
+
+/* weights [n][k] -> codes [n][k], scales [n][k / g] (q->group = g, or 0 for whole rows) on the
+ * symmetric grid of sq_quantize with q's bits, clip and search. factor [k][k] and permutation [k]
+ * are sq_gptq_factor's. Scales of whole rows are of the weights as given. Those of groups are taken
+ * when their first column is reached, of the weights as they have become by then, unless the
+ * order is by diagonal: then of the weights as given, in their stored places ("static groups").
+ * SQ_ERR_RANGE also when permutation is none or factor's diagonal not positive. Parallel over
+ * rows; a row's result does not depend on the other rows. */
+sq_status
+sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *permutation,
+              const float *weights, int64_t n, int64_t k, int8_t *codes, float *scales);
+
 /* ---- packing (pack) --------------------------------------------------------------------- */
 
 /* Words of one packed row: ceil(k / 8) int32, low nibble first, code + 8; the tail is code 0. */
@@ -202,18 +307,23 @@ sq_unpack_int4(const int32_t *words, int64_t n, int64_t k, int8_t *codes);
 typedef struct sq_packed_t sq_packed_t;
 
 /* words [n][ceil(k / 8)], scales [n][k / g]; g = 0 means one scale per output channel, otherwise g
- * must be a multiple of SQ_K_ALIGN that divides k. Copies; the copy is never written again and may
- * be shared between threads. k <= SQ_PACKED_K_MAX, so that integer sums fit 32 bits. */
+ * must be a multiple of SQ_K_ALIGN that divides k. high: leading inputs whose activations come with
+ * 8 bits where the others have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none. Copies; the
+ * copy is never written again and may be shared between threads. k <= SQ_PACKED_K_MAX, so that
+ * integer sums fit 32 bits. */
 #define SQ_PACKED_K_MAX (1 << 20)
 sq_status
 sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
-                 int64_t n, int64_t k, int64_t g, sq_packed_t **out);
+                 int64_t n, int64_t k, int64_t g, int64_t high, sq_packed_t **out);
 
 void
 sq_packed_destroy(sq_packed_t *w);
 
 void
 sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g);
+
+int64_t
+sq_packed_high(const sq_packed_t *w);
 
 /* Memory held by w's panels and scales. */
 size_t
@@ -232,9 +342,10 @@ sq_packed_kernels(const sq_packed_t *w);
 struct sq_activations {
     int bits; /* 4, 8: codes; 16: values */
     int64_t m, k, ld;
+    int64_t high;  /* leading inputs with 8-bit codes and a scale of their own, where bits is 4 */
     float *values; /* [m][ld] for 16 */
     int8_t *codes; /* [m][ld] for 4 and 8 */
-    float *scales; /* [m] for 4 and 8 */
+    float *scales; /* [m] for 4 and 8; behind them [m] of the high inputs when there are any */
     int32_t *sums; /* [m][ld / SQ_K_ALIGN + 1] for 4 and 8 */
 };
 
@@ -246,10 +357,12 @@ size_t
 sq_activations_workspace_bytes(int bits, int64_t m, int64_t k);
 
 /* Fills a from x [m][k] (already rotated): symmetric per token with the given clip, or a copy for
- * 16 bits. Memory comes from workspace. NaN or Inf: SQ_ERR_NONFINITE. Parallel over tokens. */
+ * 16 bits. The first high inputs get 8 bits over their own unclipped range (0 unless bits is 4).
+ * Memory comes from workspace. NaN or Inf: SQ_ERR_NONFINITE. Parallel over tokens. */
 sq_status
-sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, const float *x,
-                       int64_t m, int64_t k, void *workspace, struct sq_activations *a);
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
+                       const float *x, int64_t m, int64_t k, void *workspace,
+                       struct sq_activations *a);
 
 /* y [m][ld_y] = a w^T, n columns written. Integer sums are exact; a token's results do not depend
  * on m, on the batch or on the number of threads. Parallel over panels. */
@@ -282,11 +395,14 @@ struct sq_linear {
     const float *bias;
 };
 
-/* One site: the linears that share an input. rotated = 0 leaves the input as it is. */
+enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS };
+
+/* One site: the linears that share an input. */
 struct sq_site {
-    int rotated;
-    struct sq_factor left, right;
-    int bits; /* of the activations entering packed linears: 4, 8, 16 */
+    int rotated;                     /* one of the above */
+    struct sq_factor left, right;    /* SQ_KRONECKER */
+    struct sq_block_rotation blocks; /* SQ_BLOCKS */
+    int bits;                        /* of the activations entering packed linears: 4, 8, 16 */
     float clip;
 };
 
@@ -352,5 +468,27 @@ sq_negative_log_likelihood(const float *logits, const int64_t *target, int64_t m
 sq_status
 sq_kl_divergence(const float *p, const float *q, int64_t m, int64_t v, double *kl,
                  uint8_t *same_top);
+
+/* ---- outliers (inspect) ------------------------------------------------------------------- */
+
+/* What is measured of a token x [k] with codes q [k] and scale s. */
+enum {
+    SQ_OUTLIER_PEAK,    /* max |x| */
+    SQ_OUTLIER_SUM,     /* sum |x| */
+    SQ_OUTLIER_SUM2,    /* sum x^2 */
+    SQ_OUTLIER_SUM4,    /* sum x^4 */
+    SQ_OUTLIER_ERROR,   /* sum (x - s q)^2 */
+    SQ_OUTLIER_ENTROPY, /* Shannon entropy of q in bits */
+    SQ_OUTLIER_FIELDS
+};
+
+/* x [m][k], its symmetric codes [m][k] and scales [m] -> tokens [m], and per channel: channel_sum2
+ * [k], the sum of squares, and channel_above [k], the number of tokens whose |x| there exceeds
+ * normal times the token's root mean square. k >= 1, normal > 0. NaN or Inf: SQ_ERR_NONFINITE.
+ * Parallel over tokens, then channels. */
+sq_status
+sq_outliers(const float *x, int64_t m, int64_t k, const int8_t *codes, const float *scales,
+            double normal, double (*tokens)[SQ_OUTLIER_FIELDS], double *channel_sum2,
+            int64_t *channel_above);
 
 #endif

@@ -17,4 +17,27 @@ void
 sq_blas_gemm_nt(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
                 int64_t ld_b, float *c, int64_t ld_c);
 
+/* c [m][ld_c] = alpha op(a) op(b) + beta c, op(a) [m][k], op(b) [k][n]; op transposes where the
+ * flag is set. Row-major, on the calling thread, like all that follows. */
+void
+sq_blas_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
+             const float *a, int64_t ld_a, const float *b, int64_t ld_b, float beta, float *c,
+             int64_t ld_c);
+
+/* Lower triangle of c [n][ld_c] -= a a^T, a [n][k]; the upper one is left alone. */
+void
+sq_blas_syrk_sub(int64_t n, int64_t k, const float *a, int64_t ld_a, float *c, int64_t ld_c);
+
+/* b [m][ld_b] <- b op(l)^-1, l [n][ld_l] lower triangular; its upper triangle is not read. */
+void
+sq_blas_trsm(int transpose, int64_t m, int64_t n, const float *l, int64_t ld_l, float *b,
+             int64_t ld_b);
+
+/* Lower triangle of a [n][ld_a] <- its Cholesky factor; the upper one is left alone. 0, or 1 when a
+ * is not positive definite (a is spoiled then). */
+int
+sq_blas_potrf(int64_t n, float *a, int64_t ld_a);
+int
+sq_blas_potrf_double(int64_t n, double *a, int64_t ld_a);
+
 #endif

@@ -161,7 +161,9 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
             activations = bytes > activations ? bytes : activations;
             if (rules->rotated) {
                 const size_t scratch =
-                    sq_rotate_workspace_bytes(&rules->left, &rules->right, chunk);
+                    rules->rotated == SQ_BLOCKS
+                        ? sq_rotate_blocks_workspace_bytes(k, chunk)
+                        : sq_rotate_workspace_bytes(&rules->left, &rules->right, chunk);
                 rotation = scratch > rotation ? scratch : rotation;
                 widest = sq_max_i64(widest, k);
             }
@@ -201,6 +203,23 @@ check_architecture(const struct sq_architecture *a)
     return SQ_OK;
 }
 
+/* The packed linears of a site share their codes, so they agree on which inputs have 8 bits. */
+static sq_status
+check_high(const struct sq_layer *layer, int site)
+{
+    int64_t high = -1;
+    for (int i = site_first[site]; i < site_first[site + 1]; i++) {
+        if (layer->linears[i].packed) {
+            const int64_t own = sq_packed_high(layer->linears[i].packed);
+            if ((high >= 0 && own != high) || (own && layer->sites[site].bits != 4)) {
+                return SQ_ERR_SHAPE;
+            }
+            high = own;
+        }
+    }
+    return SQ_OK;
+}
+
 static sq_status
 check_layer(const struct sq_architecture *a, const struct sq_layer *layer)
 {
@@ -225,9 +244,15 @@ check_layer(const struct sq_architecture *a, const struct sq_layer *layer)
     }
     for (int site = 0; site < SQ_N_SITES; site++) {
         const struct sq_site *s = &layer->sites[site];
-        int64_t order;
-        if (s->rotated &&
-            (!sq_product(s->left.order, s->right.order, &order) || order != k[site_first[site]])) {
+        int64_t order = s->blocks.k;
+        if (s->rotated < SQ_UNROTATED || s->rotated > SQ_BLOCKS) {
+            return SQ_ERR_RANGE;
+        }
+        SQ_TRY(check_high(layer, site));
+        if (s->rotated == SQ_KRONECKER && !sq_product(s->left.order, s->right.order, &order)) {
+            return SQ_ERR_SHAPE;
+        }
+        if (s->rotated && order != k[site_first[site]]) {
             return SQ_ERR_SHAPE;
         }
     }
@@ -267,17 +292,19 @@ enter_site(const struct sq_layer *layer, int site, const float *x, int64_t m,
     if (!site_has_packed(layer, site)) {
         return SQ_OK;
     }
-    const struct sq_kernels *kernels = NULL;
-    for (int i = site_first[site]; i < site_first[site + 1] && !kernels; i++) {
-        kernels = layer->linears[i].packed ? sq_packed_kernels(layer->linears[i].packed) : NULL;
+    const sq_packed_t *packed = NULL;
+    for (int i = site_first[site]; i < site_first[site + 1] && !packed; i++) {
+        packed = layer->linears[i].packed;
     }
     if (rules->rotated) {
-        SQ_TRY(sq_rotate(&rules->left, &rules->right, x, m, s->rotated, s->rotation));
+        SQ_TRY(rules->rotated == SQ_BLOCKS
+                   ? sq_rotate_blocks(&rules->blocks, x, m, s->rotated, s->rotation)
+                   : sq_rotate(&rules->left, &rules->right, x, m, s->rotated, s->rotation));
         x = s->rotated;
     }
-    return sq_activations_prepare(kernels, rules->bits, rules->clip, x, m,
-                                  layer->linears[site_first[site]].k, s->activations,
-                                  &input->activations);
+    return sq_activations_prepare(sq_packed_kernels(packed), rules->bits, rules->clip,
+                                  sq_packed_high(packed), x, m, layer->linears[site_first[site]].k,
+                                  s->activations, &input->activations);
 }
 
 static sq_status

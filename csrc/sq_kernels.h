@@ -38,7 +38,7 @@ struct sq_step {
 struct sq_kernels {
     const char *name;
     uint32_t required_features;
-    int64_t mr, nr; /* tile of the packed microkernels */
+    int64_t mr, nr; /* tile of the packed microkernels; nr * SQ_K_ALIGN / 2 bytes keep alignment */
 
     /* words [nr][k / 8], k a multiple of SQ_K_ALIGN, into one panel of nr * k / 2 bytes. */
     void (*pack_panel)(const int32_t *words, int64_t k, uint8_t *panel);

@@ -34,7 +34,7 @@ activation_sections(int bits, int64_t m, int64_t k)
     }
     const size_t sums = (size_t)(m * (ld / SQ_K_ALIGN + 1));
     return (struct sections){.data_bytes = sq_align_bytes((size_t)(m * ld)),
-                             .scales_bytes = sq_align_bytes((size_t)m * sizeof(float)),
+                             .scales_bytes = sq_align_bytes((size_t)m * 2 * sizeof(float)),
                              .sums_bytes = sq_align_bytes(sums * sizeof(int32_t))};
 }
 
@@ -69,6 +69,19 @@ running_sums(const int8_t *codes, int64_t ld, int32_t *sums)
     sums[ld / SQ_K_ALIGN] = total;
 }
 
+/* Codes and scales of token i; 0 if a value is NaN or Inf. */
+static int
+quantize_token(const struct prepare_job *job, const float *x, int64_t i, int8_t *codes)
+{
+    const struct sq_activations *a = job->a;
+    const int64_t high = a->high;
+    if (high && sq_quantize_row(job->kernels, 8, 1.0f, x, high, codes, a->scales + a->m + i)) {
+        return 0;
+    }
+    return sq_quantize_row(job->kernels, a->bits, job->clip, x + high, a->k - high, codes + high,
+                           a->scales + i) == SQ_OK;
+}
+
 static void
 prepare_tokens(void *context, int64_t begin, int64_t end, int thread)
 {
@@ -87,8 +100,7 @@ prepare_tokens(void *context, int64_t begin, int64_t end, int thread)
         }
         else {
             int8_t *codes = a->codes + i * a->ld;
-            finite = sq_quantize_row(job->kernels, a->bits, job->clip, x, a->k, codes,
-                                     a->scales + i) == SQ_OK;
+            finite = quantize_token(job, x, i, codes);
             memset(codes + a->k, 0, padding);
             running_sums(codes, a->ld, a->sums + i * (a->ld / SQ_K_ALIGN + 1));
         }
@@ -100,8 +112,9 @@ prepare_tokens(void *context, int64_t begin, int64_t end, int thread)
 }
 
 sq_status
-sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, const float *x,
-                       int64_t m, int64_t k, void *workspace, struct sq_activations *a)
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
+                       const float *x, int64_t m, int64_t k, void *workspace,
+                       struct sq_activations *a)
 {
     int64_t product;
     if (!kernels || !a || (m > 0 && (!x || !workspace))) {
@@ -114,9 +127,13 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, c
     if (k < 1 || !sq_product(m, sq_activations_ld(k) * (int64_t)sizeof(float), &product)) {
         return SQ_ERR_SHAPE;
     }
+    if (high < 0 || high >= k || high % SQ_K_ALIGN || (high && bits != 4)) {
+        return SQ_ERR_RANGE;
+    }
     const struct sections s = activation_sections(bits, m, k);
     char *memory = workspace;
-    *a = (struct sq_activations){.bits = bits, .m = m, .k = k, .ld = sq_activations_ld(k)};
+    *a = (struct sq_activations){
+        .bits = bits, .m = m, .k = k, .ld = sq_activations_ld(k), .high = high};
     if (bits == 16) {
         a->values = workspace;
     }
@@ -142,43 +159,67 @@ enum { SERIAL_WORK = 1 << 19 };
 struct linear_job {
     const sq_packed_t *w;
     const struct sq_activations *a;
-    sq_panel_kernel kernel;
+    sq_panel_kernel kernel, high_kernel;
     int64_t row_block;
     float *y;
     int64_t ld_y;
 };
+
+/* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
+ * `end`, which are all, the high ones or the others. */
+static void
+panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t begin,
+           int64_t end, float *y, int64_t ld_y)
+{
+    const sq_packed_t *w = job->w;
+    const struct sq_activations *a = job->a;
+    const int64_t nr = w->kernels->nr;
+    struct sq_panel_args args = {.m = rows,
+                                 .k = end - begin,
+                                 .g = w->g ? w->g : end - begin,
+                                 .ld_a = a->ld,
+                                 .ld_sums = a->ld / SQ_K_ALIGN + 1,
+                                 .panel = w->panels + p * w->panel_stride_bytes + begin * nr / 2,
+                                 .w_scales = w->scales + p * w->groups * nr,
+                                 .y = y,
+                                 .ld_y = ld_y};
+    if (w->g) {
+        args.w_scales += begin / w->g * nr;
+    }
+    if (a->bits == 16) {
+        args.a = a->values + row * a->ld;
+        job->kernel(&args);
+        return;
+    }
+    const int high = end <= a->high;
+    args.a = a->codes + row * a->ld + begin;
+    args.a_scales = a->scales + (high ? a->m : 0) + row;
+    args.a_sums = a->sums + row * args.ld_sums + begin / SQ_K_ALIGN;
+    (high ? job->high_kernel : job->kernel)(&args);
+}
 
 /* Rows row .. row + rows - 1 against panel p; the last panel's missing columns go to a buffer. */
 static void
 linear_tile(const struct linear_job *job, int64_t p, int64_t row, int64_t rows)
 {
     const sq_packed_t *w = job->w;
-    const struct sq_activations *a = job->a;
     const int64_t nr = w->kernels->nr, columns = sq_min_i64(nr, w->n - p * nr);
     _Alignas(SQ_ALIGN_BYTES) float buffer[SQ_MR_MAX * SQ_NR_MAX];
-    float *y = job->y + row * job->ld_y + p * nr;
-    struct sq_panel_args args = {.m = rows,
-                                 .k = w->k_padded,
-                                 .g = w->group_length,
-                                 .ld_a = a->ld,
-                                 .ld_sums = a->ld / SQ_K_ALIGN + 1,
-                                 .panel = w->panels + p * w->panel_stride_bytes,
-                                 .w_scales = w->scales + p * w->groups * nr,
-                                 .y = columns == nr ? y : buffer,
-                                 .ld_y = columns == nr ? job->ld_y : nr};
-    if (a->bits == 16) {
-        args.a = a->values + row * a->ld;
+    float *to = job->y + row * job->ld_y + p * nr;
+    if (columns == nr && !w->high) {
+        panel_part(job, p, row, rows, 0, w->k_padded, to, job->ld_y);
+        return;
     }
-    else {
-        args.a = a->codes + row * a->ld;
-        args.a_scales = a->scales + row;
-        args.a_sums = a->sums + row * args.ld_sums;
-    }
-    job->kernel(&args);
-    if (columns < nr) {
-        for (int64_t i = 0; i < rows; i++) {
-            memcpy(y + i * job->ld_y, buffer + i * nr, (size_t)columns * sizeof *y);
+    panel_part(job, p, row, rows, w->high, w->k_padded, buffer, nr);
+    if (w->high) {
+        _Alignas(SQ_ALIGN_BYTES) float high[SQ_MR_MAX * SQ_NR_MAX];
+        panel_part(job, p, row, rows, 0, w->high, high, nr);
+        for (int64_t i = 0; i < rows * nr; i++) {
+            buffer[i] += high[i];
         }
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        memcpy(to + i * job->ld_y, buffer + i * nr, (size_t)columns * sizeof *to);
     }
 }
 
@@ -224,7 +265,7 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
         return SQ_ERR_RANGE;
     }
     int64_t product;
-    if (a->k != w->k || ld_y < w->n || !sq_product(a->m, ld_y, &product)) {
+    if (a->k != w->k || a->high != w->high || ld_y < w->n || !sq_product(a->m, ld_y, &product)) {
         return SQ_ERR_SHAPE;
     }
     const int64_t mr = w->kernels->mr;
@@ -232,6 +273,7 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
     struct linear_job job = {.w = w,
                              .a = a,
                              .kernel = kernel,
+                             .high_kernel = w->kernels->gemm_a8w4,
                              .row_block = sq_max_i64(mr, ROW_BLOCK_BYTES / row_bytes / mr * mr),
                              .y = y,
                              .ld_y = ld_y};

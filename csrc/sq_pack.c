@@ -112,27 +112,26 @@ struct panels_job {
     atomic_int no_memory;
 };
 
-/* Rows of panel p, padded: outputs past n and k past the end read as code 0, whatever the file
- * holds in its tail nibbles. padded [nr][k_padded / 8]. */
+/* Words of panel p from `first` on, padded: outputs past n and k past the end read as code 0,
+ * whatever the file holds in its tail nibbles. padded [nr][count]. */
 static void
-pad_rows(const struct panels_job *job, int64_t p, int32_t *padded)
+pad_rows(const struct panels_job *job, int64_t p, int64_t first, int64_t count, int32_t *padded)
 {
     const sq_packed_t *w = job->w;
-    const int64_t words = sq_packed_words(w->k), words_padded = w->k_padded / CODES_PER_WORD;
-    const int64_t last = w->k % CODES_PER_WORD;
+    const int64_t words = sq_packed_words(w->k), last = w->k % CODES_PER_WORD;
     for (int64_t j = 0; j < w->kernels->nr; j++) {
         const int64_t row = p * w->kernels->nr + j;
-        int32_t *to = padded + j * words_padded;
-        const int64_t filled = row < w->n ? words : 0;
+        int32_t *to = padded + j * count;
+        const int64_t filled = row < w->n ? sq_min_i64(words - first, count) : 0;
         if (filled) {
-            memcpy(to, job->words + row * words, (size_t)words * sizeof *to);
-            if (last) {
+            memcpy(to, job->words + row * words + first, (size_t)filled * sizeof *to);
+            if (last && first + filled == words) {
                 const uint32_t keep = ((uint32_t)1 << (4 * last)) - 1;
-                const uint32_t word = (uint32_t)to[words - 1];
-                to[words - 1] = (int32_t)((word & keep) | (zero_word & ~keep));
+                const uint32_t word = (uint32_t)to[filled - 1];
+                to[filled - 1] = (int32_t)((word & keep) | (zero_word & ~keep));
             }
         }
-        for (int64_t i = filled; i < words_padded; i++) {
+        for (int64_t i = filled; i < count; i++) {
             to[i] = (int32_t)zero_word;
         }
     }
@@ -151,8 +150,14 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
         return;
     }
     for (int64_t p = begin; p < end; p++) {
-        pad_rows(job, p, padded);
-        w->kernels->pack_panel(padded, w->k_padded, job->panels + p * w->panel_stride_bytes);
+        uint8_t *panel = job->panels + p * w->panel_stride_bytes;
+        if (w->high) { /* a panel of its own, so that another kernel can read it */
+            pad_rows(job, p, 0, w->high / CODES_PER_WORD, padded);
+            w->kernels->pack_panel(padded, w->high, panel);
+        }
+        const int64_t rest = w->k_padded - w->high;
+        pad_rows(job, p, w->high / CODES_PER_WORD, rest / CODES_PER_WORD, padded);
+        w->kernels->pack_panel(padded, rest, panel + w->high * nr / 2);
         for (int64_t g = 0; g < w->groups; g++) {
             for (int64_t j = 0; j < nr; j++) {
                 const int64_t row = p * nr + j;
@@ -166,9 +171,10 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
 
 /* Sizes of w from n, k, g and the table. */
 static sq_status
-set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g)
+set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t high)
 {
-    if (n < 1 || k < 1 || g < 0 || (g && (g % SQ_K_ALIGN || k % g))) {
+    if (n < 1 || k < 1 || g < 0 || (g && (g % SQ_K_ALIGN || k % g)) || high < 0 || high >= k ||
+        high % (g ? g : SQ_K_ALIGN)) {
         return SQ_ERR_SHAPE;
     }
     if (k > SQ_PACKED_K_MAX) {
@@ -177,6 +183,7 @@ set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g)
     w->n = n;
     w->k = k;
     w->g = g;
+    w->high = high;
     w->k_padded = sq_round_up(k, SQ_K_ALIGN);
     w->group_length = g ? g : w->k_padded;
     w->groups = w->k_padded / w->group_length;
@@ -193,14 +200,14 @@ set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g)
 
 sq_status
 sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
-                 int64_t n, int64_t k, int64_t g, sq_packed_t **out)
+                 int64_t n, int64_t k, int64_t g, int64_t high, sq_packed_t **out)
 {
     if (!kernels || !words || !scales || !out) {
         return SQ_ERR_NULL;
     }
     *out = NULL;
     sq_packed_t sizes = {.kernels = kernels};
-    SQ_TRY(set_sizes(&sizes, n, k, g));
+    SQ_TRY(set_sizes(&sizes, n, k, g, high));
     const int64_t n_scales = sizes.n_panels * sizes.groups * kernels->nr;
     sq_packed_t *w = sq_alloc(sizeof *w);
     uint8_t *panels = sq_alloc((size_t)(sizes.n_panels * sizes.panel_stride_bytes));
@@ -241,6 +248,12 @@ sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g)
     *n = w->n;
     *k = w->k;
     *g = w->g;
+}
+
+int64_t
+sq_packed_high(const sq_packed_t *w)
+{
+    return w->high;
 }
 
 size_t

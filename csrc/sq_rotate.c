@@ -401,6 +401,60 @@ sq_urt(const double *v, const double *u, int64_t n, int32_t *pairs, double *angl
     return SQ_OK;
 }
 
+/* ---- a matrix as a chain ---------------------------------------------------------------- */
+
+/* Largest entry of |M M^T - I| is below 1e-6. */
+static int
+is_orthogonal(const double *m, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = 0; j <= i; j++) {
+            double dot = i == j ? -1.0 : 0.0;
+            for (int64_t k = 0; k < n; k++) {
+                dot += m[i * n + k] * m[j * n + k];
+            }
+            if (!(fabs(dot) < 1e-6)) { /* NaN as well */
+                return 0;
+            }
+        }
+    }
+    return 1;
+}
+
+/* With G_N ... G_1 M^T = D, a diagonal of ones but for the sign of its last entry, M = D G_N ...
+ * G_1: the rotations that clear M^T below its diagonal, column by column, are the chain. They act
+ * on rows of M^T, columns of M. */
+sq_status
+sq_chain_from_matrix(double *matrix, int64_t n, int32_t *pairs, double *angles, int64_t *steps)
+{
+    if (!matrix || !pairs || !angles || !steps) {
+        return SQ_ERR_NULL;
+    }
+    if (n < 1 || n > SQ_CHAIN_MATRIX_MAX || !is_orthogonal(matrix, n)) {
+        return SQ_ERR_RANGE;
+    }
+    *steps = 0;
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = i + 1; j < n; j++) {
+            const double a = matrix[i * n + i], b = matrix[i * n + j];
+            if (b == 0 && a >= 0) { /* a < 0 over zeros takes a half turn */
+                continue;
+            }
+            const double angle = atan2(-b, a), c = cos(angle), s = sin(angle);
+            for (int64_t r = i; r < n; r++) { /* above row i both entries are zero already */
+                double *row = matrix + r * n;
+                const double x = row[i], y = row[j];
+                row[i] = c * x - s * y;
+                row[j] = s * x + c * y;
+            }
+            pairs[2 * *steps] = (int32_t)i;
+            pairs[2 * *steps + 1] = (int32_t)j;
+            angles[(*steps)++] = angle;
+        }
+    }
+    return SQ_OK;
+}
+
 /* ---- the uniformity sweep --------------------------------------------------------------- */
 
 /* The rotation of smallest magnitude that minimises sum(a^4 + b^4) = 3/4 sum|z|^4 +

@@ -5,9 +5,12 @@
  * a token), in float64, from the state's value. Work is split over channels and over rows of the
  * Gram matrices, never over tokens: results do not depend on the number of threads, nor on how a
  * sequence of tokens is cut into updates. */
+#include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "sq_internal.h"
+#include "sq_kernels.h"
 #include "sq_threads.h"
 
 /* Gram matrices are made in tiles of 4 x 4 (8 vector registers of two doubles). */
@@ -259,4 +262,83 @@ sq_statistics_merge(struct sq_statistics *dst, const struct sq_statistics *src)
     add(dst->gram2, src->gram2, dst->k2 * dst->k2);
     dst->count += src->count;
     return SQ_OK;
+}
+
+/* ---- columns of weights ----------------------------------------------------------------- */
+
+enum { COLUMN_CHUNK = 64 }; /* columns of one task: whole cache lines of 16-bit weights */
+
+struct columns_job {
+    const struct sq_kernels *kernels;
+    sq_dtype dtype;
+    const void *w;
+    int64_t n, k;
+    double *max_abs, *sum2;
+    atomic_int nonfinite;
+};
+
+/* count elements of w from `at` on in float32; NULL if one is NaN or Inf. */
+static const float *
+widened(const struct columns_job *job, int64_t at, int64_t count, float *buffer)
+{
+    if (job->dtype == SQ_F32) {
+        const float *x = (const float *)job->w + at;
+        return sq_all_finite(x, count) ? x : NULL;
+    }
+    const uint16_t *x = (const uint16_t *)job->w + at;
+    const int finite = job->dtype == SQ_F16 ? job->kernels->f16_to_f32(x, count, buffer)
+                                            : job->kernels->bf16_to_f32(x, count, buffer);
+    return finite ? buffer : NULL;
+}
+
+static void
+column_chunks(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct columns_job *job = context;
+    (void)thread;
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        const int64_t first = chunk * COLUMN_CHUNK;
+        const int64_t count = sq_min_i64(COLUMN_CHUNK, job->k - first);
+        double *max_abs = job->max_abs + first, *sum2 = job->sum2 + first;
+        float buffer[COLUMN_CHUNK];
+        memset(max_abs, 0, (size_t)count * sizeof(double));
+        memset(sum2, 0, (size_t)count * sizeof(double));
+        for (int64_t row = 0; row < job->n; row++) {
+            const float *x = widened(job, row * job->k + first, count, buffer);
+            if (!x) {
+                atomic_store(&job->nonfinite, 1);
+                return;
+            }
+            for (int64_t c = 0; c < count; c++) {
+                const double v = fabs((double)x[c]);
+                max_abs[c] = v > max_abs[c] ? v : max_abs[c];
+                sum2[c] += v * v;
+            }
+        }
+    }
+}
+
+sq_status
+sq_column_moments(sq_dtype dtype, const void *w, int64_t n, int64_t k, double *max_abs,
+                  double *sum2)
+{
+    int64_t count;
+    if (!w || !max_abs || !sum2) {
+        return SQ_ERR_NULL;
+    }
+    if (n < 0 || k < 1) {
+        return SQ_ERR_SHAPE;
+    }
+    if (!sq_product(n, k, &count) || (dtype != SQ_F32 && dtype != SQ_F16 && dtype != SQ_BF16)) {
+        return SQ_ERR_RANGE;
+    }
+    struct columns_job job = {.kernels = sq_kernels_active(),
+                              .dtype = dtype,
+                              .w = w,
+                              .n = n,
+                              .k = k,
+                              .max_abs = max_abs,
+                              .sum2 = sum2};
+    sq_parallel_for(sq_ceil_div(k, COLUMN_CHUNK), 1, column_chunks, &job);
+    return atomic_load(&job.nonfinite) ? SQ_ERR_NONFINITE : SQ_OK;
 }

@@ -329,9 +329,10 @@ def unpack(words, k):
     return codes[:, :k].copy()
 
 
-def packed_linear(x, words, scales, group=0, bits=4, clip=1.0):
+def packed_linear(x, words, scales, group=0, bits=4, clip=1.0, high=0):
     """The linear with exact integer sums and the kernels' float32 operations after them (4 and 8
-    bits), or in float64 (16 bits). Takes the words and scales a PackedWeight was made of."""
+    bits), or in float64 (16 bits). Takes the words and scales a PackedWeight was made of. The first
+    `high` inputs have 8-bit codes over their own unclipped range; the two parts are added last."""
     x = np.asarray(x, F32)
     k = x.shape[-1]
     rows = x.reshape(-1, k)
@@ -342,13 +343,18 @@ def packed_linear(x, words, scales, group=0, bits=4, clip=1.0):
     if bits == 16:
         w = dequantize(codes_w.astype(np.int8), scales).astype(np.float64)
         return (rows.astype(np.float64) @ w.T).reshape(*x.shape[:-1], n)
-    codes, scale, _ = quantize(rows, bits, clip=clip)
-    total = np.zeros((len(rows), n), F32)
-    for j in range(k // g):
-        part = slice(j * g, (j + 1) * g)
-        sums = codes[:, part].astype(np.int64) @ codes_w[:, part].T
-        total += scales[:, j] * sums.astype(F32)
-    return (scale * total).reshape(*x.shape[:-1], n)
+    y = np.zeros((len(rows), n), F32)
+    for begin, end, width, ratio in ((high, k, bits, clip), (0, high, 8, 1.0)):
+        if begin == end:
+            continue
+        codes, scale, _ = quantize(rows[:, begin:end], width, clip=ratio)
+        total = np.zeros((len(rows), n), F32)
+        for first in range(begin, end, group or k):
+            part = slice(first, min(first + g, end))
+            sums = codes[:, first - begin : part.stop - begin].astype(np.int64) @ codes_w[:, part].T
+            total += scales[:, first // g] * sums.astype(F32)
+        y += scale * total
+    return y.reshape(*x.shape[:-1], n)
 
 
 def gemm_f32(a, b):
@@ -504,3 +510,178 @@ def kl_divergence(p, q):
     log_p, log_q = log_softmax(p), log_softmax(q)
     kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
     return kl, np.argmax(p, axis=-1) == np.argmax(q, axis=-1)
+
+
+def chain_from_matrix(matrix):
+    """Givens rotations that clear matrix^T below its diagonal, column by column."""
+    rest = np.array(matrix, np.float64).T
+    pairs, angles = [], []
+    for i in range(len(rest)):
+        for j in range(i + 1, len(rest)):
+            if rest[j, i] == 0 and rest[i, i] >= 0:
+                continue
+            angle = np.arctan2(-rest[j, i], rest[i, i])
+            c, s = np.cos(angle), np.sin(angle)
+            rest[[i, j]] = np.array([[c, -s], [s, c]]) @ rest[[i, j]]
+            pairs.append((i, j))
+            angles.append(angle)
+    return np.array(pairs, np.int32).reshape(-1, 2), np.array(angles, np.float64)
+
+
+def principal_directions(gram):
+    """Eigenvectors as rows, eigenvalues falling; each up to its sign."""
+    return np.linalg.eigh(np.asarray(gram, float))[1][:, ::-1].T
+
+
+def column_moments(weight):
+    """Largest magnitude and sum of squares of each column."""
+    weight = np.asarray(weight, np.float64)
+    return np.abs(weight).max(axis=0, initial=0.0), (weight**2).sum(axis=0)
+
+
+# ---- DuQuant (arXiv 2406.01721) ----
+
+
+def random_word(seed, i):
+    """splitmix64 of a counter, vectorised over either argument."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + (np.asarray(i, np.uint64) + np.uint64(1)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def random_normals(seed, count):
+    """The first standard normals of a stream, by Box and Muller."""
+    words = random_word(seed, np.arange(2 * count)) >> np.uint64(11)
+    uniform = np.minimum((words.astype(float) + 0.5) * 2.0**-53, 1 - 2.0**-53)
+    return np.sqrt(-2 * np.log(uniform[::2])) * np.cos(2 * np.pi * uniform[1::2])
+
+
+def reflection(v):
+    return np.eye(len(v)) - 2 * np.outer(v, v) / (v @ v)
+
+
+def random_orthogonal(n, seed):
+    """Stewart 1980: from order 1 upwards, H diag(s, Q) with H e_0 = s x / |x|, x Gaussian."""
+    normals = random_normals(seed, n * (n + 1) // 2)
+    q = np.zeros((0, 0))
+    for order in range(1, n + 1):
+        v, normals = normals[:order].copy(), normals[order:]
+        s = 1.0 if v[0] < 0 else -1.0
+        v[0] -= s * np.linalg.norm(v)
+        q = reflection(v) @ np.block(
+            [[np.full((1, 1), s), np.zeros((1, order - 1))], [np.zeros((order - 1, 1)), q]]
+        )
+    return q
+
+
+def duquant_steps(b, count, seed):
+    """R~ diag(1, Q'), R~ the reflection that swaps e_0 and (1, ..., 1) / sqrt(b)."""
+    flat = np.full(b, b**-0.5)
+    flat[0] -= 1
+    steps = np.zeros((count, b, b))
+    for i in range(count):
+        steps[i, 0, 0] = 1
+        if b > 1:
+            steps[i, 1:, 1:] = random_orthogonal(b - 1, random_word(seed, i))
+            steps[i] = reflection(flat) @ steps[i]
+    return steps.astype(F32)
+
+
+def duquant_blocks(sample, steps):
+    """Equations 2 and 3 block by block: R^i = E_d steps[i] E_d, the product of lowest peak."""
+    b, k = steps.shape[1], sample.shape[1]
+    blocks, peaks = [], []
+    for j in range(0, k, b):
+        x, product = np.asarray(sample[:, j : j + b], float), np.eye(b)
+        found = [(np.abs(x).max(initial=0.0), product)]
+        for step in steps.astype(float):
+            d = int(np.argmax(np.abs(x).max(axis=0, initial=0.0)))
+            switch = np.eye(b)
+            switch[[0, d]] = switch[[d, 0]]
+            r = switch @ step @ switch
+            x, product = x @ r, product @ r
+            found.append((np.abs(x).max(initial=0.0), product))
+        peaks.append([peak for peak, _ in found])
+        blocks.append(found[int(np.argmin(peaks[-1]))][1])
+    return np.array(blocks, F32), np.array(peaks, F32)
+
+
+def zigzag(maxima, b):
+    """Deals of one channel per block, every other deal in reverse."""
+    order = np.argsort(-np.asarray(maxima, float), kind="stable").reshape(b, -1)
+    order[1::2] = order[1::2, ::-1]
+    return order.T.reshape(-1).astype(np.int32)
+
+
+def rotate_blocks(x, first, permutation, second):
+    x = np.asarray(x, float)
+
+    def multiply(y, blocks):
+        parts = np.split(y, len(blocks), axis=-1)
+        return np.concatenate([p @ block for p, block in zip(parts, blocks, strict=True)], -1)
+
+    return multiply(multiply(x, first)[..., permutation], second).astype(F32)
+
+
+# ---- outliers ----
+
+
+def outliers(x, codes, scales, normal):
+    x, codes = np.asarray(x, F32).astype(np.float64), np.asarray(codes)
+    k = x.shape[1]
+    rest = x - np.asarray(scales, F32).astype(np.float64)[:, None] * codes
+    entropy = np.zeros(len(x))
+    for t, row in enumerate(codes):
+        share = np.unique(row, return_counts=True)[1] / k
+        entropy[t] = -np.sum(share * np.log2(share))
+    size, sum2 = np.abs(x), np.sum(x**2, axis=1)
+    tokens = [size.max(axis=1), size.sum(axis=1), sum2, np.sum(x**4, axis=1),
+              np.sum(rest**2, axis=1), entropy]
+    above = size > normal * np.sqrt(sum2 / k)[:, None]
+    return np.stack(tokens, axis=1), np.sum(x**2, axis=0), above.sum(axis=0)
+
+
+# ---- GPTQ ----
+
+
+def gram(x, out=None):
+    x = np.asarray(x, np.float64)
+    return x.T @ x + (0 if out is None else out)
+
+
+def gptq_factor(gram, damping=0.01, order=False, overwrite=False):
+    """float64, whether overwrite is set or not; gram is never written."""
+    h = np.array(gram, np.float64)
+    h += damping * np.mean(np.diag(h)) * np.eye(len(h))
+    h[np.diag_indices_from(h)] = np.where(np.diag(h) == 0, 1, np.diag(h))
+    p = np.arange(len(h))[::-1]
+    if order:
+        p = p[np.argsort(np.diag(gram)[p], kind="stable")]
+    return np.linalg.cholesky(h[np.ix_(p, p)]), p.astype(np.int32)
+
+
+def gptq_round(weights, factor, permutation, bits=4, group=0, search=False):
+    """The paper's algorithm 1 as its authors run it: errors go through the inverse's factor."""
+    order = np.asarray(permutation)[::-1]
+    static = not group or not np.array_equal(order, np.arange(len(order)))
+    factor = np.asarray(factor, np.float64)[::-1, ::-1]
+    upper = np.linalg.inv(factor)  # U with U^T U = H^-1
+    w = np.array(weights, np.float64)
+    group = group or w.shape[1]
+    codes, scales = np.zeros(w.shape, np.int8), quantize(w, bits, group, search=search)[1]
+    half = 2 ** (bits - 1)
+    for i, column in enumerate(order):
+        g = column // group
+        if not static and column % group == 0:
+            scales[:, [g]] = quantize(w[:, column : column + group], bits, search=search)[1]
+        scale = scales[:, g].astype(np.float64)
+        safe = np.where(scale > 0, scale, np.inf)
+        code = np.clip(np.rint(w[:, column] / safe), -half, half - 1)
+        error = (w[:, column] - scale * code) / upper[i, i]
+        w[:, order[i:]] -= np.outer(error, upper[i, i:])
+        codes[:, column] = code
+    return codes, scales

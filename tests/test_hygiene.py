@@ -52,13 +52,24 @@ CALLS = {
     "urt": (f64(9), f64(9)),
     "uniformity_sweep": (f64(6, 11), 2),
     "rotate": (f32(3, 16), CHAIN, EYE),
+    "chain_from_matrix": (_C.random_orthogonal(5, 1),),
+    "principal_directions": (np.cov(f64(6, 30)),),
+    "column_moments": (f32(9, 70).astype(np.float16),),
+    "duquant_blocks": (f32(5, 12), _C.duquant_steps(4, 3, 0)),
+    "zigzag": (f64(12), 4),
+    "rotate_blocks": (f32(3, 12), _C.duquant_steps(4, 3, 1), np.arange(12, dtype=np.int32)[::-1],
+                      _C.duquant_steps(4, 3, 2)),
     "statistics_update": (f32(5, 12), 3, 4, STATE),
     "statistics_merge": (STATE, STATE),
     "quantize": (f32(3, 64), 4, 32, False, 1.0, True),
     "dequantize": (CODES, f32(6, 2), RNG.integers(0, 15, (6, 2)).astype(np.int32)),
+    "gram": (f32(9, 5),),
+    "gptq_factor": (np.cov(f32(5, 40)).astype(np.float32), 0.1, True),
+    "gptq_round": (f32(3, 6), np.eye(6, dtype=np.float32) + np.tril(f32(6, 6), -1),
+                   np.arange(6, dtype=np.int32)[::-1].copy(), 4, 3, True),
     "pack": (CODES,),
     "unpack": (WORDS, 40),
-    "PackedWeight": (WORDS, f32(6, 1), 40),
+    "PackedWeight": (WORDS, f32(6, 1), 40, 0, 32),
     "linear": (f32(3, 40), _C.PackedWeight(WORDS, f32(6, 1), 40), 4, 0.9),
     "linear_dense": (f32(3, 40), f32(6, 40).astype(np.float16)),
     "to_float32": (f32(3, 40).astype(np.float16), True),
@@ -67,6 +78,7 @@ CALLS = {
     "sample": (f32(50), 0.7, 10, 0.9, 0.4),
     "negative_log_likelihood": (f32(3, 50), np.array([0, 49, 7])),
     "kl_divergence": (f32(3, 50), f32(3, 50)),
+    "outliers": (f32(6, 40), CODES, f32(6), 2.0),
     "kernel_gemm_f32": (f32(3, 5), f32(5, 4), f32(3, 4)),
     "kernel_rms_norm": (f32(9), f32(9), 1e-5, f32(9)),
     "kernel_silu_mul": (f32(9), f32(9), f32(9)),
@@ -78,10 +90,12 @@ CALLS = {
 OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "kernel_softmax": 0,
           "kernel_widen": 2}
 # Arguments whose dtype says what the bits are, so that a list (float64, int64) will not do.
-TYPED = {"dequantize": {0}, "unpack": {0}, "PackedWeight": {0}, "linear_dense": {1},
-         "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0}, "DecoderLayer": {2}}
+TYPED = {"column_moments": {0}, "dequantize": {0}, "unpack": {0}, "PackedWeight": {0},
+         "linear_dense": {1}, "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0},
+         "DecoderLayer": {2}}
 NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
-             "factor_sizes", "givens_angle", "hadamard_matrix", "KVCache", "FormatError"}
+             "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
+             "duquant_steps", "KVCache", "FormatError"}
 
 LAYOUTS = {
     "list": lambda a: a.tolist(),
@@ -274,6 +288,7 @@ def test_failing_calls_leak_nothing(name):
 # ---- the GIL ------------------------------------------------------------------------------------
 
 BIG = f32(1024, 2048)
+SQUARE, ORTHOGONAL = f64(100, 100), _C.random_orthogonal(256, 0)
 LONG_CHAIN = (2048, False, np.tile([[0, 1]], (20_000, 1)).astype(np.int32), f64(20_000))
 BIG_WORDS = RNG.integers(-(2**31), 2**31, (2048, 256)).astype(np.int32)
 BIG_WEIGHT = _C.PackedWeight(BIG_WORDS, np.ones((2048, 1), np.float32), 2048)
@@ -284,6 +299,9 @@ LONG_CALLS = {
     "rotate": lambda: _C.rotate(BIG, LONG_CHAIN, np.eye(1, dtype=np.float32)),
     "statistics_update": lambda: _C.statistics_update(BIG, 64, 32),
     "kl_divergence": lambda: _C.kl_divergence(BIG, -BIG),
+    "principal_directions": lambda: _C.principal_directions(SQUARE @ SQUARE.T),
+    "chain_from_matrix": lambda: _C.chain_from_matrix(ORTHOGONAL),
+    "column_moments": lambda: _C.column_moments(BIG),
 }
 
 

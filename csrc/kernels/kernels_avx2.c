@@ -37,6 +37,7 @@ enum {
     SUB_BLOCK_BYTES = SUB * 4
 };
 _Static_assert(MR <= SQ_MR_MAX && NR <= SQ_NR_MAX, "the tail panel's buffer");
+_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
 
 /* Steps of maddubs whose pair sums fit a signed 16-bit lane.
  * 4-bit activations: a pair is at most 2 * 15 * 8 = 240 in absolute value; 32767 / 240 = 136.5.

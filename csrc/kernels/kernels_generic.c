@@ -257,3 +257,4 @@ const struct sq_kernels sq_kernels_generic = {
     .bf16_to_f32 = sq_bf16_to_f32__generic,
 };
 _Static_assert(MR <= SQ_MR_MAX && NR <= SQ_NR_MAX, "the tail panel's buffer");
+_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
