@@ -25,11 +25,11 @@ from singlequant.artifacts import LayerRotations
 rotate = importlib.import_module("singlequant.rotate")
 
 VARIANTS = {
-    "none": rotate.METHODS["none"],
-    "paper": rotate.METHODS["paper"],
-    "paper without URT (art)": rotate.METHODS["art"],
-    "paper without ART (urt)": rotate.METHODS["urt"],
-    "hadamard": rotate.METHODS["hadamard"],
+    "none": "none",
+    "paper": "paper",
+    "paper without URT (art)": "art",
+    "paper without ART (urt)": "urt",
+    "hadamard": "hadamard",
 }
 ARRANGED = {
     "H, ART": {"art": "first", "rounds": 0},
@@ -44,7 +44,7 @@ ARRANGED = {
 for _name, _options in ARRANGED.items():
     VARIANTS[_name] = lambda site, options=_options: rotate.arrange(site, **options)
 CLIPS = (0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
-ROUNDINGS = {"rtn": {"weights": "rtn", "clip": 1.0}, "default": {}}
+ROUNDINGS = {"rtn": {"weights": "rtn", "clip": 1.0}, "mse": {"weights": "mse"}}
 
 
 class Bench:
@@ -55,12 +55,12 @@ class Bench:
         self.original = sq.load(folder)
         config = sq.QuantConfig()
         windows = sq.calibration_tokens(self.checkpoint, config, arguments.calibration)
-        self.statistics = list(sq.calibrate(self.checkpoint, windows))
+        self.statistics = list(sq.calibrate(self.checkpoint, windows, keep_inputs=False))
         tokens = self.original.encode(arguments.text.read_text())
         self.tokens = tokens[: arguments.windows * arguments.seq_len]
         self.seq_len = arguments.seq_len
         held = sq.calibration_windows(self.tokens, 1024)
-        self.held = list(sq.calibrate(self.checkpoint, held))
+        self.held = list(sq.calibrate(self.checkpoint, held, keep_inputs=False))
 
     def solve(self, variant) -> list[LayerRotations]:
         return [
@@ -93,9 +93,9 @@ class Bench:
 
 
 def print_arrangements(bench: Bench, quick: bool) -> list[dict[str, object]]:
-    """W4A4 under plain rounding and under the defaults, one row per arrangement."""
+    """W4A4, rounded plainly and with searched and fixed clips, one row per arrangement."""
     rows = []
-    print(f"| {'arrangement':<26} | error rtn | error default | KL rtn | KL default |")
+    print(f"| {'arrangement':<26} | error rtn | error mse | KL rtn | KL mse |")
     print("|---|---|---|---|---|")
     for name, variant in VARIANTS.items():
         rotations, row = bench.solve(variant), {"arrangement": name}
@@ -106,20 +106,20 @@ def print_arrangements(bench: Bench, quick: bool) -> list[dict[str, object]]:
                 row[f"kl {rounding}"] = bench.divergence(rotations, config)
         rows.append(row)
         kl = [f"{row[f'kl {r}']:.5f}" if f"kl {r}" in row else "" for r in ROUNDINGS]
-        print(f"| {name:<26} | {row['error rtn']:.5f} | {row['error default']:.5f} | "
+        print(f"| {name:<26} | {row['error rtn']:.5f} | {row['error mse']:.5f} | "
               f"{kl[0]} | {kl[1]} |", flush=True)
     return rows
 
 
 def print_clips(bench: Bench) -> list[dict[str, object]]:
-    """KL of the default method, one row per scheme, one column per activation clip."""
-    rotations, rows = bench.solve(rotate.METHODS["singlequant"]), []
+    """KL of `singlequant` with mse weights, a row per scheme and a column per activation clip."""
+    rotations, rows = bench.solve("singlequant"), []
     print("| scheme | " + " | ".join(f"{clip:g}" for clip in CLIPS) + " |")
     print("|---|" + "---|" * len(CLIPS))
     for scheme in ("w4a4", "w4a8"):
         row = {"scheme": scheme}
         for clip in CLIPS:
-            config = sq.QuantConfig(scheme=scheme, clip=clip)
+            config = sq.QuantConfig(scheme, "singlequant", "mse", clip=clip)
             row[f"clip {clip:g}"] = bench.divergence(rotations, config)
         rows.append(row)
         print(f"| {scheme} | " + " | ".join(f"{row[f'clip {c:g}']:.5f}" for c in CLIPS) + " |",

@@ -1,8 +1,6 @@
 """What the benchmarks share: interleaved timing, medians and spread, the machine, JSON output."""
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -63,22 +61,9 @@ def commit():
 
 def environment():
     """What a reader needs to judge the figures. The load is the machine's before the run."""
-    from singlequant import _C
-    from singlequant.info import cpu_name
+    from singlequant.info import machine_info
 
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": _C.blas_info(),
-        "kernels": _C.kernels(),
-        "commit": commit(),
-        "argv": sys.argv[1:],
-    }
+    return {**machine_info(), "commit": commit(), "argv": sys.argv[1:]}
 
 
 def print_environment(values):

@@ -1,9 +1,10 @@
-"""Command line: quantize, eval, generate, demo, runtime."""
+"""Command line: quantize, eval, compare, inspect, generate, demo, runtime."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -11,7 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from . import _C, __version__
-from .artifacts import METHODS, SCHEMES, WEIGHTS, QuantConfig
+from .artifacts import (
+    BALANCED_SITES,
+    GPTQ_INPUTS,
+    METHODS,
+    RESIDUAL_METHODS,
+    SCHEMES,
+    SITES,
+    WEIGHTS,
+    QuantConfig,
+)
 
 EXIT_BAD_INPUT = 2
 
@@ -26,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_quantize(commands)
     _add_eval(commands)
+    _add_compare(commands)
     _add_generate(commands)
+    _add_inspect(commands)
     _add_demo(commands)
     runtime = commands.add_parser("runtime", help="what the kernels run on; for bug reports")
     runtime.set_defaults(run=run_runtime)
@@ -52,8 +64,17 @@ def _add_quantize(commands) -> None:
     c.add_argument("--method", choices=METHODS,
                    help=f"transformation of the activations (default {defaults.method})")
     c.add_argument("--weights", choices=WEIGHTS,
-                   help="rounding: rtn = to nearest, mse = to nearest with a searched clip "
+                   help="rounding: rtn = to nearest, mse = to nearest with a searched clip, gptq = "
+                        "that with error feedback, the most accurate and the slowest "
                         f"(default {defaults.weights})")
+    c.add_argument("--gptq-inputs", choices=GPTQ_INPUTS,
+                   help="inputs that gptq looks at: as they are, or quantized as they will be run "
+                        f"(default {defaults.gptq_inputs})")
+    c.add_argument("--gptq-order", action=argparse.BooleanOptionalAction, default=None,
+                   help="gptq rounds the inputs of largest energy first (default "
+                        f"{'yes' if defaults.gptq_order else 'no'})")
+    c.add_argument("--learned", metavar="FILE",
+                   help="method spinquant: rotations learned before, instead of learning them")
     c.add_argument("--group-size", type=int, metavar="G",
                    help="inputs that share a weight scale, a multiple of 32 (default 0: the whole "
                         "output channel)")
@@ -79,14 +100,74 @@ def _add_quantize(commands) -> None:
 
 def _add_eval(commands) -> None:
     c = _add_command(commands, "eval", run_eval,
-                     "Perplexity of a folder, quantized or not, on a text.")
+                     "Perplexity and zero-shot accuracy of a folder, quantized or not.")
     c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
-    c.add_argument("--text", type=Path, metavar="FILE", required=True)
+    c.add_argument("--text", type=Path, metavar="FILE", help="perplexity on this text")
     c.add_argument("--seq-len", type=int, metavar="N",
                    help="tokens of a window (default: the model's maximum, 2048 at most)")
     c.add_argument("--reference", type=Path, metavar="MODEL",
-                   help="also print the divergence from this model")
+                   help="also print the divergence from this model on the text")
+    c.add_argument("--tasks", metavar="A,B",
+                   help="zero-shot tasks: the package's own (stdlib_continuation, "
+                        "stdlib_perplexity), those in --task-folder, and lm-evaluation-harness's; "
+                        "needs pip install 'singlequant[evaluation]'")
+    c.add_argument("--task-folder", type=Path, metavar="DIR",
+                   help="YAML task files of your own, with local data")
+    c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
     c.add_argument("--json", action="store_true", help="print JSON alone")
+
+
+def _add_compare(commands) -> None:
+    defaults = QuantConfig()
+    c = _add_command(commands, "compare", run_compare,
+                     "Methods x schemes side by side: quality, seconds, memory, size.")
+    c.add_argument("model", metavar="MODEL", type=Path)
+    c.add_argument("--methods", type=names, metavar="A,B",
+                   help=f"among {', '.join(METHODS)} (default: all that need no extra)")
+    c.add_argument("--schemes", type=names, metavar="A,B", default=["w4a4", "w4a8"],
+                   help=f"among {', '.join(SCHEMES)} (default w4a4,w4a8)")
+    c.add_argument("--weights", type=names, metavar="A,B", default=["rtn"],
+                   help=f"rounding of every method, among {', '.join(WEIGHTS)} (default rtn)")
+    c.add_argument("--clip", type=float, metavar="R", default=1.0,
+                   help="share of a token's largest activation that every method's codes reach "
+                        "(default %(default)g)")
+    c.add_argument("--group-size", type=int, metavar="G", default=0,
+                   help="inputs that share a weight scale (default 0: the whole output channel)")
+    c.add_argument("--learned", type=Path, metavar="FILE",
+                   help="rotations of method spinquant, instead of learning them")
+    c.add_argument("--no-default", action="store_true",
+                   help="leave out the rows with the recipe's own rounding")
+    c.add_argument("--text", type=Path, metavar="FILE", nargs="+", action="extend",
+                   help="texts to evaluate on (default: a bundled one)")
+    c.add_argument("--seq-len", type=int, metavar="N",
+                   help="tokens of a window (default: the model's maximum, 2048 at most)")
+    c.add_argument("--windows", type=int, metavar="N",
+                   help="evaluate on the first N windows of each text (default: all)")
+    c.add_argument("--calibration", type=Path, metavar="FILE",
+                   help="UTF-8 text (default: a bundled one)")
+    c.add_argument("--calibration-tokens", type=int, metavar="N",
+                   help=f"default {defaults.calibration_tokens}")
+    c.add_argument("--seeds", type=integers, metavar="N,M", default=[0],
+                   help="draws of the calibration windows, a row each (default 0)")
+    c.add_argument("--tasks", type=names, metavar="A,B", default=[],
+                   help="zero-shot tasks of lm-evaluation-harness")
+    c.add_argument("--task-folder", type=Path, metavar="DIR", help="where local tasks are")
+    c.add_argument("--out", type=Path, metavar="DIR",
+                   help="keep the packed models and the finished rows here; a rerun goes on")
+    c.add_argument("--csv", type=Path, metavar="FILE")
+    c.add_argument("--json", type=Path, metavar="FILE",
+                   help="rows and machine; without --out, a rerun goes on from FILE.partial")
+    c.add_argument("--picture", type=Path, metavar="FILE", help="KL of each method as a dot")
+
+
+def names(text: str) -> list[str]:
+    """The parts of 'a,b'."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def integers(text: str) -> list[int]:
+    """The numbers of '0,1'."""
+    return [int(part) for part in names(text)]
 
 
 def _add_generate(commands) -> None:
@@ -101,6 +182,43 @@ def _add_generate(commands) -> None:
     c.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default): off")
     c.add_argument("--seed", type=int, default=0, metavar="N")
     c.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+
+
+def _add_inspect(commands) -> None:
+    defaults = QuantConfig()
+    c = _add_command(commands, "inspect", run_inspect,
+                     "Outliers of every site before and after each step of its transformation.")
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
+    c.add_argument("--original", type=Path, metavar="MODEL",
+                   help="the model that OUT was made of; needed with a packed folder, which must "
+                        "be of a method that folds nothing into the weights (not "
+                        f"{', '.join([*BALANCED_SITES, *RESIDUAL_METHODS])})")
+    c.add_argument("--method", choices=[m for m in METHODS if m not in RESIDUAL_METHODS],
+                   nargs="+", action="extend",
+                   help=f"transformations to solve, one or more (default {defaults.method}; a "
+                        "packed folder has its own)")
+    c.add_argument("--scheme", choices=[s for s, bits in SCHEMES.items() if bits < 16],
+                   help=f"bits of the activations (default {defaults.scheme}, or OUT's)")
+    c.add_argument("--clip", type=float, metavar="R",
+                   help="share of a token's largest activation that the codes reach")
+    c.add_argument("--calibration", type=Path, metavar="FILE",
+                   help="UTF-8 text (default: a bundled one)")
+    c.add_argument("--calibration-tokens", type=int, metavar="N",
+                   help=f"default {defaults.calibration_tokens}, or OUT's")
+    c.add_argument("--layer", type=int, metavar="I", help="this layer alone, from 0")
+    c.add_argument("--site", choices=SITES, help="this site alone")
+    c.add_argument("--massive", type=float, nargs="+", metavar="T",
+                   help="count entries beyond T times the median (default 100 1000)")
+    c.add_argument("--normal", type=float, metavar="T",
+                   help="count channels beyond T times the token's rms (default 6) in 6 %% of the "
+                        "tokens")
+    c.add_argument("--picture", type=Path, metavar="FILE",
+                   help="heat maps of the peaks and bars of the errors")
+    c.add_argument("--surface", type=Path, metavar="FILE",
+                   help="|activation| over tokens and channels in 3-D, of the site whose peak is "
+                        "largest among those asked for")
+    c.add_argument("--csv", type=Path, metavar="FILE", help="every row and figure")
+    c.add_argument("--json", action="store_true", help="print JSON alone")
 
 
 def _add_demo(commands) -> None:
@@ -131,7 +249,7 @@ def config_from(arguments: argparse.Namespace) -> QuantConfig:
     """The recipe file's values, overwritten by the options given."""
     recipe = QuantConfig.from_file(arguments.recipe) if arguments.recipe else QuantConfig()
     names = ("scheme", "method", "weights", "group_size", "clip", "calibration_tokens", "seed",
-             "ignore")
+             "ignore", "gptq_inputs", "gptq_order", "learned")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     return QuantConfig.from_json({**recipe.to_json(), **given})
 
@@ -168,13 +286,17 @@ def print_summary(summary) -> None:
     print(f"peak memory {megabytes(summary.peak_memory)} besides the mapped weights")
     if summary.resumed_layers:
         print(f"resumed     {summary.resumed_layers} layers were whole; counts are of the others")
-    print("per layer   site      factors   ART steps   URT rotations   sweep rotations")
+    if summary.sites:
+        print("per layer   site      factors   balance   ART steps   URT rotations   "
+              "sweep rotations   8-bit inputs")
     for site in dict.fromkeys(s.site for s in summary.sites):
         rows = [s for s in summary.sites if s.site == site]
         counts = [spread([getattr(r, field) for r in rows])
-                  for field in ("art_steps", "urt_steps", "sweep_rotations")]
+                  for field in ("art_steps", "urt_steps", "sweep_rotations", "high")]
         size = f"{rows[0].k1}x{rows[0].k2}"
-        print(f"            {site:<9} {size:<9} {counts[0]:>9}   {counts[1]:>13}   {counts[2]:>15}")
+        balance = "yes" if rows[0].balanced else "no"
+        print(f"            {site:<9} {size:<9} {balance:>7}   {counts[0]:>9}   {counts[1]:>13}   "
+              f"{counts[2]:>15}   {counts[3]:>12}")
     if config.scheme == "w4a4":
         print("hint        --scheme w4a8 is much closer to the original and, on most CPUs, as fast")
 
@@ -190,11 +312,45 @@ def megabytes(count: float) -> str:
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
+    from .sweep import load
+
+    check_eval(arguments)
+    model = load(arguments.model)
+    result = evaluate_text(model, arguments) if arguments.text else None
+    tasks = evaluate_named_tasks(model, arguments) if arguments.tasks is not None else None
+    if arguments.json:
+        printed = result.to_json() if result else {}
+        print(json.dumps(printed | ({"tasks": tasks} if tasks else {}), allow_nan=False))
+        return
+    if result:
+        print_evaluation(result)
+    for task, metrics in (tasks or {}).items():
+        for name, value in metrics.items():
+            if "_stderr" not in name:
+                error = metrics.get(stderr_name(name))
+                spread = "" if error is None else f" +- {error:.4f}"
+                print(f"{task:<24} {name:<16} {value:.4f}{spread}")
+
+
+def check_eval(arguments: argparse.Namespace) -> None:
+    """ValueError for options that need another one."""
+    if arguments.text is None and arguments.tasks is None:
+        raise ValueError("eval: expected --text FILE, --tasks A,B or both")
+    needs = {"--reference": ("--text", arguments.reference, arguments.text),
+             "--seq-len": ("--text", arguments.seq_len, arguments.text),
+             "--task-folder": ("--tasks", arguments.task_folder, arguments.tasks),
+             "--limit": ("--tasks", arguments.limit, arguments.tasks)}
+    for option, (needed, given, there) in needs.items():
+        if given is not None and there is None:
+            raise ValueError(f"{option}: needs {needed}")
+
+
+def evaluate_text(model, arguments: argparse.Namespace):
+    """Perplexity, and divergence from --reference, on --text: an Evaluation."""
     from .evaluate import split_windows
     from .sweep import default_seq_len, load, perplexity, read_text
 
     text = read_text(arguments.text)
-    model = load(arguments.model)
     reference = load(arguments.reference) if arguments.reference else None
     limit = model.shape.max_position_embeddings
     if arguments.seq_len and arguments.seq_len > limit:
@@ -207,17 +363,69 @@ def run_eval(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{arguments.text}: {error}") from None
     with progress_bar("evaluating", "window") as update:
-        result = perplexity(model, tokens, seq_len, reference, update)
-    if arguments.json:
-        print(json.dumps(result.to_json(), allow_nan=False))
-        return
+        return perplexity(model, tokens, seq_len, reference, update)
+
+
+def print_evaluation(result) -> None:
     print(f"perplexity      {result.perplexity:.4f}  ({result.predictions} predictions in windows "
           f"of {result.seq_len}, {result.seconds:.1f} s)")
-    if reference:
+    if result.kl_mean is not None:
         print(f"reference       {result.reference_perplexity:.4f}")
         print(f"kl_mean         {result.kl_mean:.5f} nats per token from the reference")
         print(f"kl_p99          {result.kl_p99:.5f}")
         print(f"top1_agreement  {result.top1_agreement:.4f}")
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    from .compare import compare
+    from .files import check_file, check_picture
+
+    for path in (arguments.csv, arguments.json):
+        if path is not None:
+            check_file(path)
+    if arguments.picture is not None:
+        check_picture(arguments.picture)
+    partial = None
+    if arguments.json and not arguments.out:
+        partial = arguments.json.with_name(arguments.json.name + ".partial")
+    with progress_bar("comparing", "step") as update:
+        result = compare(
+            arguments.model, arguments.methods, arguments.schemes, arguments.weights,
+            arguments.clip, arguments.group_size, arguments.text, arguments.seq_len,
+            arguments.calibration, arguments.calibration_tokens, arguments.seeds, arguments.tasks,
+            arguments.task_folder, arguments.windows, arguments.out, partial,
+            not arguments.no_default, update, arguments.learned,
+        )
+    print(result)
+    if arguments.csv:
+        print(f"written     {result.to_csv(arguments.csv)}")
+    if arguments.json:
+        print(f"written     {result.to_json(arguments.json)}")
+    if arguments.picture:
+        result.plot(arguments.picture)
+        print(f"written     {arguments.picture}")
+    failed = [row for row in result.rows if row.error]
+    if len(failed) == len(result.rows) - 1:
+        raise ValueError(f"no method could run: {failed[0].error}")
+    if failed and partial:
+        print(f"kept        {partial}: a rerun tries again what failed")
+    elif partial:
+        partial.unlink()
+
+
+def evaluate_named_tasks(model, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Metrics of --tasks, by task."""
+    from .harness import evaluate_tasks
+
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    return evaluate_tasks(model, names, arguments.task_folder, arguments.limit,
+                          progress=sys.stderr.isatty())
+
+
+def stderr_name(metric: str) -> str:
+    """'acc' -> 'acc_stderr', 'exact_match,strict' -> 'exact_match_stderr,strict'."""
+    name, comma, of_filter = metric.partition(",")
+    return f"{name}_stderr{comma}{of_filter}"
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -251,6 +459,54 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
     model.generate(prompts[0], **sampling, on_token=show)
     print(waiting)
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from . import files, outliers
+    from .checkpoint import load_checkpoint
+
+    for picture in (arguments.picture, arguments.surface):
+        if picture is not None:
+            files.check_picture(picture)
+    if arguments.csv is not None:
+        files.check_file(arguments.csv)
+    names = ("scheme", "clip", "calibration_tokens")
+    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
+    config = outliers.own_config(load_checkpoint(arguments.model))
+    thresholds = {n: getattr(arguments, n) for n in ("massive", "normal")
+                  if getattr(arguments, n) is not None}
+    with progress_bar("inspecting", "layer") as update:
+        result = outliers.inspect_model(
+            arguments.model, arguments.method, arguments.original,
+            dataclasses.replace(config, **given), arguments.calibration, arguments.layer,
+            arguments.site, **thresholds, surface=arguments.surface is not None, progress=update)
+    if arguments.csv is not None:
+        files.write_file(arguments.csv, result.to_csv())
+    if arguments.picture is not None:
+        files.save_figure(outliers.plot_overview(result), arguments.picture)
+    if arguments.surface is not None:
+        files.save_figure(outliers.plot_surface(result), arguments.surface)
+    if arguments.json:
+        print(json.dumps(result.to_json(), allow_nan=False))
+        return
+    print_inspection(result)
+
+
+def print_inspection(result) -> None:
+    """The table of sites, that of steps, and what the columns are."""
+    from .outliers import site_table, step_table
+
+    print(f"{result.model}: {result.bits}-bit activations, clip {result.clip:g}, weights "
+          f"{result.weights}, {result.calibration_tokens} calibration tokens\n")
+    print(site_table(result))
+    print("\nafter each step: means over the layers, sums of MO and NO\n")
+    print(step_table(result))
+    print(f"""
+MO>T         entries beyond T times the median magnitude; largest: the largest over the median
+NO           channels beyond {result.normal:g} x the token's rms in {result.normal_share:.0%} of \
+the tokens
+utilization  entropy of the codes / {result.bits} bits; fill: mean|x| / (max / 2)
+errors       relative, squared: of the quantized activations; of the linears' outputs""")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -59,6 +59,11 @@ class Architecture:
             "down": ("down",),
         }
     )
+    # What produces a site's input, where a factor per channel folds for nothing: the weight of a
+    # norm (by its place in `norms`), or the rows and bias of a linear.
+    producers: Mapping[str, int | str] = field(
+        default_factory=lambda: {"qkv": 0, "o": "v", "gate_up": 1, "down": "up"}
+    )
     biases: bool = True  # whether attention_bias and mlp_bias of config.json mean anything
     window: bool = False  # whether sliding_window does
     ignored_tensors: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # buffers of old checkpoints

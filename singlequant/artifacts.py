@@ -8,6 +8,7 @@ import fnmatch
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from . import _C
 from ._C import FormatError
 
 __all__ = [
+    "BALANCED_SITES",
+    "DEFAULT_METHOD",
     "FACTOR_DENSE_MAX",
     "FORMAT_VERSION",
+    "GPTQ_INPUTS",
+    "HIGH_STEP",
     "METHODS",
     "QUANT_METHOD",
+    "RESIDUAL_METHODS",
     "SCHEMES",
     "SITES",
     "WEIGHTS",
+    "BlockRotation",
     "Factor",
     "FormatError",
     "LayerRotations",
@@ -38,9 +45,12 @@ __all__ = [
     "SiteStatistics",
     "chain_problem",
     "clip_name",
+    "high_name",
+    "high_problem",
     "packed_words",
     "packing_problem",
     "read_json",
+    "permutation_problem",
     "rotation_name",
     "unique_keys",
 ]
@@ -48,12 +58,33 @@ __all__ = [
 QUANT_METHOD = "singlequant"  # quantization_config.quant_method
 FORMAT_VERSION = 1  # quantization_config.format_version; docs/format.md
 FACTOR_DENSE_MAX = 512  # SQ_FACTOR_DENSE_MAX of the core: larger factors stay chains
+HIGH_STEP = 32  # SQ_K_ALIGN of the core: inputs with 8 bits come in whole blocks
 MAX_JSON_BYTES = 100_000_000
 
 SCHEMES = {"w4a4": 4, "w4a8": 8, "w4a16": 16}
-METHODS = ("singlequant", "paper", "art", "urt", "hadamard", "none")
-WEIGHTS = ("rtn", "mse")
+METHODS = (
+    "balanced",
+    "singlequant",
+    "paper",
+    "art",
+    "urt",
+    "hadamard",
+    "random",
+    "quarot",
+    "spinquant",
+    "duquant",
+    "smoothquant",
+    "none",
+)
+DEFAULT_METHOD = "balanced"
+# Methods that rotate the residual stream inside the weights, and the sites they rotate online.
+RESIDUAL_METHODS = {"quarot": ("o", "down"), "spinquant": ("down",)}
+WEIGHTS = ("rtn", "mse", "gptq")
+GPTQ_INPUTS = ("float", "quantized")
 SITES = ("qkv", "o", "gate_up", "down")
+# Methods that fold a balance into the weights, and the sites that get one; smoothquant, as
+# published, where a norm feeds the linears.
+BALANCED_SITES = {"balanced": SITES, "duquant": SITES, "smoothquant": ("qkv", "gate_up")}
 DEFAULT_CLIP = {"w4a4": 0.8, "w4a8": 1.0, "w4a16": 1.0}
 
 
@@ -94,16 +125,21 @@ class QuantConfig:
     """What a run makes. ValueError names the field, what was expected and what was found."""
 
     scheme: str = "w4a4"  # bits of weights and activations
-    method: str = "singlequant"  # transformation of the activations
-    weights: str = "mse"  # rounding: nearest ("rtn") or with an MSE-searched clip
+    method: str = DEFAULT_METHOD  # transformation of the activations
+    weights: str = "gptq"  # rounding: nearest ("rtn"), with an MSE-searched clip, or "gptq"
     group_size: int = 0  # inputs that share a weight scale; 0 = the whole output channel
     clip: float | None = None  # activation range as a share of the token's maximum
     calibration_tokens: int = 2048
     seed: int = 0
     ignore: tuple[str, ...] = field(default=())  # linears left as they are (fnmatch patterns)
+    gptq_inputs: str = "float"  # "quantized": GPTQ's Gram matrix is of inputs as they are run
+    gptq_order: bool = False  # GPTQ rounds inputs by falling diagonal of it
+    gptq_damping: float = 0.1  # share of the diagonal's mean that is added to it
+    learned: str | None = None  # spinquant's rotations, a file of `spinquant.save_learned`
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scheme", SCHEMES), ("method", METHODS), ("weights", WEIGHTS)):
+        for name, allowed in (("scheme", SCHEMES), ("method", METHODS), ("weights", WEIGHTS),
+                              ("gptq_inputs", GPTQ_INPUTS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
@@ -122,6 +158,15 @@ class QuantConfig:
         if not listed or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise ValueError(f"ignore: expected a list of patterns, found {self.ignore!r}")
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not isinstance(self.gptq_order, bool):
+            raise ValueError(f"gptq_order: expected true or false, found {self.gptq_order!r}")
+        if self.learned is not None and not (
+            isinstance(self.learned, str) and self.method == "spinquant"
+        ):
+            raise ValueError(f"learned: expected a file's name, with method 'spinquant' alone, "
+                             f"found {self.learned!r} with {self.method!r}")
+        _check_damping(self.gptq_damping)
+        object.__setattr__(self, "gptq_damping", float(self.gptq_damping))
 
     @property
     def activation_bits(self) -> int:
@@ -180,6 +225,13 @@ def _check_clip(value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0.0 < value <= 1.0:
         raise ValueError(f"clip: expected a number in (0, 1], found {value!r}")
+
+
+def _check_damping(value: Any) -> None:
+    """ValueError unless value is a number in [0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:
+        raise ValueError(f"gptq_damping: expected a number in [0, 1], found {value!r}")
 
 
 # ---- rotations ----------------------------------------------------------------------------------
@@ -250,15 +302,28 @@ def chain_problem(order: int, pairs: NDArray[Any], angles: NDArray[Any]) -> str 
     return None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SiteRotation:
-    """The rotation of one site: X [k1, k2] -> left X right^T; each factor acts on its axis."""
+    """The transformation of one site: X [k1, k2] -> left (X / balance) right^T.
+
+    Each factor acts on its axis; the balance, one factor per input, folds into what produces x.
+    """
 
     left: Factor  # order k1: the paper's R1 = R_U1 R_A
     right: Factor  # order k2: the transpose of the paper's R2 = H R_U2
     art_steps: int = 0
     urt_steps: int = 0
     sweep_rotations: int = 0
+    balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance
+    high: int = 0  # leading inputs, after rotation, that keep 8 bits where the others get 4
+
+    def __post_init__(self) -> None:
+        if self.balance is not None:
+            object.__setattr__(self, "balance", _checked_balance(self.balance, self.k))
+        if not 0 <= self.high < self.k or self.high % HIGH_STEP:
+            raise ValueError(
+                f"high: expected a multiple of {HIGH_STEP} below {self.k}, found {self.high}"
+            )
 
     @property
     def k(self) -> int:
@@ -266,15 +331,88 @@ class SiteRotation:
         return self.left.order * self.right.order
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """(k1, k2)."""
+        return self.left.order, self.right.order
+
+    @property
     def is_identity(self) -> bool:
         """True if both factors leave everything as it is."""
         return self.left.is_identity and self.right.is_identity
 
+    @cached_property
+    def arrays(self) -> tuple[Any, Any]:
+        """(left, right) as _C.rotate takes them."""
+        return self.left.runtime(), self.right.runtime()
+
     def __repr__(self) -> str:
         return (
             f"SiteRotation({self.left.order}x{self.right.order}, art {self.art_steps}, "
-            f"urt {self.urt_steps}, sweeps {self.sweep_rotations})"
+            f"urt {self.urt_steps}, sweeps {self.sweep_rotations}"
+            f"{', balanced' if self.balance is not None else ''}"
+            f"{f', {self.high} at 8 bits' if self.high else ''})"
         )
+
+
+def permutation_problem(permutation: NDArray[Any]) -> str | None:
+    """What keeps a vector of integers from being a permutation, or None."""
+    if np.array_equal(np.sort(permutation), np.arange(len(permutation))):
+        return None
+    return f"expected each of 0 to {len(permutation) - 1} once, found others or one twice"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockRotation:
+    """x [k] -> x blockdiag(first), permuted, times blockdiag(second): DuQuant's form."""
+
+    first: NDArray[np.float32]  # [k / b, b, b]
+    permutation: NDArray[np.int32]  # [k]: channel permutation[i] goes to place i
+    second: NDArray[np.float32]  # [k / b, b, b]
+    balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance, as in SiteRotation
+
+    art_steps = urt_steps = sweep_rotations = high = 0  # no Givens rotations, one width
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("first", np.float32), ("permutation", np.int32),
+                            ("second", np.float32)):
+            object.__setattr__(self, name, _frozen(getattr(self, name), dtype))
+        count, b = (self.first.shape + (0, 0))[:2]
+        for name, shape in (("first", (count, b, b)), ("second", (count, b, b)),
+                            ("permutation", (count * b,))):
+            found = getattr(self, name).shape
+            if found != shape or not count * b:
+                raise ValueError(f"{name}: expected square blocks (k / b, b, b) twice and a "
+                                 f"permutation (k,), found {found}")
+        problem = permutation_problem(self.permutation)
+        if problem:
+            raise ValueError(f"permutation: {problem}")
+        if self.balance is not None:
+            object.__setattr__(self, "balance", _checked_balance(self.balance, self.k))
+
+    @property
+    def k(self) -> int:
+        """Inputs of the site's linears."""
+        return len(self.permutation)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(k / b, b)."""
+        return self.first.shape[0], self.first.shape[1]
+
+    @property
+    def is_identity(self) -> bool:
+        """True if blocks and permutation leave everything as it is."""
+        eye = np.eye(self.sizes[1], dtype=np.float32)
+        unmoved = np.array_equal(self.permutation, np.arange(self.k))
+        return unmoved and bool((self.first == eye).all() and (self.second == eye).all())
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """(first, permutation, second) as _C.rotate_blocks takes them."""
+        return self.first, self.permutation, self.second
+
+    def __repr__(self) -> str:
+        return f"BlockRotation({self.sizes[0]} blocks of {self.sizes[1]})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -293,6 +431,10 @@ class SiteStatistics:
     gram2: NDArray[np.float64]  # [k2, k2] sum over tokens of X^T X
     sample: NDArray[np.float32]  # [tokens kept, k], evenly spaced
     weights: NDArray[np.float32]  # [rows kept, k] of the site's linears, evenly spaced
+    weight_max: NDArray[np.float64]  # [k] largest magnitude of a column of the site's linears
+    weight_sum2: NDArray[np.float64]  # [k] sum of squares of a column
+    shared: tuple[int, int, int]  # k = a * b * c; inputs that differ in b share one producer
+    inputs: NDArray[np.float32] | None = None  # [count, k] if kept, while the layer is processed
 
     def __repr__(self) -> str:
         return (
@@ -317,7 +459,8 @@ class LayerRotations:
     """The rotations of one layer by site; a site without a rotation is absent."""
 
     layer: int
-    sites: Mapping[str, SiteRotation]
+    sites: Mapping[str, SiteRotation | BlockRotation]
+    statistics: LayerStatistics | None = None  # what they were solved from, for weights "gptq"
 
     def __post_init__(self) -> None:
         _check_sites("sites", self.sites)
@@ -386,8 +529,9 @@ class LayerWeights:
     index: int
     norms: tuple[NDArray[Any], NDArray[Any]]  # [hidden] before attention, [hidden] before the MLP
     linears: Mapping[str, Linear]  # q, k, v, o, gate, up, down, in this order
-    rotations: Mapping[str, tuple[Any, Any]]  # by site: (left, right) for _C.rotate
+    rotations: Mapping[str, tuple[Any, ...]]  # by site: the `arrays` of its rotation
     clips: Mapping[str, float]  # by site; empty for an unquantized checkpoint
+    high: Mapping[str, int] = field(default_factory=dict)  # by site, inputs with 8 bits; absent = 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -397,21 +541,33 @@ class QuantizedLayer:
     index: int
     packed: Mapping[str, PackedLinear]  # by linear: "model.layers.0.self_attn.q_proj"
     dense: Mapping[str, NDArray[Any]]  # by tensor: norms, biases, weights of ignored linears
-    rotations: Mapping[str, SiteRotation]  # by site; absent = not rotated
+    rotations: Mapping[str, SiteRotation | BlockRotation]  # by site; absent = not rotated
     clips: Mapping[str, float] = field(default_factory=dict)  # by site; absent = the config's
+    high: Mapping[str, int] = field(default_factory=dict)  # by site, inputs with 8 bits; absent = 0
 
     def __post_init__(self) -> None:
-        _check_sites("rotations", self.rotations)
-        _check_sites("clips", self.clips)
+        for name in ("rotations", "clips", "high"):
+            _check_sites(name, getattr(self, name))
         for value in self.clips.values():
             _check_clip(value)
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{s} {r.left.order}x{r.right.order}" for s, r in self.rotations.items())
+        sites = ", ".join(f"{s} {r.sizes[0]}x{r.sizes[1]}" for s, r in self.rotations.items())
         return (
             f"QuantizedLayer({self.index}, {len(self.packed)} packed, {len(self.dense)} dense, "
             f"rotations: {sites or 'none'})"
         )
+
+
+def _checked_balance(balance: Any, k: int) -> NDArray[np.float32]:
+    """The balance, frozen. ValueError unless it has k positive finite numbers."""
+    balance = _frozen(balance, np.float32)
+    if balance.shape != (k,) or not (np.isfinite(balance) & (balance > 0)).all():
+        raise ValueError(
+            f"balance: expected {k} positive numbers, found shape {balance.shape}, "
+            f"least {balance.min(initial=np.inf):g}"
+        )
+    return balance
 
 
 def _check_sites(name: str, sites: Iterable[str]) -> None:
@@ -433,7 +589,8 @@ def _frozen(array: Any, dtype: Any) -> NDArray[Any]:
 
 
 def rotation_name(layer: int, site: str, part: str) -> str:
-    """Tensor of a site's rotation; part: left, right, or those with _chain, _pairs, _angles."""
+    """Tensor of a site's rotation; part: left, right, or those with _chain, _pairs, _angles; or
+    first, permutation, second."""
     return f"model.layers.{layer}.rotations.{site}.{part}"
 
 
@@ -442,8 +599,24 @@ def clip_name(layer: int, site: str) -> str:
     return f"model.layers.{layer}.activations.{site}.clip"
 
 
+def high_name(layer: int, site: str) -> str:
+    """Tensor of the number of a site's leading inputs that keep 8 bits."""
+    return f"model.layers.{layer}.activations.{site}.high"
+
+
 PACKED_PARTS = {"weight_packed": "I32", "weight_scale": "F32", "weight_shape": "I64"}
 CHAIN_PARTS = {"chain": "I64", "pairs": "I32", "angles": "F64"}
+BLOCK_PARTS = {"first": "F32", "permutation": "I32", "second": "F32"}
+
+
+def high_problem(high: int, k: int, config: QuantConfig) -> str | None:
+    """What a number of inputs with 8 bits among k is expected to be, if it is not; or None."""
+    if high and config.activation_bits != 4:
+        return f"expected 0 with {config.scheme}"
+    step = config.group_size or HIGH_STEP
+    if not 0 <= high < k or high % step:
+        return f"expected a multiple of {step} below {k}"
+    return None
 
 
 def packing_problem(linear: str, k: int, config: QuantConfig) -> str | None:

@@ -6,10 +6,12 @@ is processed. Statistics are the same bytes at any thread count.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,9 @@ from .forward import build_layer, flat_positions
 WINDOW = 512  # tokens of a calibration window
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
-STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 1
-ARRAYS = ("gram1", "gram2", "min", "max", "sum", "sum2", "sum4", "sample", "weights")
+STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 2
+ARRAYS = ("gram1", "gram2", "min", "max", "sum", "sum2", "sum4", "sample", "weights", "weight_max",
+          "weight_sum2")
 
 
 def calibration_windows(
@@ -56,16 +59,29 @@ def calibration_windows(
 
 
 def site_statistics(
-    inputs: NDArray[np.float32], weights: Sequence[NDArray], sample_tokens: int = SAMPLE_TOKENS
+    inputs: NDArray[np.float32],
+    weights: Sequence[NDArray],
+    sample_tokens: int = SAMPLE_TOKENS,
+    keep_inputs: bool = False,
+    shared: tuple[int, int, int] | None = None,
 ) -> SiteStatistics:
-    """Statistics of one site from its inputs [m, k] and its linears' weights, each [n, k]."""
+    """Statistics of one site from its inputs [m, k] and its linears' weights, each [n, k].
+
+    keep_inputs: the statistics hold the inputs themselves (not a copy), as GPTQ wants them. shared:
+    k = a * b * c, where inputs that differ in b alone come from one producer (the queries that
+    share a value head).
+    """
     k1, k2 = _C.factor_sizes(inputs.shape[1])
     state = _C.statistics_update(inputs, k1, k2)
     tokens = max(1, -(-len(inputs) // sample_tokens))
     rows = max(1, -(-sum(map(len, weights)) // SAMPLE_ROWS))
     kept = [_C.to_float32(np.ascontiguousarray(w[::rows]), reject=True) for w in weights]
+    moments = [_C.column_moments(w) for w in weights]
     return SiteStatistics(k1, k2, *state, sample=inputs[::tokens].copy(),
-                          weights=np.concatenate(kept))
+                          weights=np.concatenate(kept),
+                          weight_max=np.max([m for m, _ in moments], axis=0),
+                          weight_sum2=np.sum([s for _, s in moments], axis=0),
+                          shared=shared or (1, 1, k1 * k2), inputs=inputs if keep_inputs else None)
 
 
 def calibrate(
@@ -74,22 +90,28 @@ def calibrate(
     sample_tokens: int = SAMPLE_TOKENS,
     progress: Callable[[int, int], None] | None = None,
     skip: Collection[int] = (),
+    keep_inputs: bool = True,
 ) -> Iterator[LayerStatistics]:
     """Yield the statistics of each layer's sites, in order.
 
     checkpoint: an unquantized Checkpoint. windows: [count, length] token ids, each a sequence of
     its own. progress(layers done, layers) is called after each layer; an exception cancels.
-    skip: layers that are only passed through, without statistics. ValueError when the checkpoint
-    is packed, a token id is outside the vocabulary or an activation is not finite.
+    skip: layers that are only passed through, without statistics. keep_inputs: the statistics
+    also hold the sites' inputs, which weights "gptq" need: fine in a chain of generators, where a
+    layer is dropped before the next is made; pass False to collect the layers of a large model.
+    ValueError when the checkpoint is packed, a token id is outside the vocabulary or an activation
+    is not finite.
     """
     checkpoint.require_unquantized()
     windows = np.asarray(windows, np.int64)
     if windows.ndim != 2 or windows.size == 0:
         raise ValueError(f"windows: expected (count, length) with tokens, got {windows.shape}")
-    return _layers(checkpoint, windows, sample_tokens, progress, skip)
+    return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs)
 
 
-def _layers(checkpoint, windows, sample_tokens, progress, skip) -> Iterator[LayerStatistics]:
+def _layers(
+    checkpoint, windows, sample_tokens, progress, skip, keep_inputs
+) -> Iterator[LayerStatistics]:
     """The loop of `calibrate`, whose arguments were checked."""
     shape = checkpoint.shape
     last = max(set(range(shape.layers)) - set(skip), default=-1)  # nothing is asked behind it
@@ -103,20 +125,23 @@ def _layers(checkpoint, windows, sample_tokens, progress, skip) -> Iterator[Laye
             inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
             del layer, cache
             if record:
-                sites = _layer_statistics(checkpoint, index, inputs, sample_tokens)
+                sites = _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs)
                 del inputs
                 yield sites
+                del sites
         if progress:
             progress(index + 1, shape.layers)
 
 
-def _layer_statistics(checkpoint, index, inputs, sample_tokens) -> LayerStatistics:
+def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> LayerStatistics:
     """Statistics of a layer from the recorded inputs of its sites."""
-    linears, sites = checkpoint.layer(index).linears, {}
+    linears, sites, shape = checkpoint.layer(index).linears, {}, checkpoint.shape
+    shared = {"o": (shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)}
     for name, recorded in zip(SITES, inputs, strict=True):
         weights = [linears[role].weight for role in checkpoint.architecture.sites[name]]
         try:
-            sites[name] = site_statistics(recorded, weights, sample_tokens)
+            sites[name] = site_statistics(recorded, weights, sample_tokens, keep_inputs,
+                                          shared.get(name))
         except ValueError as error:
             for i in range(index + 1):  # a weight that is not finite is the better message
                 checkpoint.require_finite(i)
@@ -127,7 +152,7 @@ def _layer_statistics(checkpoint, index, inputs, sample_tokens) -> LayerStatisti
 def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -> None:
     """Write one file per layer, and statistics.json; the folder appears only when it is whole.
 
-    FileExistsError when it is there already.
+    Inputs that were kept are not written. FileExistsError when it is there already.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -143,7 +168,8 @@ def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -
                 for field in ARRAYS
             }
             save_file(tensors, partial / _layer_file(layer.index),
-                      {f"{n}.count": str(s.count) for n, s in layer.sites.items()})
+                      {key: value for n, s in layer.sites.items() for key, value in
+                       ((f"{n}.count", str(s.count)), (f"{n}.shared", json.dumps(s.shared)))})
             count += 1
         header = {"format_version": STATISTICS_VERSION, "layers": count}
         (partial / STATISTICS_FILE).write_text(json.dumps(header))
@@ -201,4 +227,10 @@ def _load_site(
     count = counts[f"{name}.count"]
     if not (count.isascii() and count.isdigit()):
         raise ValueError(f"{name}.count: expected a number of tokens, found {count!r:.80}")
-    return SiteStatistics(k1, k2, int(count), **arrays)
+    shared = counts[f"{name}.shared"]
+    with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is no list either
+        shared = json.loads(shared)
+    whole = isinstance(shared, list) and len(shared) == 3 and all(type(n) is int for n in shared)
+    if not whole or min(shared) < 1 or prod(shared) != k1 * k2:
+        raise ValueError(f"{name}.shared: expected 3 factors of {k1 * k2}, found {shared!r:.80}")
+    return SiteStatistics(k1, k2, int(count), **arrays, shared=tuple(shared))

@@ -28,6 +28,7 @@ from .architectures import (
     parse_shape,
 )
 from .artifacts import (
+    BLOCK_PARTS,
     CHAIN_PARTS,
     FACTOR_DENSE_MAX,
     FORMAT_VERSION,
@@ -41,7 +42,10 @@ from .artifacts import (
     QuantConfig,
     chain_problem,
     clip_name,
+    high_name,
+    high_problem,
     packed_words,
+    permutation_problem,
     read_json,
     rotation_name,
     unique_keys,
@@ -276,14 +280,15 @@ class Checkpoint:
         attention, mlp = (
             self.tensor(f"{norm.format(i=i)}.weight") for norm in self.architecture.norms
         )
-        rotations, clips = {}, {}
+        rotations, clips, high = {}, {}, {}
         if self.quant_config is not None:
             for site in SITES:
                 if _has_rotation(self.tensors, i, site):
                     rotations[site] = self._rotation(i, site)
                 clips[site] = self._clip(i, site, self.quant_config)
+                high[site] = self._high(i, site, self.quant_config)
         linears = {role: self._linear(i, role) for role in self.architecture.linears}
-        return LayerWeights(i, (attention, mlp), linears, rotations, clips)
+        return LayerWeights(i, (attention, mlp), linears, rotations, clips, high)
 
     def require_unquantized(self) -> None:
         """ValueError for a packed checkpoint: what the sweep reads must not be packed."""
@@ -321,8 +326,11 @@ class Checkpoint:
             raise self._error(f"{name}.weight_packed", "code 0 in the tail of each row", "others")
         return PackedLinear(words, scales, shape, k // groups if groups > 1 else 0)
 
-    def _rotation(self, layer: int, site: str) -> tuple[Any, Any]:
-        """(left, right) for _C.rotate: y = left X right^T, so a dense right is transposed here."""
+    def _rotation(self, layer: int, site: str) -> tuple[Any, ...]:
+        """(left, right) for _C.rotate: y = left X right^T, so a dense right is transposed here;
+        or (first, permutation, second) for _C.rotate_blocks."""
+        if rotation_name(layer, site, "first") in self.tensors:
+            return self._blocks(layer, site)
         left = self._factor(rotation_name(layer, site, "left"))
         right = self._factor(rotation_name(layer, site, "right"))
         return left, np.ascontiguousarray(right.T) if isinstance(right, np.ndarray) else right
@@ -330,19 +338,32 @@ class Checkpoint:
     def _factor(self, name: str) -> Any:
         """Dense float32 [order, order] as stored, or (order, hadamard, pairs, angles)."""
         if name in self.tensors:
-            matrix = self.tensor(name)
-            # NaN and Inf fail the comparison as well.
-            with np.errstate(all="ignore"):
-                error = np.abs(matrix @ matrix.T - np.eye(len(matrix), dtype=np.float32)).max()
-            if not error < ORTHOGONALITY_TOLERANCE:
-                raise self._error(name, "an orthogonal matrix", f"|M M^T - I| = {error:.3g}")
-            return matrix
+            return self._orthogonal(name)
         chain, pairs, angles = (self.tensor(f"{name}_{part}") for part in CHAIN_PARTS)
         order, hadamard = chain.tolist()
         problem = chain_problem(order, pairs, angles)
         if problem:
             raise self._error(name, "a chain of Givens rotations", problem)
         return order, bool(hadamard), pairs, angles
+
+    def _blocks(self, layer: int, site: str) -> tuple[Any, ...]:
+        """The tensors of BLOCK_PARTS, whose shapes were checked."""
+        first, permutation, second = (rotation_name(layer, site, part) for part in BLOCK_PARTS)
+        order = self.tensor(permutation)
+        problem = permutation_problem(order)
+        if problem:
+            raise self._error(permutation, "a permutation", problem)
+        return self._orthogonal(first), order, self._orthogonal(second)
+
+    def _orthogonal(self, name: str) -> NDArray[np.float32]:
+        """A stored matrix [..., n, n], each of which must be orthogonal."""
+        m = self.tensor(name)
+        # NaN and Inf fail the comparison as well.
+        with np.errstate(all="ignore"):
+            error = np.abs(m @ m.swapaxes(-1, -2) - np.eye(m.shape[-1], dtype=np.float32)).max()
+        if not error < ORTHOGONALITY_TOLERANCE:
+            raise self._error(name, "an orthogonal matrix", f"|M M^T - I| = {error:.3g}")
+        return m
 
     def _clip(self, layer: int, site: str, config: QuantConfig) -> float:
         name = clip_name(layer, site)
@@ -352,6 +373,16 @@ class Checkpoint:
         if not 0.0 < clip <= 1.0:
             raise self._error(name, "a number in (0, 1]", clip)
         return clip
+
+    def _high(self, layer: int, site: str, config: QuantConfig) -> int:
+        name = high_name(layer, site)
+        if name not in self.tensors:
+            return 0
+        high = int(self.tensor(name)[0])
+        problem = high_problem(high, self.shape.site(site), config)
+        if problem:
+            raise FormatError(f"{self.tensors[name].path}: {name}: {problem}, found {high}")
+        return high
 
     def _error(self, name: str, expected: Any, found: Any) -> FormatError:
         """FormatError about the content of a tensor; of a family's tensor the first part's file."""
@@ -544,7 +575,7 @@ def _check_packed(
 
 def _has_rotation(tensors: Mapping[str, TensorInfo], layer: int, site: str) -> bool:
     left = rotation_name(layer, site, "left")
-    return left in tensors or f"{left}_chain" in tensors
+    return any(n in tensors for n in (left, f"{left}_chain", rotation_name(layer, site, "first")))
 
 
 def _check_site(
@@ -555,8 +586,13 @@ def _check_site(
     if clip_name(layer, site) in tensors:
         known.add(clip_name(layer, site))
         _check_tensor(folder, tensors, clip_name(layer, site), ("F32",), (1,))
+    if high_name(layer, site) in tensors:
+        known.add(high_name(layer, site))
+        _check_tensor(folder, tensors, high_name(layer, site), ("I64",), (1,))
     if not _has_rotation(tensors, layer, site):
         return known
+    if rotation_name(layer, site, "first") in tensors:
+        return known | _check_blocks(folder, tensors, layer, site, k)
     orders = []
     for side in ("left", "right"):
         order, names = _check_factor(folder, tensors, rotation_name(layer, site, side))
@@ -569,6 +605,19 @@ def _check_site(
             f"found {orders[0]} x {orders[1]}"
         )
     return known
+
+
+def _check_blocks(
+    folder: Path, tensors: Mapping[str, TensorInfo], layer: int, site: str, k: int
+) -> set[str]:
+    """The tensors of a block rotation: square blocks whose order divides k; returns their names."""
+    names = [rotation_name(layer, site, part) for part in BLOCK_PARTS]
+    found = tensors[names[0]].shape
+    b = found[-1] if found and found[-1] and k % found[-1] == 0 else 1
+    blocks = (k // b, b, b)
+    for name, dtype, shape in zip(names, BLOCK_PARTS.values(), (blocks, (k,), blocks), strict=True):
+        _check_tensor(folder, tensors, name, (dtype,), shape)
+    return set(names)
 
 
 def _check_factor(

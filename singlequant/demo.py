@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import _C
 from .artifacts import QuantConfig, SiteRotation, SiteStatistics
 from .calibrate import calibrate
 from .checkpoint import load_checkpoint
+from .files import check_file, save_figure
+from .quantize import transform_inputs
 from .rotate import solve_site
 from .sweep import (
     bundled_model,
@@ -22,7 +23,14 @@ from .sweep import (
     quantize_folder,
 )
 
-RUNS = (("w4a4", "none"), ("w4a4", "hadamard"), ("w4a4", "singlequant"), ("w4a8", "singlequant"))
+EQUAL = {"weights": "rtn", "clip": 1.0}  # plain rounding, for all but the defaults
+RUNS = (
+    QuantConfig("w4a4", "none", **EQUAL),
+    QuantConfig("w4a4", "hadamard", **EQUAL),
+    QuantConfig("w4a4", "singlequant", **EQUAL),
+    QuantConfig("w4a4"),
+    QuantConfig("w4a8"),
+)
 SEQ_LEN = 256
 EVALUATED_TOKENS = 8192
 PROMPT = "This function"
@@ -31,23 +39,25 @@ NEW_TOKENS = 40
 
 def demo(picture: Path) -> None:
     """Print one table and one sentence, save one picture of activations before and after."""
+    check_file(picture)
     source = bundled_model()
     original = load(source)
     tokens = original.encode(bundled_text("heldout"))[:EVALUATED_TOKENS]
     print(f"{original!r}: activations with outlier channels, as in large models\n")
     before = perplexity(original, tokens, SEQ_LEN)
-    print("scheme  method        perplexity  KL to original   size MB   seconds to quantize")
-    print(f"{'16-bit':<7} {'original':<12} {before.perplexity:>11.3f}  {0:>14.5f}  "
-          f"{folder_bytes(source) / 1e6:>8.2f}   {'':>19}")
+    print("scheme  method       weights  perplexity  KL to original   size MB   quantized in s")
+    print(f"{'16-bit':<7} {'original':<12} {'':<7} {before.perplexity:>11.3f}  {0:>14.5f}  "
+          f"{folder_bytes(source) / 1e6:>8.2f}")
     with tempfile.TemporaryDirectory() as folder:
-        for scheme, method in RUNS:
-            out = Path(folder) / f"{scheme}-{method}"
-            summary = quantize_folder(source, out, QuantConfig(scheme=scheme, method=method))
+        for i, config in enumerate(RUNS):
+            out = Path(folder) / str(i)
+            summary = quantize_folder(source, out, config)
             quantized = load(out)
             result = perplexity(quantized, tokens, SEQ_LEN, reference=original)
-            print(f"{scheme:<7} {method:<12} {result.perplexity:>11.3f}  {result.kl_mean:>14.5f}  "
-                  f"{summary.bytes_after / 1e6:>8.2f}   {summary.seconds:>19.2f}")
-            if (scheme, method) == ("w4a4", "singlequant"):
+            print(f"{config.scheme:<7} {config.method:<12} {config.weights:<7} "
+                  f"{result.perplexity:>11.3f}  {result.kl_mean:>14.5f}  "
+                  f"{summary.bytes_after / 1e6:>8.2f}   {summary.seconds:>14.2f}")
+            if config == QuantConfig("w4a4"):
                 text = quantized.generate(PROMPT, max_new_tokens=NEW_TOKENS, temperature=0.6,
                                           top_k=20, seed=1)
     written = " ".join(f"{PROMPT}{text}".split())
@@ -66,7 +76,7 @@ def worst_site(source: Path) -> tuple[str, SiteStatistics, SiteRotation]:
             if found is None or ratio > found[0]:
                 found = ratio, f"layer {layer.index}, inputs of {name}", site
     _, name, site = found
-    return name, site, solve_site(site)
+    return name, site, solve_site(site, site=name.split()[-1])
 
 
 def draw(source: Path, picture: Path) -> str:
@@ -80,10 +90,10 @@ def draw(source: Path, picture: Path) -> str:
 
     name, site, rotation = worst_site(source)
     before = np.abs(site.sample)
-    after = np.abs(_C.rotate(site.sample, rotation.left.runtime(), rotation.right.runtime()))
+    after = np.abs(transform_inputs(site.sample, rotation))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     channels = np.arange(before.shape[1])
-    for axis, values, title in zip(axes, (before, after), ("before", "after rotation"),
+    for axis, values, title in zip(axes, (before, after), ("before", "after the transformation"),
                                    strict=True):
         for quantile, shade in ((1.0, "0.8"), (0.99, "0.55"), (0.5, "0.1")):
             axis.fill_between(channels, np.quantile(values, quantile, axis=0), color=shade, lw=0,
@@ -91,6 +101,6 @@ def draw(source: Path, picture: Path) -> str:
         axis.set(title=f"{name}: {title}", xlabel="channel", xlim=(0, len(channels) - 1))
     axes[0].set_ylabel("|activation|")
     axes[0].legend(frameon=False)
-    figure.savefig(picture, dpi=120)
+    save_figure(figure, picture, dpi=120)
     plt.close(figure)
     return f"picture: {picture}"

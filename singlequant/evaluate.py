@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +22,32 @@ class Scorer(Protocol):
 
     def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]: ...
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+
+class CachedScorer:
+    """A reference that meets the same windows again and again: its layers run once for each.
+
+    Keeps the final hidden states in float32, tokens * hidden * 4 bytes, and none of the logits:
+    those are made again, block by block.
+    """
+
+    def __init__(self, model: Scorer) -> None:
+        self.model = model
+        self._states: dict[bytes, NDArray[np.float32]] = {}
+
+    def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The model's hidden states [count, length, hidden]; not to be written to."""
+        windows = np.ascontiguousarray(windows, np.int64)
+        key = hashlib.sha256(f"{windows.shape}".encode() + windows.tobytes()).digest()
+        if key not in self._states:
+            states = self.model.hidden_states(windows)
+            states.flags.writeable = False
+            self._states[key] = states
+        return self._states[key]
+
+    def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The model's logits [..., vocab] of hidden states [..., hidden]."""
+        return self.model.logits(hidden)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from . import _C
 from .architectures import ModelShape, rope_frequencies
-from .artifacts import SITES, PackedLinear
+from .artifacts import SITES, BlockRotation, PackedLinear, SiteRotation
 
 ROWS_PER_BLOCK = 1024  # rows of a weight in float32 at a time: the sweep's working memory
 
@@ -34,19 +34,32 @@ def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
     """The C layer `index` of a Checkpoint; packed weights go into the CPU's panel order."""
     weights = checkpoint.layer(index)
     linears = []
-    for linear in weights.linears.values():
+    site_of = {r: s for s, roles in checkpoint.architecture.sites.items() for r in roles}
+    for role, linear in weights.linears.items():
         weight = linear.weight
         if isinstance(weight, PackedLinear):
-            weight = _C.PackedWeight(weight.words, weight.scales, weight.shape[1], weight.group)
+            high = weights.high.get(site_of[role], 0)
+            weight = _C.PackedWeight(weight.words, weight.scales, weight.shape[1], weight.group,
+                                     high)
         linears.append((weight, linear.bias))
-    sites = [None] * len(SITES)
+    sites: list[tuple | None] = [None] * len(SITES)
     if checkpoint.quant_config is not None:
         bits = checkpoint.quant_config.activation_bits
-        unrotated = (None, None)
-        sites = [
-            (*weights.rotations.get(site, unrotated), bits, weights.clips[site]) for site in SITES
-        ]
+        for i, site in enumerate(SITES):
+            rotation = weights.rotations.get(site, (None, None))
+            if len(rotation) == 3:  # a BlockRotation's stand in place of left
+                rotation = (rotation, None)
+            sites[i] = (*rotation, bits, weights.clips[site])
     return _C.DecoderLayer(architecture_row(checkpoint.shape), weights.norms, linears, sites)
+
+
+def rotate_rows(
+    x: NDArray[np.floating], rotation: SiteRotation | BlockRotation
+) -> NDArray[np.float32]:
+    """Each row of x [..., k], a token or a weight's, as the site's rotation turns it."""
+    if isinstance(rotation, BlockRotation):
+        return _C.rotate_blocks(x, *rotation.arrays)
+    return _C.rotate(x, *rotation.arrays)
 
 
 def float32_blocks(array: NDArray, name: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:

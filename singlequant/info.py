@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import time
 from importlib import metadata
 
 import numpy as np
@@ -26,6 +28,23 @@ def runtime_info() -> dict[str, object]:
         "kernels runnable": ", ".join(kernels["runnable"]),
         "threads": _C.get_num_threads(),
         "blas": _C.blas_info(),
+    }
+
+
+def machine_info() -> dict[str, object]:
+    """What a reader needs to judge measured figures. The load is the machine's at this moment."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": _C.get_num_threads(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "system": platform.platform(),
+        "singlequant": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": _C.blas_info(),
+        "kernels": _C.kernels(),
     }
 
 

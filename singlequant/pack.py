@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,22 +21,30 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from . import _C
-from .architectures import LINEARS, ModelShape
+from .architectures import LINEARS
 from .artifacts import (
+    BALANCED_SITES,
+    BLOCK_PARTS,
     FACTOR_DENSE_MAX,
     FORMAT_VERSION,
     QUANT_METHOD,
+    RESIDUAL_METHODS,
     SITES,
+    BlockRotation,
     Factor,
     PackedLinear,
     QuantConfig,
     QuantizedLayer,
     clip_name,
+    high_name,
+    high_problem,
     packed_words,
     packing_problem,
     read_json,
     rotation_name,
 )
+from .duquant import block_size
+from .files import whole_file
 
 if TYPE_CHECKING:  # the stages meet only in artifacts
     from .checkpoint import Checkpoint
@@ -86,32 +95,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in order:
             file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Any]:
-    """A file to write that takes its name only after it was written and synced."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # write() knows no name
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def _sync_folder(path: Path) -> None:
@@ -170,13 +162,21 @@ def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArr
         tensors[f"{name}.weight_scale"] = linear.scales
         tensors[f"{name}.weight_shape"] = np.array(linear.shape, np.int64)
     for site, rotation in layer.rotations.items():
-        if not rotation.is_identity:
+        if rotation.is_identity:
+            continue
+        if isinstance(rotation, BlockRotation):
+            names = [rotation_name(layer.index, site, part) for part in BLOCK_PARTS]
+            tensors |= zip(names, rotation.arrays, strict=True)
+        else:
             left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
             tensors |= factor_tensors(left, rotation.left, transpose=False)
             tensors |= factor_tensors(right, rotation.right, transpose=True)
     for site, clip in layer.clips.items():
         if np.float32(clip) != np.float32(config.activation_clip):
             tensors[clip_name(layer.index, site)] = np.array([clip], np.float32)
+    for site, high in layer.high.items():
+        if high:
+            tensors[high_name(layer.index, site)] = np.array([high], np.int64)
     return tensors
 
 
@@ -436,6 +436,10 @@ def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantCon
         for role in LINEARS
         if shape.bias(role)
     }
+    for site, high in layer.high.items():
+        problem = high_problem(high, shape.site(site), config)
+        if problem:
+            raise ValueError(f"layer {i}: {site}: high: {problem}, found {high}")
     _check_shapes(f"layer {i}: packed", packed, layer.packed)
     _check_shapes(f"layer {i}: dense", dense, layer.dense)
     for name, array in layer.dense.items():
@@ -479,6 +483,10 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
         if (checkpoint.path / name).is_file()
     )
     head = f"{checkpoint.architecture.head}.weight" if shape.tie_word_embeddings else None
+    treated = [site for site, roles in checkpoint.architecture.sites.items()
+               if any(checkpoint.linear_name(i, role) in packed
+                      for role in roles for i in range(shape.layers))]
+    folded = _folded_tensors(checkpoint, config.method, treated)
     for name, info in checkpoint.tensors.items():
         total += 160  # its header entry and its line of the index
         linear = name.removesuffix(".weight")
@@ -487,15 +495,36 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
             groups = k // config.group_size if config.group_size else 1
             total += 4 * n * (packed_words(k) + groups) + 16 + 320
         elif name != head:
-            total += info.nbytes
-    if config.method != "none":
-        total += shape.layers * sum(_rotation_bytes(shape, site) for site in SITES)
+            total += 4 * prod(info.shape) if name in folded else info.nbytes
+    if config.method not in ("none", "smoothquant"):
+        measure = _block_bytes if config.method == "duquant" else _factor_bytes
+        rotated = RESIDUAL_METHODS.get(config.method, SITES)
+        total += shape.layers * sum(measure(shape.site(site)) for site in rotated
+                                    if site in treated)
     return total
 
 
-def _rotation_bytes(shape: ModelShape, site: str) -> int:
+def _folded_tensors(checkpoint: Checkpoint, method: str, sites: Sequence[str]) -> set[str]:
+    """Tensors that the method's balance of these sites multiplies: in float32 unless packed."""
+    architecture, names = checkpoint.architecture, set()
+    for site in set(BALANCED_SITES.get(method, ())) & set(sites):
+        producer = architecture.producers[site]
+        roles = [*architecture.sites[site], *([producer] if isinstance(producer, str) else [])]
+        for i in range(checkpoint.shape.layers):
+            names |= {f"{checkpoint.linear_name(i, role)}.weight" for role in roles}
+            if not isinstance(producer, str):
+                names.add(f"{architecture.norms[producer].format(i=i)}.weight")
+    return names
+
+
+def _factor_bytes(k: int) -> int:
     """Bytes of a site's factors: dense, or for a large one a chain of two rotations per entry."""
     return sum(
         320 + (4 * order**2 if order <= FACTOR_DENSE_MAX else 16 * 2 * order)
-        for order in _C.factor_sizes(shape.site(site))
+        for order in _C.factor_sizes(k)
     )
+
+
+def _block_bytes(k: int) -> int:
+    """Bytes of a site's two block rotations and their permutation."""
+    return 3 * 320 + 4 * k * (2 * block_size(k) + 1)

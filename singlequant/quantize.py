@@ -3,74 +3,244 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
 from .artifacts import (
+    BlockRotation,
     LayerRotations,
+    Linear,
     PackedLinear,
     QuantConfig,
     QuantizedLayer,
     SiteRotation,
+    SiteStatistics,
     packed_words,
     packing_problem,
 )
-from .forward import float32_blocks, require_finite
+from .forward import ROWS_PER_BLOCK, float32_blocks, require_finite, rotate_rows
+
+Rotation = SiteRotation | BlockRotation
+
+
+# ---- GPTQ's view of a site ----------------------------------------------------------------------
+
+
+class GptqFactor(NamedTuple):
+    """What `_C.gptq_factor` makes of a site's rotated inputs; all linears of the site share it."""
+
+    factor: NDArray[np.float32]  # [k, k]
+    permutation: NDArray[np.int32]  # [k]
+
+
+def transform_inputs(x: NDArray[np.float32], rotation: Rotation | None) -> NDArray[np.float32]:
+    """Inputs x [m, k] of a site as its linears receive them."""
+    if rotation is None:
+        return x
+    if rotation.balance is not None:
+        x = x / rotation.balance
+    return x if rotation.is_identity else rotate_rows(x, rotation)
+
+
+def transform_rows(weights: NDArray[np.float32], rotation: Rotation) -> NDArray[np.float32]:
+    """Weight rows [n, k] of a site as they meet its transformed inputs: x' W'^T = x W^T."""
+    weights = scaled(weights, rotation.balance, None)
+    return weights if rotation.is_identity else rotate_rows(weights, rotation)
+
+
+def round_inputs(
+    x: NDArray[np.float32], rotation: Rotation | None, config: QuantConfig
+) -> NDArray[np.float32]:
+    """Transformed inputs x [m, k] after the quantizer that they meet when the model runs."""
+    bits = config.activation_bits
+    if bits == 16:
+        return x
+    high = 0 if rotation is None else high_inputs(rotation, config)
+    rest = _C.dequantize(*_C.quantize(x[:, high:], bits, 0, True, config.activation_clip))
+    if not high:
+        return rest
+    return np.concatenate([_C.dequantize(*_C.quantize(x[:, :high], 8)), rest], axis=1)
+
+
+def gptq_factor(
+    statistics: SiteStatistics, rotation: Rotation | None, config: QuantConfig
+) -> GptqFactor:
+    """The factor of the Gram matrix of a site's rotated calibration inputs, in float32.
+
+    With config.gptq_inputs "quantized", of the inputs after their own rounding and clip. ValueError
+    when the statistics do not hold the inputs or the matrix is not positive definite.
+    """
+    if statistics.inputs is None:
+        raise ValueError(
+            "statistics: weights 'gptq' needs the calibration inputs, found none kept (saved "
+            "statistics never hold them): calibrate with keep_inputs=True"
+        )
+    gram = None
+    for first in range(0, len(statistics.inputs), ROWS_PER_BLOCK):
+        x = transform_inputs(statistics.inputs[first : first + ROWS_PER_BLOCK], rotation)
+        if config.gptq_inputs == "quantized":
+            x = round_inputs(x, rotation, config)
+        gram = _C.gram(x, gram)
+    return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True))
+
+
+# ---- linears and layers -------------------------------------------------------------------------
+
+
+def _round(
+    block: NDArray[np.float32], config: QuantConfig, gptq: GptqFactor | None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes [n, k] and scales [n, k / g] of rotated weights [n, k]."""
+    if gptq is not None:
+        return _C.gptq_round(block, *gptq, 4, config.group_size, True)
+    return _C.quantize(block, 4, config.group_size, True, 1.0, config.weights == "mse")[:2]
 
 
 def quantize_linear(
-    weight: NDArray, rotation: SiteRotation | None, config: QuantConfig, name: str = "weight"
+    weight: NDArray,
+    rotation: Rotation | None,
+    config: QuantConfig,
+    name: str = "weight",
+    gptq: GptqFactor | None = None,
+    rows_scale: NDArray[np.float32] | None = None,
 ) -> PackedLinear:
     """Rotate and quantize weight [n, k] (float32, float16 or bfloat16), row block by row block.
 
-    ValueError names the linear when it holds NaN or Inf, or when k does not suit the group size.
+    gptq: the site's `gptq_factor`, which config.weights "gptq" needs. rows_scale [n] multiplies the
+    rows first. ValueError names the linear when it holds NaN or Inf, when k does not suit the group
+    size, or when the factor is missing.
     """
     n, k = weight.shape
     group = config.group_size
     problem = packing_problem(name, k, config)
     if problem:
         raise ValueError(problem)
+    if (config.weights == "gptq") != (gptq is not None):
+        raise ValueError(f"gptq: expected a factor with weights 'gptq' and none otherwise, found "
+                         f"{'none' if gptq is None else 'one'} with {config.weights!r}")
     words = np.empty((n, packed_words(k)), np.int32)
     scales = np.empty((n, k // group if group else 1), np.float32)
     rotated = rotation is not None and not rotation.is_identity
-    if rotated:
-        left, right = rotation.left.runtime(), rotation.right.runtime()
+    balance = None if rotation is None else rotation.balance
     for rows, block in float32_blocks(weight, name):
+        block = scaled(block, balance, None if rows_scale is None else rows_scale[rows])
         if rotated:
-            block = _C.rotate(block, left, right)
-        codes, scales[rows], _ = _C.quantize(block, 4, group, True, 1.0, config.weights == "mse")
+            block = rotate_rows(block, rotation)
+        codes, scales[rows] = _round(block, config, gptq)
         words[rows] = _C.pack(codes)
     return PackedLinear(words, scales, (n, k), group)
+
+
+def scaled(
+    block: NDArray[np.float32],
+    columns: NDArray[np.float32] | None,
+    rows: NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
+    """block [n, k] with its columns and its rows multiplied, each where there is a factor."""
+    if columns is not None:
+        block = block * columns
+    return block if rows is None else block * rows[:, None]
+
+
+def producer_scales(checkpoint, rotations: LayerRotations) -> dict[int | str, NDArray]:
+    """What each site's balance makes of its producer: factors [n], by a norm's index or a role.
+
+    ValueError when queries that share a value head ask for different factors.
+    """
+    scales: dict[int | str, NDArray] = {}
+    for site, rotation in rotations.sites.items():
+        if rotation.balance is None:
+            continue
+        producer, scale = checkpoint.architecture.producers[site], 1 / rotation.balance
+        if producer == "v":  # a value head serves all its queries
+            shape = checkpoint.shape
+            heads = scale.reshape(shape.kv_heads, -1, shape.head_dim)
+            if (heads != heads[:, :1]).any():
+                raise ValueError(f"layer {rotations.layer}: {site}: balance: expected one factor "
+                                 f"per channel of a value head, found several")
+            scale = np.ascontiguousarray(heads[:, 0]).reshape(-1)
+        scales[producer] = scale
+    return scales
 
 
 def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -> QuantizedLayer:
     """One layer: every linear that config.ignore does not name, packed; the rest as it is.
 
-    ValueError names the tensor that holds NaN or Inf.
+    A site's balance is folded into the norm or the rows of the linear that produce its input, and
+    into the columns of its linears, the ignored ones included; a site whose linears are all ignored
+    is left as it is. Weights "gptq" need the statistics
+    that the rotations were solved from, with inputs. ValueError names the tensor that holds NaN or
+    Inf, or the site whose statistics do not do.
     """
     architecture, index = checkpoint.architecture, rotations.layer
     weights = checkpoint.layer(index)
-    dense = {
-        f"{name.format(i=index)}.weight": norm
-        for name, norm in zip(architecture.norms, weights.norms, strict=True)
+    packs = {
+        site: [not config.ignores(weights.linears[role].name) for role in roles]
+        for site, roles in architecture.sites.items()
     }
-    packed, used = {}, {}
+    treated = {site: r for site, r in rotations.sites.items() if any(packs[site])}
+    rotations = replace(rotations, sites=treated)
+    scales = producer_scales(checkpoint, rotations)
+    dense = {}
+    for i, (name, norm) in enumerate(zip(architecture.norms, weights.norms, strict=True)):
+        folded = norm if i not in scales else _C.to_float32(norm) * scales[i]
+        dense[f"{name.format(i=index)}.weight"] = folded
+    packed, used, high = {}, {}, {}
     for site, roles in architecture.sites.items():
-        for linear in (weights.linears[role] for role in roles):
+        rotation, gptq = rotations.sites.get(site), None
+        if config.weights == "gptq" and any(packs[site]):
+            gptq = _site_factor(rotations, site, config)
+        for role, pack in zip(roles, packs[site], strict=True):
+            linear, rows = weights.linears[role], scales.get(role)
             if linear.bias is not None:
-                dense[f"{linear.name}.bias"] = linear.bias
-            if config.ignores(linear.name):
-                dense[f"{linear.name}.weight"] = linear.weight
+                bias = linear.bias if rows is None else _C.to_float32(linear.bias) * rows
+                dense[f"{linear.name}.bias"] = bias
+            if not pack:
+                dense[f"{linear.name}.weight"] = _ignored_weight(linear, rotation, rows)
                 continue
-            rotation = rotations.sites.get(site)
-            packed[linear.name] = quantize_linear(linear.weight, rotation, config, linear.name)
+            packed[linear.name] = quantize_linear(
+                linear.weight, rotation, config, linear.name, gptq, rows
+            )
             if rotation is not None:
-                used[site] = rotation
+                used[site], high[site] = rotation, high_inputs(rotation, config)
     for name, array in dense.items():
         require_finite(array, name)
-    return QuantizedLayer(index, packed, dense, used)
+    return QuantizedLayer(index, packed, dense, used, high=high)
+
+
+def _ignored_weight(linear: Linear, rotation: Rotation | None, rows: NDArray | None) -> NDArray:
+    """The weight as it is, or in float32 where a balance multiplies its columns or rows."""
+    balance = None if rotation is None else rotation.balance
+    if balance is None and rows is None:
+        return linear.weight
+    return scaled(_C.to_float32(linear.weight), balance, rows)
+
+
+def high_inputs(rotation: Rotation, config: QuantConfig) -> int:
+    """Inputs that keep 8 bits under config: whole weight groups of them, none but in W4A4.
+
+    Rotations that were solved for config have whole groups.
+    """
+    if config.activation_bits != 4:
+        return 0
+    return rotation.high - rotation.high % (config.group_size or 1)
+
+
+def _site_factor(rotations: LayerRotations, site: str, config: QuantConfig) -> GptqFactor:
+    """`gptq_factor` of one site; errors name the layer and the site."""
+    index, statistics = rotations.layer, rotations.statistics
+    if statistics is None or statistics.index != index:
+        found = "none" if statistics is None else f"layer {statistics.index}'s"
+        raise ValueError(f"rotations: weights 'gptq' expects them with the statistics of layer "
+                         f"{index}, found {found}")
+    try:
+        return gptq_factor(statistics.sites[site], rotations.sites.get(site), config)
+    except ValueError as error:
+        raise ValueError(f"layer {index}, inputs of {site}: {error}") from None
 
 
 def quantize(
@@ -78,7 +248,8 @@ def quantize(
 ) -> Iterator[QuantizedLayer]:
     """Quantize layer by layer; takes what `solve_rotations` yields and feeds `save`.
 
-    For arrays use `singlequant.arrays.quantize`.
+    Weights "gptq" look at the calibration inputs that `calibrate` keeps by default. For arrays
+    use `singlequant.arrays.quantize`.
     """
     if isinstance(checkpoint, np.ndarray):
         raise TypeError(

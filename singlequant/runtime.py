@@ -93,14 +93,15 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], bool | None] | None = None,
     ) -> str | list[int] | list[str] | list[list[int]]:
         """Continue one prompt or a batch; text in, text out, token ids in, token ids out.
 
         temperature 0 takes the most likely token; top_k 0 and top_p 1 are off. A sequence ends at a
         stop token (default: the folder's end-of-sequence ids) or after max_new_tokens. The same
         seed gives the same tokens; a sequence does not depend on its neighbours in the batch.
-        on_token(sequence, token) is called as tokens appear; an exception in it cancels.
+        on_token(sequence, token) is called as tokens appear; True ends the sequence, an exception
+        cancels.
         ValueError when a prompt is empty or longer than the model's maximum.
         """
         single = isinstance(prompts, str) or (
@@ -184,7 +185,7 @@ def generate(
     top_p: float,
     seed: int,
     stop_tokens: Sequence[int],
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt; see `Model.generate`."""
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
@@ -210,8 +211,8 @@ def generate(
             if token in stop:
                 continue
             out[index].append(token)
-            if on_token:
-                on_token(index, token)
+            if on_token and on_token(index, token):
+                continue
             if session.lengths[index] < session.capacity:
                 remaining.append(index)
                 fed.append(np.array([token], np.int64))

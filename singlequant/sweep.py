@@ -8,13 +8,20 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from .artifacts import LayerRotations, QuantConfig, QuantizedLayer, read_json
+from .artifacts import (
+    RESIDUAL_METHODS,
+    LayerRotations,
+    LayerStatistics,
+    QuantConfig,
+    QuantizedLayer,
+    read_json,
+)
 from .calibrate import WINDOW, calibrate, calibration_windows
 from .checkpoint import Checkpoint, load_checkpoint
 from .evaluate import Evaluation, evaluate
@@ -22,10 +29,17 @@ from .forward import require_finite
 from .info import __version__
 from .pack import ModelWriter, check_run, estimate_size
 from .quantize import quantize_layer
+from .residual import (
+    ResidualCheckpoint,
+    online_rotations,
+    quarot_checkpoint,
+    spinquant_checkpoint,
+)
 from .rotate import solve_layer
 from .runtime import Model
 
 BUNDLED_MODEL = "stdlib-llama"
+SPINQUANT_STEPS = 100  # as published
 
 
 def bundled_model() -> Path:
@@ -90,7 +104,8 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class SiteCounts:
-    """What the solver did at one site: Kronecker sizes and numbers of Givens rotations."""
+    """What the solver did at one site: Kronecker sizes (or blocks and their size), numbers of
+    Givens rotations, whether a balance is folded, and inputs that keep 8 bits."""
 
     layer: int
     site: str
@@ -99,6 +114,8 @@ class SiteCounts:
     art_steps: int
     urt_steps: int
     sweep_rotations: int
+    balanced: bool
+    high: int
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,47 @@ class _Clock:
         self.seconds[stage] += time.perf_counter() - start
 
 
+def prepare(
+    checkpoint: Checkpoint, config: QuantConfig, windows: np.ndarray
+) -> Checkpoint | ResidualCheckpoint:
+    """The checkpoint as config's method sees it: with its residual stream rotated, or as it is.
+
+    spinquant learns its rotations here on the calibration windows, with torch, unless
+    config.learned names a file of them. ValueError when that file is of another model.
+    """
+    if config.method == "quarot":
+        return quarot_checkpoint(checkpoint, config.seed)
+    if config.method != "spinquant":
+        return checkpoint
+    from . import spinquant  # imports torch only to learn
+
+    if config.learned is not None:
+        learned = spinquant.load_learned(config.learned)
+    else:
+        try:
+            learned = spinquant.learn_rotations(
+                checkpoint, windows, SPINQUANT_STEPS, seed=config.seed,
+                clip=config.activation_clip, activation_bits=config.activation_bits,
+            )
+        except ModuleNotFoundError as error:
+            raise ImportError(f"method spinquant learns its rotations with torch: pip install "
+                              f"'singlequant[torch]', or name a file of them ({error})") from None
+    try:
+        return spinquant_checkpoint(checkpoint, learned.R1, learned.R2, sum(learned.seconds))
+    except ValueError as error:
+        raise ValueError(f"{config.learned or 'learned rotations'}: {error}") from None
+
+
+def solve(
+    view: Checkpoint | ResidualCheckpoint, statistics: LayerStatistics, config: QuantConfig
+) -> LayerRotations:
+    """One layer's transformations under config, for what `prepare` returned."""
+    if config.method in RESIDUAL_METHODS:
+        rotations = online_rotations(view.shape, statistics.index, config.method)
+        return replace(rotations, statistics=statistics)
+    return solve_layer(statistics, config)
+
+
 def quantize_folder(
     model: str | Path,
     out: str | Path,
@@ -167,22 +225,28 @@ def quantize_folder(
             _check_text(Path(recipe), checkpoint, config, digest)
         check_outer(checkpoint)
         clock, counts = _Clock(), []
+        with clock.measure("solve"):
+            view = prepare(checkpoint, config, windows)
         provenance = {"version": __version__, "calibration_sha256": digest}
         with ModelWriter(
-            Path(out), checkpoint, config, resume=resume, provenance=provenance
+            Path(out), view, config, resume=resume, provenance=provenance
         ) as writer:
             done = writer.finished_layers()
-            layers = calibrate(checkpoint, windows, progress=progress, skip=done)
+            layers = calibrate(view, windows, progress=progress, skip=done,
+                               keep_inputs=config.weights == "gptq")
             while True:
                 with clock.measure("calibrate"):
                     statistics = next(layers, None)
                 if statistics is None:
                     break
                 with clock.measure("solve"):
-                    rotations = solve_layer(statistics, config.method)
-                counts += _counts(rotations)
+                    rotations = solve(view, statistics, config)
                 with clock.measure("quantize"):
-                    writer.write_layer(quantize_layer(checkpoint, rotations, config))
+                    layer = quantize_layer(view, rotations, config)
+                    writer.write_layer(layer)
+                counts += _counts(layer)
+                del layer
+                del statistics, rotations  # with the layer's inputs, before the next layer's
             writer.finish()
     return Summary(
         out=Path(out),
@@ -238,11 +302,11 @@ def _check_text(recipe: Path, checkpoint: Checkpoint, config: QuantConfig, diges
         )
 
 
-def _counts(rotations: LayerRotations) -> list[SiteCounts]:
+def _counts(layer: QuantizedLayer) -> list[SiteCounts]:
     return [
-        SiteCounts(rotations.layer, name, r.left.order, r.right.order, r.art_steps, r.urt_steps,
-                   r.sweep_rotations)
-        for name, r in rotations.sites.items()
+        SiteCounts(layer.index, name, *r.sizes, r.art_steps, r.urt_steps, r.sweep_rotations,
+                   r.balance is not None, layer.high.get(name, 0))
+        for name, r in layer.rotations.items()
     ]
 
 
@@ -288,11 +352,13 @@ def dry_run(
     windows = calibration_tokens(checkpoint, config, calibration)
     with PeakMemory() as memory:
         start = time.perf_counter()
-        rotations = solve_layer(next(calibrate(checkpoint, windows)), config.method)
-        quantize_layer(checkpoint, rotations, config)
-        seconds = (time.perf_counter() - start) * checkpoint.shape.layers
-    return Estimate(folder_bytes(checkpoint.path), estimate_size(checkpoint, config), seconds,
-                    memory.peak)
+        view = prepare(checkpoint, config, windows)
+        prepared = time.perf_counter()
+        statistics = next(calibrate(view, windows, keep_inputs=config.weights == "gptq"))
+        quantize_layer(view, solve(view, statistics, config), config)
+        layers = (time.perf_counter() - prepared) * checkpoint.shape.layers
+    return Estimate(folder_bytes(checkpoint.path), estimate_size(view, config),
+                    prepared - start + layers, memory.peak)
 
 
 def load(path: str | Path) -> Model:

@@ -2,7 +2,6 @@
 """A second, plain reader of the packed format: what docs/format.md says is enough to write it."""
 
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +11,20 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
 
 def read_tensors(path: Path) -> dict:
     raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
+    length = int.from_bytes(raw[:8], "little")
     tensors = {}
     for name, entry in json.loads(raw[8 : 8 + length]).items():
         if name != "__metadata__":
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            values = np.frombuffer(raw[begin:end], DTYPES[entry["dtype"]])
+            values = np.frombuffer(raw[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
             if entry["dtype"] == "BF16":  # the upper half of a float32
                 values = (values.astype(np.uint32) << 16).view(np.float32)
-            tensors[name] = values.reshape(entry["shape"])
+            tensors[name] = values
     return tensors
 
 
 def read_model(folder: Path) -> tuple:
-    config = json.loads((folder / "config.json").read_text())
-    quantization = config["quantization_config"]
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert (quantization["quant_method"], quantization["format_version"]) == ("singlequant", 1)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     shards = {file: read_tensors(folder / file) for file in set(index.values())}
@@ -37,21 +35,29 @@ def weight(tensors: dict, linear: str) -> np.ndarray:
     """[n, k] as the linear multiplies it."""
     if f"{linear}.weight" in tensors:
         return tensors[f"{linear}.weight"].astype(np.float64)
-    n, k = tensors[f"{linear}.weight_shape"]
-    words = tensors[f"{linear}.weight_packed"].view(np.uint32)
-    nibbles = words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+    words, scales, (n, k) = (tensors[f"{linear}.weight_{p}"] for p in ("packed", "scale", "shape"))
+    nibbles = words.view(np.uint32)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
     codes = nibbles.reshape(n, -1)[:, :k].astype(np.float64) - 8
-    scales = tensors[f"{linear}.weight_scale"].astype(np.float64)
     return codes * np.repeat(scales, k // scales.shape[1], axis=1)
+
+
+def quantize(tensors: dict, layer: int, site: str, activations: dict, x: np.ndarray) -> np.ndarray:
+    """x [m, k], rotated, as the packed linears of a site read it: codes times scales."""
+    clip, high = (tensors.get(f"model.layers.{layer}.activations.{site}.{name}", [default])[0]
+                  for name, default in (("clip", activations["clip"]), ("high", 0)))
+    y = x.copy()
+    for part, bits, share in ((y[:, :high], 8, 1), (y[:, high:], activations["bits"], clip)):
+        if bits < 16 and part.size:
+            scale = share * np.abs(part).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
+            codes = np.rint(part / np.where(scale > 0, scale, 1))
+            part[:] = np.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+    return y
 
 
 def paley(q: int, border: int) -> np.ndarray:
     """The bordered Jacobsthal matrix of order q + 1."""
-    chi = np.full(q, -1)
-    chi[np.arange(q) ** 2 % q] = 1
-    chi[0] = 0
-    s = np.ones((q + 1, q + 1))
-    s[1:, 0], s[0, 0] = border, 0
+    chi, s = np.full(q, -1), np.ones((q + 1, q + 1))
+    chi[np.arange(q) ** 2 % q], chi[0], s[1:, 0], s[0, 0] = 1, 0, border, 0
     s[1:, 1:] = chi[(np.arange(q)[:, None] - np.arange(q)) % q]
     return s
 
@@ -65,12 +71,11 @@ def hadamard(n: int) -> np.ndarray:
         p = odd * r
         if all((p - 1) % d for d in range(2, p - 1)):  # prime
             core = paley(p - 1, -1) + np.eye(p)
-        elif r == 4 and all((p // 2 - 1) % d for d in range(2, p // 2 - 1)):
+            break
+        if r == 4 and all((p // 2 - 1) % d for d in range(2, p // 2 - 1)):
             core = np.kron(paley(p // 2 - 1, 1), [[1, 1], [1, -1]])
             core += np.kron(np.eye(p // 2), [[1, -1], [-1, -1]])
-        else:
-            continue
-        break
+            break
     while len(core) < n:
         core = np.kron(core, [[1, 1], [1, -1]])
     return core / np.sqrt(n)
@@ -91,8 +96,10 @@ def factor(tensors: dict, name: str) -> np.ndarray:
 def rotate(tensors: dict, layer: int, site: str, x: np.ndarray) -> np.ndarray:
     """x [m, k] as it enters the linears of a site, before it is quantized."""
     prefix = f"model.layers.{layer}.rotations.{site}"
-    if f"{prefix}.left" not in tensors and f"{prefix}.left_chain" not in tensors:
-        return x
-    left, right = factor(tensors, f"{prefix}.left"), factor(tensors, f"{prefix}.right")
-    blocks = x.reshape(len(x), len(left), len(right))
-    return (left @ blocks @ right.T).reshape(x.shape)
+    if f"{prefix}.first" in tensors:
+        for t in (tensors[f"{prefix}.{part}"] for part in ("first", "permutation", "second")):
+            x = x[:, t] if t.ndim == 1 else (x.reshape(len(x), len(t), 1, -1) @ t).reshape(x.shape)
+    elif f"{prefix}.left" in tensors or f"{prefix}.left_chain" in tensors:
+        left, right = factor(tensors, f"{prefix}.left"), factor(tensors, f"{prefix}.right")
+        x = (left @ x.reshape(len(x), len(left), len(right)) @ right.T).reshape(x.shape)
+    return x

@@ -53,9 +53,10 @@ def test_demo_prints_a_table_a_sentence_and_saves_a_picture(tmp_path, capsys):
     for line in printed.splitlines():
         words = line.split()
         if words and words[0] in ("w4a4", "w4a8"):
-            kl[words[0], words[1]] = float(words[3])
+            kl[words[0], words[1]] = float(words[4])
     assert kl["w4a4", "none"] > 5 * kl["w4a4", "hadamard"]
     assert kl["w4a4", "singlequant"] < kl["w4a4", "hadamard"]
-    assert kl["w4a8", "singlequant"] < kl["w4a4", "singlequant"]
+    assert kl["w4a4", "balanced"] < kl["w4a4", "singlequant"] / 2
+    assert kl["w4a8", "balanced"] < kl["w4a4", "balanced"] / 2
     assert "W4A4 writes: This function" in printed
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

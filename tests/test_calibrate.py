@@ -24,7 +24,7 @@ def windows():
 def assert_same(a, b):
     for name in SITES:
         for field in ("count", "min", "max", "sum", "sum2", "sum4", "gram1", "gram2", "sample",
-                      "weights"):
+                      "weights", "weight_max", "weight_sum2", "shared"):
             np.testing.assert_array_equal(
                 getattr(a.sites[name], field), getattr(b.sites[name], field), err_msg=field
             )
@@ -72,6 +72,17 @@ def test_calibrate_yields_moments_of_what_enters_each_site(checkpoint, windows):
     np.testing.assert_allclose(site.gram1, np.einsum("tij,tkj->ik", X, X), rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(site.gram2, np.einsum("tij,tik->jk", X, X), rtol=1e-4, atol=1e-3)
     assert repr(site) == "SiteStatistics(8x8, 48 tokens, 48 kept, 128 weight rows)"
+
+
+def test_calibrate_takes_moments_of_the_weights_and_shares_the_value_heads(checkpoint, windows):
+    for layer in sq.calibrate(checkpoint, windows):
+        linears = checkpoint.layer(layer.index).linears
+        for name, roles in checkpoint.architecture.sites.items():
+            w = np.concatenate([linears[role].weight for role in roles]).astype(np.float64)
+            site = layer.sites[name]
+            np.testing.assert_array_equal(site.weight_max, np.abs(w).max(0))
+            np.testing.assert_allclose(site.weight_sum2, (w**2).sum(0), rtol=1e-12)
+            assert site.shared == ((2, 2, 16) if name == "o" else (1, 1, w.shape[1]))
 
 
 def test_calibrate_gives_the_same_bytes_at_any_thread_count(checkpoint, windows):
@@ -164,11 +175,13 @@ def saved(checkpoint, windows, tmp_path):
 @pytest.mark.parametrize(("header", "message"), [
     ("[]", "expected a JSON object, found list"),
     ("{", "expected a JSON object"),
-    ({"format_version": 2, "layers": 2}, "format_version: expected 1, found 2"),
-    ({"format_version": 1}, "layers: expected an integer from 0, found None"),
-    ({"format_version": 1, "layers": -1}, "layers: expected an integer from 0, found -1"),
-    ({"format_version": 1, "layers": "2"}, "layers: expected an integer from 0, found '2'"),
-    ({"format_version": 1, "layers": True}, "layers: expected an integer from 0, found True"),
+    ({"format_version": 1, "layers": 2}, "format_version: expected 2, found 1"),
+    ({"format_version": 3, "layers": 2}, "format_version: expected 2, found 3"),
+    ({"format_version": 2.0, "layers": 2}, "format_version: expected 2, found 2.0"),
+    ({"format_version": 2}, "layers: expected an integer from 0, found None"),
+    ({"format_version": 2, "layers": -1}, "layers: expected an integer from 0, found -1"),
+    ({"format_version": 2, "layers": "2"}, "layers: expected an integer from 0, found '2'"),
+    ({"format_version": 2, "layers": True}, "layers: expected an integer from 0, found True"),
 ])
 def test_statistics_header_that_lies_is_refused(saved, header, message):
     text = header if isinstance(header, str) else json.dumps(header)
@@ -185,13 +198,25 @@ def test_statistics_header_that_lies_is_refused(saved, header, message):
     ("o.min", np.zeros(3), r"o.min: expected float64 \(64,\), found float64 \(3,\)"),
     ("o.sample", np.zeros((2, 64)), r"o.sample: expected float32 \(2, 64\), found float64"),
     ("o.gram1", np.array(1.0), r"o.gram1: expected float64 \(1, 1\), found float64 \(\)"),
+    ("o.weight_max", None, "expected o.weight_max, found no such entry"),
+    ("o.weight_max", np.zeros(63), r"o.weight_max: expected float64 \(64,\), found float64"),
+    ("o.weight_sum2", np.zeros(64, np.float32), r"o.weight_sum2: expected .* found float32"),
+    ("o.shared", None, "expected o.shared, found no such entry"),
+    ("o.shared", "[2, 2]", r"o.shared: expected 3 factors of 64, found \[2, 2\]"),
+    ("o.shared", "[2, 2, 15]", r"o.shared: expected 3 factors of 64, found \[2, 2, 15\]"),
+    ("o.shared", "[-2, -2, 16]", "o.shared: expected 3 factors of 64"),
+    ("o.shared", "[2.0, 2, 16]", "o.shared: expected 3 factors of 64"),
+    ("o.shared", "[true, 4, 16]", "o.shared: expected 3 factors of 64"),
+    ("o.shared", "64", "o.shared: expected 3 factors of 64, found 64"),
+    ("o.shared", "{", "o.shared: expected 3 factors of 64, found"),
+    ("o.shared", "[" * 100_000, "o.shared: expected 3 factors of 64, found"),
 ])
 def test_statistics_of_a_layer_that_lie_are_refused(saved, entry, value, message):
     path = saved / "layer-00001.safetensors"
     tensors = load_file(path)
     with safe_open(path, "np") as file:
         counts = file.metadata()
-    target = counts if entry.endswith("count") else tensors
+    target = counts if entry.endswith(("count", "shared")) else tensors
     target[entry] = value
     if value is None:
         del target[entry]

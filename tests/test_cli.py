@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant.__main__ import main
+from singlequant.artifacts import SITES
 
 
 def quantize(model, out, text, *options):
@@ -33,7 +34,7 @@ def test_quantize_eval_and_generate(model, tmp_path, text, capsys):
     out = tmp_path / "out"
     assert quantize(model, out, text, "--scheme", "w4a8") == 0
     printed = capsys.readouterr().out
-    assert "w4a8, method singlequant" in printed
+    assert "w4a8, method balanced, weights gptq" in printed
     assert "peak memory" in printed
     assert "gate_up" in printed
     assert main(["eval", str(out), "--text", str(text), "--seq-len", "32",
@@ -259,3 +260,18 @@ def test_bfloat16_model_is_read(make_checkpoint, tmp_path, text, capsys):
     assert quantize(model, tmp_path / "out", text) == 0
     assert main(["eval", str(tmp_path / "out"), "--text", str(text), "--seq-len", "32"]) == 0
     capsys.readouterr()
+
+
+def test_quantize_prints_balance_and_8_bit_inputs(tmp_path, capsys):
+    arguments = ["--weights", "rtn", "--calibration-tokens", "64"]
+    model = str(sq.bundled_model())
+    assert main(["quantize", model, str(tmp_path / "a"), *arguments]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()
+            if line.split()[0] in SITES]
+    assert [row[0] for row in rows] == list(SITES)
+    assert {row[2] for row in rows} == {"yes"}
+    assert [row[6] for row in rows] == ["32", "32", "32", "64"]
+    assert main(["quantize", model, str(tmp_path / "b"), "--scheme", "w4a8", *arguments]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()
+            if line.split()[0] in SITES]
+    assert {row[6] for row in rows} == {"0"}

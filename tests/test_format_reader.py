@@ -6,10 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import random_layer
-from format_reader import hadamard, read_model, rotate, weight
+from format_reader import hadamard, quantize, read_model, rotate, weight
+from test_golden import GOLDEN
 
 from singlequant import _C
-from singlequant.artifacts import QuantConfig
+from singlequant.artifacts import PackedLinear, QuantConfig
 from singlequant.checkpoint import load_checkpoint
 from singlequant.pack import ModelWriter
 
@@ -59,6 +60,30 @@ def test_plain_reader_rotates_as_the_factors_do(written):
             found = rotate(tensors, layer.index, site, x).reshape(expected.shape)
             # dense factors were rounded to float32: 64 terms of 6e-8
             np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["v1", "v1-balanced"])
+def test_plain_reader_multiplies_as_the_core_does(folder):
+    """Rotated, quantized at one width or two, multiplied: the packed linears of golden files."""
+    path = GOLDEN / folder / "packed"
+    quantization, tensors = read_model(path)
+    checkpoint = load_checkpoint(path)
+    layer, rng, seen = checkpoint.layer(0), np.random.default_rng(0), 0
+    for site, roles in checkpoint.architecture.sites.items():
+        x = rng.standard_normal((5, checkpoint.shape.site(site))).astype(np.float32)
+        given = quantize(tensors, 0, site, quantization["activations"], rotate(tensors, 0, site, x))
+        rotated = _C.rotate(x, *layer.rotations[site])
+        for role in roles:
+            linear, packed = layer.linears[role], layer.linears[role].weight
+            if isinstance(packed, PackedLinear):
+                w = _C.PackedWeight(packed.words, packed.scales, x.shape[1], packed.group,
+                                    layer.high[site])
+                bits = quantization["activations"]["bits"]
+                found = _C.linear(rotated, w, bits, layer.clips[site])
+                expected = given @ weight(tensors, linear.name).T
+                np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+                seen += 1
+    assert seen == 6
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 12, 20, 28, 36, 44, 52, 86, 92, 172, 521, 600, 1042])

@@ -1,9 +1,10 @@
-"""Files that every later version must read: a packed folder of format version 1 and its logits.
+"""Files that every later version must read: packed folders of format version 1 and their logits.
 
-Made once, by `python tests/test_golden.py`, and kept for ever: a change that breaks this breaks
+Made once, as data/golden/README.md says, and kept for ever: a change that breaks this breaks
 users' files.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +13,64 @@ import pytest
 import singlequant as sq
 from singlequant import _C
 
-GOLDEN = Path(__file__).resolve().parent / "data" / "golden" / "v1"
+GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
 TOKENS = np.arange(24).reshape(1, 24) * 7 + 3
+CONFIGS = {
+    "v1": sq.QuantConfig(scheme="w4a8", method="singlequant", weights="mse", group_size=32,
+                         ignore=("*.k_proj",), clip=1.0, calibration_tokens=64),
+    # A folded balance (norms and the ignored linear in F32) and 32 inputs of each site at 8 bits.
+    "v1-balanced": sq.QuantConfig(method="balanced", weights="rtn", clip=0.875,
+                                  ignore=("*.up_proj",), calibration_tokens=64),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kernels", _C.kernels()["runnable"])
-def test_golden_folder_gives_the_logits_it_gave(kernels):
+def test_golden_folder_gives_the_logits_it_gave(kernels, name):
     _C.use_kernels(kernels)
-    logits = sq.load(GOLDEN / "packed").forward(TOKENS)
-    np.testing.assert_allclose(logits, np.load(GOLDEN / "logits.npy"), atol=1e-3, rtol=0)
+    expected = np.load(GOLDEN / name / "logits.npy")
+    logits = sq.load(GOLDEN / name / "packed").forward(TOKENS[:, : expected.shape[1]])
+    np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=0)
 
 
-def test_golden_folder_says_what_it_is():
-    checkpoint = sq.load_checkpoint(GOLDEN / "packed")
-    config = checkpoint.quant_config
-    assert (config.scheme, config.group_size, config.clip) == ("w4a8", 32, 1.0)
-    assert config.ignore == ("*.k_proj",)
-    recipe = sq.QuantConfig.from_file(GOLDEN / "packed" / "recipe.json")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden_folder_says_what_it_is(name):
+    config = sq.load_checkpoint(GOLDEN / name / "packed").quant_config
+    for field in ("scheme", "method", "group_size", "ignore"):
+        assert getattr(config, field) == getattr(CONFIGS[name], field)
+    assert config.activation_clip == CONFIGS[name].clip
+    recipe = sq.QuantConfig.from_file(GOLDEN / name / "packed" / "recipe.json")
     assert recipe.calibration_tokens == 64
 
 
-if __name__ == "__main__":
+def test_golden_balanced_folder_has_what_it_is_kept_for():
+    checkpoint = sq.load_checkpoint(GOLDEN / "v1-balanced" / "packed")
+    layer = checkpoint.layer(0)
+    assert layer.high == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
+    assert all(norm.dtype == np.float32 for norm in layer.norms)
+    assert layer.linears["up"].weight.dtype == np.float32
+    assert layer.linears["q"].bias is not None
+    assert checkpoint.final_norm.dtype == np.float16
+
+
+def make(name: str, tokens: int) -> None:
+    """A folder of the checked-out version, under its name, and the logits of the first tokens."""
     import tempfile
 
     from conftest import make_checkpoint
 
+    config = CONFIGS[name]
     with tempfile.TemporaryDirectory() as folder:
         source = make_checkpoint(Path(folder) / "source", hidden=64, intermediate=96, layers=1,
-                                 vocab=258)
+                                 vocab=258, bias=name != "v1")
         checkpoint = sq.load_checkpoint(source)
-        config = sq.QuantConfig(scheme="w4a8", group_size=32, ignore=("*.k_proj",), clip=1.0,
-                                calibration_tokens=64)
-        rotations = sq.solve_rotations(sq.calibrate(checkpoint, np.arange(64).reshape(2, 32)))
-        GOLDEN.mkdir(parents=True)
-        sq.save(sq.quantize(checkpoint, rotations, config), GOLDEN / "packed", checkpoint, config)
-    np.save(GOLDEN / "logits.npy", sq.load(GOLDEN / "packed").forward(TOKENS))
+        statistics = sq.calibrate(checkpoint, np.arange(64).reshape(2, 32))
+        rotations = sq.solve_rotations(statistics, config.method)
+        (GOLDEN / name).mkdir(parents=True)
+        packed = GOLDEN / name / "packed"
+        sq.save(sq.quantize(checkpoint, rotations, config), packed, checkpoint, config)
+    np.save(GOLDEN / name / "logits.npy", sq.load(packed).forward(TOKENS[:, :tokens]))
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], int(sys.argv[2]))

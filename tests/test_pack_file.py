@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -524,6 +525,7 @@ def edit_tensors(folder: Path, **changes: np.ndarray | None) -> None:
 
 LEFT = "model.layers.0.rotations.qkv.left"
 CLIP = "model.layers.0.activations.qkv.clip"
+HIGH = "model.layers.0.activations.qkv.high"
 NAN = np.full((64, 1), np.nan, np.float32)
 
 
@@ -554,12 +556,68 @@ NAN = np.full((64, 1), np.nan, np.float32)
         (CLIP, np.array([1.5], np.float32), r"clip: expected a number in \(0, 1\], found 1\.5"),
         (CLIP, np.array([np.nan], np.float32), "clip: expected a number"),
         (CLIP, np.ones(2, np.float32), r"expected shape \[1\], found \[2\]"),
+        (HIGH, np.array([16]), "qkv.high: expected a multiple of 32 below 64, found 16"),
+        (HIGH, np.array([64]), "qkv.high: expected a multiple of 32 below 64, found 64"),
+        (HIGH, np.array([-32]), "qkv.high: expected a multiple of 32 below 64, found -32"),
+        (HIGH, np.array([2**62]), "qkv.high: expected a multiple of 32 below 64"),
+        (HIGH, np.array([32], np.int32), "qkv.high: expected dtype I64, found I32"),
+        (HIGH, np.array([32.0]), "qkv.high: expected dtype I64, found F64"),
+        (HIGH, np.array(32), r"expected shape \[1\], found \[\]"),
+        (HIGH, np.array([32, 32]), r"expected shape \[1\], found \[2\]"),
+        (HIGH, np.zeros(0, np.int64), r"expected shape \[1\], found \[0\]"),
+        (HIGH.replace("qkv", "kv"), np.array([32]), "unexpected tensor"),
+        (HIGH.replace("0.a", "2.a"), np.array([32]), "unexpected tensor"),
     ],
 )
 def test_packed_tensors_that_lie_are_refused(packed, name, value, message):
     edit_tensors(packed, **{name: value})
     with pytest.raises(FormatError, match=message):
         load_checkpoint(packed).layer(0)
+
+
+@pytest.mark.parametrize(
+    ("config", "high", "message"),
+    [
+        (QuantConfig(scheme="w4a8"), 32, "qkv.high: expected 0 with w4a8, found 32"),
+        (QuantConfig(scheme="w4a16"), 32, "qkv.high: expected 0 with w4a16, found 32"),
+        (QuantConfig(group_size=64), 32, "qkv.high: expected a multiple of 64 below 128, found 32"),
+        (QuantConfig(group_size=64), 128, "qkv.high: expected a multiple of 64 below 128"),
+    ],
+)
+def test_high_inputs_that_do_not_suit_the_scheme_are_refused(
+    make_checkpoint, tmp_path, out, config, high, message
+):
+    source = load_checkpoint(make_checkpoint(tmp_path / "model", hidden=128, intermediate=128))
+    write(source, out, config)
+    edit_tensors(out, **{HIGH: np.array([high])})
+    with pytest.raises(FormatError, match=message):
+        load_checkpoint(out).layer(0)
+
+
+def test_high_inputs_survive_writing_and_zero_takes_no_tensor(source, out):
+    layers = [random_layer(source, CONFIG, i)[0] for i in range(2)]
+    high = {"qkv": 32, "o": 0, "down": 64}
+    with ModelWriter(out, source, CONFIG) as writer:
+        writer.write_layer(dataclasses.replace(layers[0], high=high))
+        writer.write_layer(layers[1])
+        writer.finish()
+    packed = load_checkpoint(out)
+    assert packed.layer(0).high == {"qkv": 32, "o": 0, "gate_up": 0, "down": 64}
+    assert packed.layer(1).high == dict.fromkeys(("qkv", "o", "gate_up", "down"), 0)
+    names = [name for name in packed.tensors if name.endswith(".high")]
+    assert names == [HIGH.replace("qkv", "down"), HIGH]
+
+
+@pytest.mark.parametrize(("high", "message"), [
+    ({"qkv": 16}, "layer 0: qkv: high: expected a multiple of 32 below 64, found 16"),
+    ({"o": 64}, "layer 0: o: high: expected a multiple of 32 below 64, found 64"),
+])
+def test_high_inputs_of_no_whole_block_are_not_written(source, out, high, message):
+    layer = dataclasses.replace(random_layer(source, CONFIG, 0)[0], high=high)
+    with ModelWriter(out, source, CONFIG) as writer, pytest.raises(ValueError, match=message):
+        writer.write_layer(layer)
+    with pytest.raises(ValueError, match="high: expected keys among qkv, .* found 'kv'"):
+        dataclasses.replace(layer, high={"kv": 32})
 
 
 CHAIN = "model.layers.0.rotations.down.left"

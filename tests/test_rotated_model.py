@@ -6,14 +6,13 @@ import pytest
 import singlequant as sq
 from singlequant import _C, _reference
 from singlequant.artifacts import SITES
-from singlequant.forward import architecture_row, flat_positions
+from singlequant.forward import architecture_row, flat_positions, rotate_rows
 from singlequant.rotate import METHODS
 
 
 def rotated_linear(weight, rotation):
-    sides = rotation.left.runtime(), rotation.right.runtime()
-    turned = _C.rotate(_C.to_float32(weight), *sides)
-    return lambda x: _C.linear_dense(_C.rotate(x.astype(np.float32), *sides), turned)
+    turned = rotate_rows(_C.to_float32(weight), rotation)
+    return lambda x: _C.linear_dense(rotate_rows(x.astype(np.float32), rotation), turned)
 
 
 def rotated_logits(checkpoint, rotations, tokens):
@@ -51,7 +50,7 @@ def test_rotated_model_gives_the_originals_logits(make_checkpoint, tmp_path, met
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["singlequant", "paper", "hadamard"])
+@pytest.mark.parametrize("method", ["singlequant", "paper", "hadamard", "duquant"])
 def test_rotated_reference_model_gives_the_originals_logits(reference_model, method):
     rng = np.random.default_rng(0)
     check(reference_model, rng.integers(0, 4096, (1, 128)), rng.integers(0, 4096, 48), method)

@@ -1,13 +1,20 @@
 """Rotations of a site: orthogonal, exact, and what each method promises."""
 
+import functools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant import artifacts
-from singlequant.artifacts import SiteStatistics
+from singlequant import _reference, artifacts
+from singlequant.artifacts import Factor, QuantConfig, SiteRotation, SiteStatistics
 from singlequant.calibrate import site_statistics
-from singlequant.rotate import METHODS, solve_site
+from singlequant.forward import rotate_rows
+from singlequant.quantize import high_inputs
+from singlequant.rotate import METHODS, arrange, solve_layer, solve_site
+
+KRONECKER = [method for method in METHODS if method != "duquant"]
 
 
 def outlier_inputs(k: int, tokens: int = 96, seed: int = 0) -> np.ndarray:
@@ -24,7 +31,7 @@ def statistics(k: int) -> SiteStatistics:
     return site_statistics(outlier_inputs(k), [weights])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KRONECKER)
 @pytest.mark.parametrize("k", [1, 7, 64, 172, 509, 512, 1408])
 def test_factors_are_orthogonal(method, k):
     rotation = solve_site(statistics(k), method)
@@ -39,8 +46,7 @@ def test_rotating_both_sides_leaves_the_product(method, k):
     x = outlier_inputs(k).astype(np.float32)
     w = np.random.default_rng(1).standard_normal((5, k)).astype(np.float32)
     rotation = solve_site(statistics(k), method)
-    sides = rotation.left.runtime(), rotation.right.runtime()
-    y = sq.rotate(x, *sides).astype(np.float64) @ sq.rotate(w, *sides).astype(np.float64).T
+    y = rotate_rows(x, rotation).astype(np.float64) @ rotate_rows(w, rotation).astype(np.float64).T
     exact = x.astype(np.float64) @ w.astype(np.float64).T
     assert np.abs(y - exact).max() <= 1e-5 * np.abs(exact).max()
 
@@ -59,19 +65,19 @@ def test_every_transformation_flattens_outliers_and_singlequant_most():
     site = statistics(512)
     ratio = {}
     for method in METHODS:
-        rotation = solve_site(site, method)
-        ratio[method] = peak_to_rms(
-            sq.rotate(site.sample, rotation.left.runtime(), rotation.right.runtime())
-        )
+        rotation = solve_site(site, method, site="qkv")
+        balance = 1 if rotation.balance is None else rotation.balance
+        ratio[method] = peak_to_rms(rotate_rows(site.sample / balance, rotation))
     assert max(v for m, v in ratio.items() if m != "none") < ratio["none"]
     assert ratio["singlequant"] < ratio["hadamard"]
 
 
 def test_counts_say_what_each_method_did():
-    counts = {m: solve_site(statistics(512), m) for m in METHODS}
+    counts = {m: solve_site(statistics(512), m) for m in KRONECKER}
     for method, r in counts.items():
-        assert (r.left.steps + r.right.steps
-                == r.art_steps + r.urt_steps + r.sweep_rotations), method
+        steps = r.left.steps + r.right.steps - r.art_steps - r.urt_steps - r.sweep_rotations
+        assert (steps > 0) == (method in ("random", "balanced")), method  # they hold a matrix
+        assert steps >= 0, method
     assert counts["none"].is_identity
     assert counts["art"].art_steps > 0
     assert counts["art"].urt_steps == 0
@@ -88,20 +94,149 @@ def test_same_statistics_give_the_same_bytes_at_any_thread_count(method):
     a = solve_site(statistics(512), method)
     sq.set_num_threads(3)
     b = solve_site(statistics(512), method)
-    for side in ("left", "right"):
-        np.testing.assert_array_equal(getattr(a, side).pairs, getattr(b, side).pairs)
-        np.testing.assert_array_equal(getattr(a, side).angles, getattr(b, side).angles)
+    for x, y in zip(a.arrays, b.arrays, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_all_zero_inputs_are_solved():
     site = site_statistics(np.zeros((8, 64), np.float32), [np.zeros((4, 64), np.float32)])
-    for method in METHODS:
+    for method in KRONECKER:
         m = solve_site(site, method).left.matrix()
         np.testing.assert_allclose(m @ m.T, np.eye(8), atol=1e-12)
 
 
+# ---- balanced: principal directions at 8 bits -------------------------------------------------
+
+
+def low_rank_statistics(k: int, rank: int = 3) -> SiteStatistics:
+    """Tokens with most of their energy in a few directions of no channel's own."""
+    rng = np.random.default_rng(k)
+    x = rng.standard_normal((96, k)) + 5 * rng.standard_normal((96, rank)) @ rng.standard_normal(
+        (rank, k)
+    )
+    return site_statistics(x.astype(np.float32), [rng.standard_normal((80, k)).astype(np.float32)])
+
+
+@pytest.mark.parametrize("k", [64, 172, 256, 289, 768])
+def test_high_inputs_hold_the_most_energy_an_orthogonal_factor_can_give_them(k):
+    site = low_rank_statistics(k)
+    rotation = solve_site(site, "balanced")
+    assert rotation.high > 0
+    balanced = site.sample / rotation.balance
+    rotated = rotate_rows(balanced, rotation).astype(np.float64)
+    energy = np.sum(rotated**2, axis=0)
+    blocks = energy[: k // rotation.high * rotation.high].reshape(-1, rotation.high).sum(1)
+    assert np.argmax(blocks) == 0
+    # Ky Fan: no `count` orthonormal directions of the first axis hold more than the largest
+    # eigenvalues of its Gram matrix.
+    tokens = balanced.astype(np.float64).reshape(-1, site.k1, site.k2)
+    gram = np.einsum("tij,tkj->ik", tokens, tokens)
+    most = np.linalg.eigvalsh(gram)[-(rotation.high // site.k2) :].sum()
+    assert energy[: rotation.high].sum() == pytest.approx(most, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [64, 96, 128, 172, 256, 1000, 1408, 4096])
+def test_high_inputs_are_whole_blocks_of_both_the_axis_and_the_kernels(k):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 40, k)).astype(np.float32)
+    site = site_statistics(x, [w])
+    high = solve_site(site, "balanced").high
+    assert 0 < high <= k // 2
+    assert high % artifacts.HIGH_STEP == 0
+    assert high % site.k2 == 0
+    assert abs(high - k / 8) <= max(np.lcm(site.k2, artifacts.HIGH_STEP), k / 16)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 31, 32, 40, 521, 1042])
+def test_sites_too_small_or_prime_get_no_high_inputs_and_the_plain_arrangement(k):
+    site = statistics(k)
+    rotation = solve_site(site, "balanced")
+    assert rotation.high == 0
+    balanced = replace(site, sample=site.sample / rotation.balance,
+                       weights=site.weights * rotation.balance)
+    expected = solve_site(balanced, functools.partial(arrange, art="no"))
+    for side in ("left", "right"):
+        found = getattr(rotation, side)
+        assert found.hadamard == getattr(expected, side).hadamard
+        np.testing.assert_array_equal(found.angles, getattr(expected, side).angles)
+
+
+@pytest.mark.parametrize(("group", "high", "expected"), [
+    (0, 96, 96), (32, 96, 96), (64, 96, 64), (96, 96, 96), (128, 96, 0), (128, 384, 384),
+    (256, 384, 256), (64, 0, 0),
+])  # fmt: skip
+def test_high_inputs_are_cut_to_whole_weight_groups(group, high, expected):
+    rotation = SiteRotation(Factor.identity(24), Factor.identity(32), high=high)
+    assert high_inputs(rotation, QuantConfig(group_size=group)) == expected
+    for scheme in ("w4a8", "w4a16"):  # nothing to raise
+        assert high_inputs(rotation, QuantConfig(scheme=scheme, group_size=group)) == 0
+
+
+@pytest.mark.parametrize("high", [-32, 16, 64, 96])
+def test_rotation_refuses_high_inputs_of_no_whole_block(high):
+    with pytest.raises(ValueError, match=f"high: expected a multiple of 32 below 64, found {high}"):
+        SiteRotation(Factor.identity(8), Factor.identity(8), high=high)
+
+
+@pytest.mark.parametrize(("options", "stored"), [
+    ({}, 4), ({"group_size": 32}, 4), ({"group_size": 128}, 0), ({"scheme": "w4a8"}, 0),
+    ({"scheme": "w4a16"}, 0), ({"ignore": ("*.mlp.*",)}, 2), ({"method": "singlequant"}, 0),
+])  # fmt: skip
+def test_folder_stores_high_inputs_where_they_count(make_checkpoint, tmp_path, options, stored):
+    path = make_checkpoint(tmp_path / "m", hidden=128, intermediate=256, layers=1)
+    checkpoint = sq.load_checkpoint(path)
+    config = QuantConfig(**{"method": "balanced", **options})
+    statistics = sq.calibrate(checkpoint, np.arange(96).reshape(2, 48))
+    rotations = sq.solve_rotations(statistics, config.method)
+    out = sq.save(sq.quantize(checkpoint, rotations, config), tmp_path / "out", checkpoint, config)
+    packed = sq.load_checkpoint(out)
+    assert sum(name.endswith(".high") for name in packed.tensors) == stored
+    assert sum(high > 0 for high in packed.layer(0).high.values()) == stored
+    assert np.isfinite(sq.load(out).forward(np.arange(9)[None])).all()
+
+
+# ---- random -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [64, 172, 127])
+def test_random_is_another_rotation_for_each_seed_and_axis(k):
+    site = statistics(k)
+    first, again, second = (solve_site(site, "random", seed) for seed in (0, 0, 1))
+    for side in ("left", "right"):
+        a, b, c = (getattr(r, side).matrix() for r in (first, again, second))
+        np.testing.assert_array_equal(a, b)
+        assert len(a) == 1 or np.abs(a - c).max() > 0.1
+    if site.k1 == site.k2:
+        assert np.abs(first.left.matrix() - first.right.matrix()).max() > 0.1
+
+
+def test_random_is_the_orthogonal_matrix_of_its_seed():
+    rotation = solve_site(statistics(256), "random", 3)
+    for axis, factor in enumerate((rotation.left, rotation.right)):
+        expected = _reference.random_orthogonal(16, 6 + axis)
+        expected[-1] *= np.sign(np.linalg.det(expected))  # rotations have determinant 1
+        np.testing.assert_allclose(factor.matrix(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("random", "duquant")])
+def test_other_methods_do_not_depend_on_the_seed(method):
+    a, b = (solve_site(statistics(64), method, seed) for seed in (0, 1))
+    for x, y in zip(a.arrays, b.arrays, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_layer_tells_each_site_its_name(make_checkpoint, tmp_path):
+    """smoothquant balances where a norm feeds the linears, and nothing else."""
+    checkpoint = sq.load_checkpoint(make_checkpoint(tmp_path / "m", layers=1))
+    layer = next(sq.calibrate(checkpoint, np.arange(64).reshape(2, 32)))
+    sites = solve_layer(layer, "smoothquant").sites
+    assert {name for name, r in sites.items() if r.balance is not None} == {"qkv", "gate_up"}
+    assert all(r.is_identity for r in sites.values())
+
+
 def test_recipes_name_exactly_these_methods():
-    assert set(artifacts.METHODS) == set(METHODS)
+    whole_model = {"quarot", "spinquant"}
+    assert set(artifacts.METHODS) == {*METHODS, *whole_model}
 
 
 def test_unknown_method_is_named():

@@ -43,7 +43,8 @@ def test_quantized_folder_runs(make_checkpoint, tmp_path, text, scheme, architec
     assert "Summary('out'" in repr(summary)
 
 
-@pytest.mark.parametrize("method", ["singlequant", "paper", "art", "urt", "hadamard", "none"])
+@pytest.mark.parametrize("method", ["singlequant", "paper", "art", "urt", "hadamard", "duquant",
+                                    "none"])
 @pytest.mark.parametrize("shape", [
     {"hidden": 64, "intermediate": 96},
     {"hidden": 60, "heads": 2, "kv_heads": 1, "head_dim": 22, "intermediate": 53},
@@ -245,3 +246,21 @@ def test_peak_memory_sees_an_allocation():
         time.sleep(0.05)
         del block
     assert 120e6 < memory.peak - memory.start < 400e6
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"method": "quarot"}, {"method": "smoothquant"}, {"method": "duquant"},
+    {"ignore": ("*.down_proj", "*.up_proj")}, {"method": "none", "ignore": ("*.down_proj",)}])
+def test_dry_run_foresees_the_size(tmp_path, options):
+    config = sq.QuantConfig(weights="rtn", calibration_tokens=64, **options)
+    made = sq.quantize_folder(sq.bundled_model(), tmp_path / "out", config)
+    assert dry_run(sq.bundled_model(), config).bytes_after == pytest.approx(
+        made.bytes_after, rel=0.03)
+
+
+def test_spinquant_without_torch_says_what_to_install(model, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    config = sq.QuantConfig(method="spinquant", calibration_tokens=64)
+    with pytest.raises(ImportError, match=r"pip install 'singlequant\[torch\]'"):
+        sq.quantize_folder(model, tmp_path / "out", config, text)
+    assert not list(tmp_path.glob("out*"))

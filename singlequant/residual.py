@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotation of the residual stream, fused into the weights: what QuaRot and SpinQuant share.
+
+RMSNorm without its weight commutes with an orthogonal Q, so a decoder computes the same when
+its residual stream x becomes x Q (QuaRot, arXiv 2404.00456, section 3; after SliceGPT):
+
+    norm weights g      -> 1, folded into the linears behind them: W -> W diag(g)
+    embedding E         -> E Q
+    q, k, v, gate, up   -> W Q                      head W -> W Q
+    o, down             -> Q^T W, bias b -> b Q
+
+and when each value head v becomes v R with R [head_dim, head_dim], taken back by o's columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _C
+from .architectures import Architecture, ModelShape
+from .artifacts import (
+    RESIDUAL_METHODS,
+    Factor,
+    LayerRotations,
+    LayerWeights,
+    Linear,
+    SiteRotation,
+)
+from .forward import ROWS_PER_BLOCK, float32_blocks, require_finite
+
+__all__ = [
+    "DenseRotation",
+    "RandomizedHadamard",
+    "ResidualCheckpoint",
+    "online_rotations",
+    "quarot_checkpoint",
+    "spinquant_checkpoint",
+]
+
+INPUTS = {"q": 0, "k": 0, "v": 0, "gate": 1, "up": 1}  # role -> which of the layer's norms it reads
+ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |Q^T Q - I|, as for the stored factors
+
+
+class Rotation(Protocol):
+    """An orthogonal Q [order, order] that acts on rows from the right."""
+
+    order: int
+
+    def apply(self, x: NDArray[np.float64]) -> NDArray[np.float64]: ...
+    def digest(self) -> bytes: ...
+
+
+class RandomizedHadamard:
+    """Q = diag(s) H with random signs s: QuaRot's; applied in O(order log order), never built."""
+
+    def __init__(self, order: int, seed: int | list[int] = 0) -> None:
+        self.order = order
+        self.signs = np.random.default_rng(seed).choice([-1.0, 1.0], order)
+
+    def apply(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rows x [rows, order] times Q."""
+        return _C.hadamard_transform(x * self.signs)
+
+    def digest(self) -> bytes:
+        """What tells this rotation from another."""
+        return b"hadamard" + np.packbits(self.signs > 0).tobytes()
+
+
+class DenseRotation:
+    """Q as a matrix [order, order]: SpinQuant's learned one. ValueError unless orthogonal."""
+
+    def __init__(self, matrix: NDArray[np.floating], name: str = "residual") -> None:
+        self.matrix = _orthogonal(matrix, name)
+        self.order = len(self.matrix)
+
+    def apply(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rows x [rows, order] times Q."""
+        return x @ self.matrix
+
+    def digest(self) -> bytes:
+        """What tells this rotation from another."""
+        return b"dense" + self.matrix.tobytes()
+
+
+def _orthogonal(matrix: NDArray[np.floating], name: str) -> NDArray[np.float64]:
+    """A square matrix in float64. ValueError unless |M^T M - I| is within the tolerance."""
+    matrix = np.array(matrix, np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name}: expected a square matrix, found {matrix.shape}")
+    with np.errstate(all="ignore"):  # NaN and Inf fail the comparison as well
+        error = np.abs(matrix.T @ matrix - np.eye(len(matrix))).max()
+    if not error < ORTHOGONALITY_TOLERANCE:
+        raise ValueError(f"{name}: expected an orthogonal matrix, found |M^T M - I| = {error:.3g}")
+    return matrix
+
+
+# ---- the view -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ResidualCheckpoint:
+    """An unquantized Checkpoint seen through a rotation of its residual stream.
+
+    It takes a Checkpoint's place in calibrate, quantize, ModelWriter and Model. Tensors are float32
+    and computed (in float64) when they are read; of the layers only the last one read is kept. A
+    tied head becomes untied: the embedding and the head rotate differently, because of the last
+    norm's weight. ValueError when the checkpoint is packed or a size does not fit.
+    """
+
+    source: Any  # the Checkpoint
+    residual: Rotation  # [hidden, hidden]
+    values: NDArray[np.float64] | None = None  # [layers, head_dim, head_dim], of each value head
+    seconds: float = 0.0  # what finding the rotations took
+
+    def __post_init__(self) -> None:
+        self.source.require_unquantized()
+        shape = self.source.shape
+        if self.residual.order != shape.hidden:
+            raise ValueError(f"residual: expected a rotation of {shape.hidden} channels, "
+                             f"found {self.residual.order}")
+        if self.values is None:
+            return
+        expected, found = (shape.layers, shape.head_dim, shape.head_dim), np.shape(self.values)
+        if found != expected:
+            raise ValueError(f"values: expected {expected}, found {found}")
+        checked = [_orthogonal(r, f"values[{i}]") for i, r in enumerate(self.values)]
+        object.__setattr__(self, "values", np.stack(checked))
+
+    # what it is
+
+    @property
+    def path(self):
+        """The source's folder: tokenizer and other files are copied from there."""
+        return self.source.path
+
+    @property
+    def architecture(self) -> Architecture:
+        """The source's row of the architecture table."""
+        return self.source.architecture
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The source's shape with an untied head."""
+        return replace(self.source.shape, tie_word_embeddings=False)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it describes the rotated weights."""
+        config = {**self.source.config, "tie_word_embeddings": False}
+        return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+
+    quant_config = None
+    quantized = False
+    dtype = "float32"
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """Sizes of the tensors by name: element type, shape, bytes. Their places mean nothing."""
+        head, embed = (f"{n}.weight" for n in (self.architecture.head, self.architecture.embed))
+        infos = {**self.source.tensors, head: self.source.tensors[embed]}
+        return {
+            name: replace(info, dtype="F32", nbytes=4 * prod(info.shape))
+            for name, info in infos.items()
+            if name in self._names
+        }
+
+    @cached_property
+    def _names(self) -> dict[str, tuple[int, str] | None]:
+        """(layer, role) of every linear's and norm's tensor; None for those outside the layers."""
+        a, names = self.architecture, {}
+        for outer in (a.embed, a.final_norm, a.head):
+            names[f"{outer}.weight"] = None
+        for i in range(self.shape.layers):
+            for part, norm in enumerate(a.norms):
+                names[f"{norm.format(i=i)}.weight"] = (i, str(part))
+            for role in a.linears:
+                names[f"{self.linear_name(i, role)}.weight"] = (i, role)
+                if self.shape.bias(role):
+                    names[f"{self.linear_name(i, role)}.bias"] = (i, role)
+        return names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the source's fingerprint and the rotations."""
+        digest = hashlib.sha256(self.source.fingerprint.encode() + self.residual.digest())
+        digest.update(b"" if self.values is None else self.values.tobytes())
+        return digest.hexdigest()
+
+    def linear_name(self, layer: int, role: str) -> str:
+        """Name of a linear without .weight, as `ignore` patterns see it."""
+        return self.source.linear_name(layer, role)
+
+    def require_unquantized(self) -> None:
+        """Does nothing: the source is not packed."""
+
+    def require_finite(self, i: int) -> None:
+        """ValueError with the name of the source's tensor of layer i that has NaN or Inf."""
+        self.source.require_finite(i)
+
+    # text
+
+    @property
+    def tokenizer(self):
+        """The source's tokenizer."""
+        return self.source.tokenizer
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The source's tokenizer_config.json."""
+        return self.source.tokenizer_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The source's generation_config.json."""
+        return self.source.generation_config
+
+    def encode(self, text: str, special: bool = True) -> NDArray[np.int64]:
+        """Token ids [count] of a text, by the source's tokenizer."""
+        return self.source.encode(text, special)
+
+    # weights
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """A rotated tensor. KeyError if unknown; ValueError names one that holds NaN or Inf."""
+        place, a = self._names[name], self.architecture
+        if place is None:
+            outer = {a.embed: "embedding", a.final_norm: "final_norm", a.head: "head"}
+            return getattr(self, outer[name.removesuffix(".weight")])
+        layer, role = place
+        weights = self.layer(layer)
+        if role in ("0", "1"):
+            return weights.norms[int(role)]
+        linear = weights.linears[role]
+        return linear.bias if name.endswith(".bias") else linear.weight
+
+    @cached_property
+    def embedding(self) -> NDArray[np.float32]:
+        """[vocab, hidden]: E Q."""
+        return _frozen(self._inputs(self.source.embedding, f"{self.architecture.embed}.weight"))
+
+    @cached_property
+    def head(self) -> NDArray[np.float32]:
+        """[vocab, hidden]: W diag(g) Q, g the last norm's weight."""
+        norm = _float64(self.source.final_norm, f"{self.architecture.final_norm}.weight")
+        return _frozen(self._inputs(self.source.head, f"{self.architecture.head}.weight", norm))
+
+    @cached_property
+    def final_norm(self) -> NDArray[np.float32]:
+        """[hidden] ones: folded into the head."""
+        return _frozen(np.ones(self.shape.hidden, np.float32))
+
+    def layer(self, i: int) -> LayerWeights:
+        """Layer i by role, rotated. IndexError beyond the last."""
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept.index != i:
+            self.__dict__.pop("_kept", None)  # one layer in memory at a time
+            kept = self._layer(i)
+            self.__dict__["_kept"] = kept
+        return kept
+
+    def _layer(self, i: int) -> LayerWeights:
+        source = self.source.layer(i)
+        norms = [
+            _float64(norm, f"{name.format(i=i)}.weight")
+            for norm, name in zip(source.norms, self.architecture.norms, strict=True)
+        ]
+        linears = {
+            role: self._linear(i, role, linear, norms) for role, linear in source.linears.items()
+        }
+        ones = _frozen(np.ones(self.shape.hidden, np.float32))
+        return LayerWeights(i, (ones, ones), linears, {}, {})
+
+    def _linear(
+        self, i: int, role: str, linear: Linear, norms: list[NDArray[np.float64]]
+    ) -> Linear:
+        weight_name, bias = f"{linear.name}.weight", linear.bias
+        if bias is not None:
+            bias = _float64(bias, f"{linear.name}.bias")
+        if role in INPUTS:
+            weight = self._inputs(linear.weight, weight_name, norms[INPUTS[role]])
+            if role == "v" and self.values is not None:  # rows: v R is (R^T W) x
+                weight = self._heads(weight.T, i).T
+                bias = None if bias is None else self._heads(bias, i)
+        else:
+            weight = self._outputs(linear.weight, weight_name)
+            if role == "o" and self.values is not None:
+                weight = self._heads(weight, i)
+            bias = None if bias is None else self.residual.apply(bias[None])[0]
+        return Linear(linear.name, _frozen(weight), None if bias is None else _frozen(bias))
+
+    def _inputs(
+        self, weight: NDArray, name: str, norm: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
+        """W diag(norm) Q of W [n, hidden], a block of rows at a time."""
+        out = np.empty(weight.shape, np.float32)
+        for rows, block in float32_blocks(weight, name):
+            block = block.astype(np.float64)
+            out[rows] = self.residual.apply(block if norm is None else block * norm)
+        return out
+
+    def _outputs(self, weight: NDArray, name: str) -> NDArray[np.float32]:
+        """Q^T W of W [hidden, k], a block of columns at a time."""
+        out = np.empty(weight.shape, np.float32)
+        require_finite(weight, name)
+        for first in range(0, weight.shape[1], ROWS_PER_BLOCK):
+            columns = slice(first, first + ROWS_PER_BLOCK)
+            block = np.ascontiguousarray(weight[:, columns].T).astype(np.float64)
+            out[:, columns] = self.residual.apply(block).T
+        return out
+
+    def _heads(self, x: NDArray, i: int) -> NDArray[np.float64]:
+        """x [..., heads * head_dim] with layer i's value rotation applied to every head."""
+        r = self.values[i]
+        return (x.reshape(-1, len(r)).astype(np.float64) @ r).reshape(x.shape)
+
+    def __repr__(self) -> str:
+        values = "" if self.values is None else ", values"
+        return f"ResidualCheckpoint({self.source!r}, {type(self.residual).__name__}{values})"
+
+
+def _float64(stored: NDArray, name: str) -> NDArray[np.float64]:
+    """A vector of any stored type. ValueError names it when it holds NaN or Inf."""
+    blocks = [block for _, block in float32_blocks(stored, name)]
+    return np.concatenate(blocks).reshape(stored.shape).astype(np.float64)
+
+
+def _frozen(array: NDArray) -> NDArray[np.float32]:
+    """A read-only contiguous float32 array."""
+    array = np.ascontiguousarray(array, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+# ---- the two methods ----------------------------------------------------------------------------
+
+
+def quarot_checkpoint(checkpoint, seed: int = 0) -> ResidualCheckpoint:
+    """QuaRot's fused part: a randomized Hadamard on the residual stream, H on each value head."""
+    shape = checkpoint.shape
+    head = _C.hadamard_transform(np.eye(shape.head_dim))
+    values = np.broadcast_to(head, (shape.layers, *head.shape))
+    return ResidualCheckpoint(checkpoint, RandomizedHadamard(shape.hidden, seed), values)
+
+
+def spinquant_checkpoint(
+    checkpoint, r1: NDArray[np.floating], r2: NDArray[np.floating], seconds: float = 0.0
+) -> ResidualCheckpoint:
+    """SpinQuant's fused part: learned r1 [hidden, hidden] and r2 [layers, head_dim, head_dim].
+
+    seconds: what learning them took. ValueError unless they are orthogonal and of these sizes.
+    """
+    return ResidualCheckpoint(checkpoint, DenseRotation(r1, "r1"), r2, seconds)
+
+
+def online_rotations(shape: ModelShape, layer: int, kind: str) -> LayerRotations:
+    """What stays to be done at inference: rotations of the inputs of o_proj and down_proj.
+
+    quarot: o takes a Hadamard across the heads, which with the one fused into each value head is
+    the Hadamard of all of o's inputs; down takes the Hadamard of the intermediate size. spinquant:
+    down alone (its R4). Hadamards of a size are Kronecker products of two smaller ones. ValueError
+    for another kind.
+    """
+    if kind not in RESIDUAL_METHODS:
+        raise ValueError(f"kind: expected one of {', '.join(RESIDUAL_METHODS)}, found {kind!r}")
+    k1, k2 = _C.factor_sizes(shape.intermediate)
+    rotations = {
+        "o": SiteRotation(_hadamard(shape.heads), Factor.identity(shape.head_dim)),
+        "down": SiteRotation(_hadamard(k1), _hadamard(k2)),
+    }
+    return LayerRotations(layer, {site: rotations[site] for site in RESIDUAL_METHODS[kind]})
+
+
+def _hadamard(order: int) -> Factor:
+    return Factor(order, True, np.empty((0, 2), np.int32), np.empty(0))

@@ -1,0 +1,314 @@
+"""Learned rotations: the network against our runtime, the optimiser against its definition."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+
+from singlequant import _C, spinquant  # noqa: E402
+from singlequant.artifacts import FormatError, QuantConfig  # noqa: E402
+from singlequant.checkpoint import load_checkpoint  # noqa: E402
+from singlequant.quantize import quantize  # noqa: E402
+from singlequant.residual import (  # noqa: E402
+    RandomizedHadamard,
+    online_rotations,
+    spinquant_checkpoint,
+)
+from singlequant.runtime import Model  # noqa: E402
+from singlequant.sweep import (  # noqa: E402
+    bundled_model,
+    bundled_text,
+    calibration_tokens,
+    load,
+    perplexity,
+    save,
+)
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+MODELS = {
+    "gqa-tied": {"tie": True},
+    "mha-bias-untied": {"tie": False, "bias": True, "kv_heads": 4},
+    "gqa-bias": {"bias": True},
+    "wide-heads": {"head_dim": 24, "dtype": "bfloat16"},
+    "llama3-rope": {"rope_scaling": LLAMA3},
+    "mistral": {"architecture": "MistralForCausalLM"},
+}
+
+
+def random_orthogonal(order, seed):
+    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((order, order)))[0]
+    return torch.from_numpy(q.astype(np.float32))
+
+
+def random_rotations(shape, seed=0):
+    r2 = [random_orthogonal(shape.head_dim, [seed, i]) for i in range(shape.layers)]
+    return random_orthogonal(shape.hidden, seed), torch.stack(r2)
+
+
+def tokens_of(checkpoint, count=2, length=40, seed=5):
+    return np.random.default_rng(seed).integers(0, checkpoint.shape.vocab, (count, length))
+
+
+def torch_logits(checkpoint, tokens, R1, R2, weight_bits=16, activation_bits=16, clip=1.0):
+    network = spinquant.Network(checkpoint)
+    with torch.no_grad():
+        linears = network.linears(R1, R2, weight_bits)
+        return network.logits(torch.from_numpy(tokens), R1, linears, activation_bits, clip).numpy()
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_unrounded_logits_are_the_runtimes_for_any_rotation(tmp_path, make_checkpoint, options):
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path / "m", **options))
+    tokens = tokens_of(checkpoint)
+    expected = Model(checkpoint).forward(tokens)
+    for seed in (0, 1):
+        found = torch_logits(checkpoint, tokens, *random_rotations(checkpoint.shape, seed))
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_sliding_window_is_the_runtimes(tmp_path, make_checkpoint):
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path / "m"))
+    shape = dataclasses.replace(checkpoint.shape, sliding_window=7)
+    windowed = dataclasses.replace(checkpoint, shape=shape)
+    tokens = tokens_of(checkpoint)
+    expected = Model(windowed).forward(tokens)
+    found = torch_logits(windowed, tokens, *random_rotations(shape))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(found - Model(checkpoint).forward(tokens)).max() > 0.1
+
+
+def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint):
+    """What is learned on is what is deployed; codes on a rounding boundary may differ."""
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path / "m", dtype="float32", bias=True))
+    R1, R2 = random_rotations(checkpoint.shape)
+    view = spinquant_checkpoint(checkpoint, R1.numpy(), R2.numpy())
+    config = QuantConfig(method="none", weights="rtn", clip=0.9)
+    layers = [online_rotations(view.shape, i, "spinquant") for i in range(view.shape.layers)]
+    packed = load(save(quantize(view, layers, config), tmp_path / "out", view, config))
+    tokens = tokens_of(checkpoint)
+    expected, plain = packed.forward(tokens), Model(checkpoint).forward(tokens)
+    found = torch_logits(checkpoint, tokens, R1, R2, 4, 4, 0.9)
+    assert np.mean((found - expected) ** 2) < 0.02 * np.mean((plain - expected) ** 2)
+
+
+@pytest.mark.parametrize(("bits", "clip"), [(4, 1.0), (4, 0.8), (8, 1.0)])
+def test_fake_quantize_rounds_as_the_core_does(bits, clip):
+    x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
+    x[3] = 0.0
+    codes, scales, _ = _C.quantize(x, bits, 0, True, clip, False)
+    found = spinquant.fake_quantize(torch.from_numpy(x), bits, clip).numpy()
+    np.testing.assert_allclose(found, _C.dequantize(codes, scales), rtol=1e-6, atol=1e-7)
+
+
+def test_fake_quantize_passes_gradients_straight_through():
+    x = torch.randn(5, 8, requires_grad=True)
+    gradient = torch.randn(5, 8)
+    spinquant.fake_quantize(x, 4, 0.5).backward(gradient)
+    torch.testing.assert_close(x.grad, gradient)
+    assert spinquant.fake_quantize(x, 16) is x
+
+
+def test_gradients_of_the_rotations_are_those_of_plain_autograd(model):
+    """The fused linear against weights rotated and rounded as ordinary operations."""
+    checkpoint = load_checkpoint(model)
+    network = spinquant.Network(checkpoint)
+    tokens, gradients = torch.from_numpy(tokens_of(checkpoint)), []
+    fused = spinquant._fused_linear()
+
+    class Plain:
+        @staticmethod
+        def apply(x, rounded, weight, R1, transposed):
+            return x @ spinquant.fake_quantize(R1.T @ weight if transposed else weight @ R1, 4).T
+
+    for kind in (fused, Plain):
+        R1, R2 = (r.clone().requires_grad_() for r in random_rotations(checkpoint.shape))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(spinquant, "_fused_linear", lambda kind=kind: kind)
+            network.loss(tokens, R1, R2, (4, 4), 1.0).backward()
+        gradients.append((R1.grad, R2.grad))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_gradient_without_rounding_is_tangential(model):
+    """Along the manifold the unrounded loss does not change: R^T G is symmetric."""
+    checkpoint = load_checkpoint(model)
+    network = spinquant.Network(checkpoint)
+    R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.shape))
+    network.loss(torch.from_numpy(tokens_of(checkpoint)), R1, R2, (16, 16), 1.0).backward()
+    for r, g in zip([R1, *R2], [R1.grad, *R2.grad], strict=True):
+        product = (r.T @ g).detach()
+        assert (product - product.T).abs().max() < 1e-4 * g.abs().max() + 1e-7
+
+
+def dense_cayley(x, gradient, rate):
+    """(I - alpha/2 W)^-1 (I + alpha/2 W) X in float64, W and alpha as in Li et al. 2020."""
+    start, v = x.T.astype(np.float64), -gradient.T.astype(np.float64)
+    a = v @ start.T - 0.5 * start @ (start.T @ v @ start.T)
+    w = a - a.T
+    alpha = min(rate, 1.0 / np.abs(w).sum(axis=0).max())
+    eye = np.eye(len(w))
+    return np.linalg.solve(eye - alpha / 2 * w, (eye + alpha / 2 * w) @ start).T, alpha
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-1, 10.0], ids=["tiny", "small", "bounded"])
+def test_cayley_step_equals_a_dense_solve(scale):
+    x = random_orthogonal(24, 0)
+    gradient = scale * torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+    found, alpha = spinquant.cayley_step(x, gradient, 0.5)
+    expected, dense_alpha = dense_cayley(x.numpy(), gradient.numpy(), 0.5)
+    assert alpha == pytest.approx(dense_alpha, rel=1e-5)
+    assert (alpha == 0.5) == (scale < 1)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)  # five iterations are not all
+    assert np.abs(found.numpy() - x.numpy()).max() > 1e-4
+
+
+def test_cayley_step_goes_down_a_smooth_function():
+    """Procrustes: |x A - B|^2 for B = Q A falls to zero."""
+    generator = torch.Generator().manual_seed(0)
+    a, x = torch.randn(8, 12, generator=generator), torch.eye(8)
+    b = random_orthogonal(8, 3) @ a
+    if torch.linalg.det(random_orthogonal(8, 3)) < 0:  # reachable: the rotations' component
+        b[0] = -b[0]
+    losses = []
+    for _ in range(400):
+        losses.append(float(((x @ a - b) ** 2).sum()))
+        x, _ = spinquant.cayley_step(x, 2 * (x @ a - b) @ a.T, 0.01)
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_the_start_is_the_randomized_hadamard_of_the_residual_stream():
+    found = spinquant.randomized_hadamard(96, [3, 0])
+    expected = RandomizedHadamard(96, [3, 0]).apply(np.eye(96))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_retract_gives_the_nearby_orthogonal_matrix():
+    x = random_orthogonal(16, 0)
+    r = spinquant.retract(x + 1e-3 * torch.randn(16, 16))
+    np.testing.assert_allclose((r @ r.T).numpy(), np.eye(16), atol=1e-6)
+    assert (r - x).abs().max() < 0.02
+
+
+@pytest.fixture(scope="module")
+def bundled_run(tmp_path_factory):
+    """30 steps on the bundled model, as published but shorter, and the file of its state."""
+    checkpoint = load_checkpoint(bundled_model())
+    windows = calibration_tokens(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
+    path = tmp_path_factory.mktemp("spinquant") / "learned.safetensors"
+    calls = []
+    learned = spinquant.learn_rotations(
+        checkpoint, windows, steps=30, threads=1, save=path,
+        progress=lambda done, loss: calls.append((done, loss)),
+    )  # fmt: skip
+    return checkpoint, windows, learned, path, calls
+
+
+def test_learning_lowers_the_loss_and_stays_orthogonal(bundled_run):
+    checkpoint, _, learned, _, calls = bundled_run
+    assert learned.finished
+    assert calls == list(zip(range(1, 31), learned.losses, strict=True))
+    assert learned.losses[-5:].mean() < learned.losses[0] - 0.02
+    assert learned.smooth_losses[-1] < learned.smooth_losses[0] - learned.noise.max()
+    assert learned.orthogonality_error < 1e-4
+    assert learned.R1.shape == (192, 192)
+    assert learned.R2.shape == (5, 32, 32)
+    assert list(learned.probe_steps) == [0, 30]
+    assert (learned.noise > 0).all()
+    assert (learned.seconds > 0).all()
+    assert (learned.cpu_seconds > 0).all()
+    assert (learned.step_sizes <= 1.5 * (1 - np.arange(30) / 30)).all()
+
+
+def test_learned_rotations_beat_their_start_on_held_out_text(bundled_run, tmp_path):
+    checkpoint, _, learned, _, _ = bundled_run
+    reference, text = load(bundled_model()), bundled_text("heldout")[:20000]
+    config = QuantConfig(method="none", weights="rtn", clip=1.0)
+    start = (spinquant.randomized_hadamard(192, [0, 0]),
+             np.stack([spinquant.randomized_hadamard(32, [0, i + 1]) for i in range(5)]))
+    perplexities = []
+    for name, (r1, r2) in {"start": start, "end": (learned.R1, learned.R2)}.items():
+        view = spinquant_checkpoint(checkpoint, r1, r2)
+        layers = [online_rotations(view.shape, i, "spinquant") for i in range(5)]
+        out = save(quantize(view, layers, config), tmp_path / name, view, config)
+        perplexities.append(perplexity(load(out), text, 512, reference).perplexity)
+    assert perplexities[1] < perplexities[0]
+
+
+def test_state_comes_back_from_its_file(bundled_run):
+    _, _, learned, path, _ = bundled_run
+    loaded = spinquant.load_learned(path)
+    assert dict(loaded.settings) == dict(learned.settings)
+    for name in spinquant.ARRAYS:
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(learned, name))
+
+
+def test_a_run_that_was_cut_goes_on_as_if_it_was_not(model, tmp_path, monkeypatch):
+    checkpoint = load_checkpoint(model)
+    windows, path = tokens_of(checkpoint, 3), tmp_path / "state.safetensors"
+    options = {"steps": 8, "batch": 2, "threads": 1}
+    whole = spinquant.learn_rotations(checkpoint, windows, **options)
+
+    def cut(done, loss):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(spinquant, "SAVE_STEPS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        spinquant.learn_rotations(checkpoint, windows, **options, progress=cut, save=path)
+    part = spinquant.load_learned(path)
+    assert (part.steps, part.finished) == (5, False)
+    resumed = spinquant.learn_rotations(checkpoint, windows, **options, resume=part)
+    for name in ("R1", "R2", "losses", "step_sizes", "probe_losses"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+    with pytest.raises(ValueError, match="resume: learning_rate: expected 0.5, found 1.5"):
+        spinquant.learn_rotations(checkpoint, windows, **options, resume=part, learning_rate=0.5)
+
+
+def test_time_limit_leaves_an_unfinished_run(model):
+    checkpoint = load_checkpoint(model)
+    learned = spinquant.learn_rotations(checkpoint, tokens_of(checkpoint), steps=4, time_limit=0.0,
+                                        noise=False)
+    assert learned.steps == 0
+    assert learned.probe_losses.shape == (0, 5)
+
+
+def test_activations_alone_can_be_rounded(model):
+    checkpoint = load_checkpoint(model)
+    learned = [
+        spinquant.learn_rotations(checkpoint, tokens_of(checkpoint), steps=1, noise=False,
+                                  weight_bits=w, activation_bits=a).losses[0]
+        for w, a in ((16, 16), (16, 4), (4, 16), (4, 4))
+    ]
+    assert len(set(np.round(learned, 6))) == 4
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"steps": 0}, "steps: expected at least 1, found 0"),
+    ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
+    ({"threads": 0}, "threads: expected None or at least 1, found 0"),
+    ({"batch": 3}, "batch: expected 1 to 2, found 3"),
+    ({"clip": 0.0}, "clip: expected a number in"),
+    ({"weight_bits": 3}, "weight_bits: expected 4, 8 or 16, found 3"),
+    ({"windows": np.zeros(8, np.int64)}, r"windows: expected \(count, length\)"),
+    ({"windows": np.full((1, 8), 999)}, "windows: expected token ids from 0 to 319"),
+])  # fmt: skip
+def test_bad_arguments_are_named(model, options, message):
+    checkpoint = load_checkpoint(model)
+    with pytest.raises(ValueError, match=message):
+        spinquant.learn_rotations(checkpoint, **{"windows": tokens_of(checkpoint), **options})
+
+
+def test_a_file_that_lies_is_refused(bundled_run, tmp_path):
+    _, _, learned, path, _ = bundled_run
+    with pytest.raises(FormatError, match="no such file"):
+        spinquant.load_learned(tmp_path / "none")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FormatError, match="cut"):
+        spinquant.load_learned(tmp_path / "cut")
+    spinquant.save_learned(dataclasses.replace(learned, R1=2 * learned.R1), tmp_path / "skewed")
+    with pytest.raises(FormatError, match="skewed: expected orthogonal R1 and R2"):
+        spinquant.load_learned(tmp_path / "skewed")
