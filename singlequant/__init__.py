@@ -4,6 +4,7 @@
 from . import arrays
 from ._C import FormatError, get_num_threads, set_num_threads
 from .artifacts import (
+    BlockRotation,
     Factor,
     LayerRotations,
     LayerStatistics,
@@ -15,16 +16,20 @@ from .artifacts import (
 )
 from .calibrate import calibrate, calibration_windows, load_statistics, save_statistics
 from .checkpoint import Checkpoint, load_checkpoint
+from .compare import Comparison, compare
 from .evaluate import Evaluation, evaluate
 from .info import __version__, show_runtime
+from .outliers import Inspection, inspect_model
 from .quantize import quantize
 from .rotate import solve_rotations
 from .runtime import Model
 from .sweep import (
+    Estimate,
     Summary,
     bundled_model,
     bundled_text,
     calibration_tokens,
+    dry_run,
     load,
     perplexity,
     quantize_folder,
@@ -35,10 +40,14 @@ from .sweep import (
 from .arrays import art, givens_angle, hadamard, linear, pack, rotate, unpack, urt
 
 __all__ = [
+    "BlockRotation",
     "Checkpoint",
+    "Comparison",
+    "Estimate",
     "Evaluation",
     "Factor",
     "FormatError",
+    "Inspection",
     "LayerRotations",
     "LayerStatistics",
     "Model",
@@ -56,10 +65,13 @@ __all__ = [
     "calibrate",
     "calibration_tokens",
     "calibration_windows",
+    "compare",
+    "dry_run",
     "evaluate",
     "get_num_threads",
     "givens_angle",
     "hadamard",
+    "inspect_model",
     "linear",
     "load",
     "load_checkpoint",

@@ -1,0 +1,5 @@
+"""A function that a task file names."""
+
+
+def prompt(doc):
+    return doc["question"] + " ..."
