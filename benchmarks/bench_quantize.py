@@ -1,6 +1,6 @@
 """Seconds and peak memory of the sweep over layers of LLaMA-2-7B's shapes (a made checkpoint).
 
-    python benchmarks/bench_quantize.py [--layers 1] [--scheme w4a4] [--json FILE]
+    python benchmarks/bench_quantize.py [--layers 1] [--scheme w4a4] [--weights gptq] [--json FILE]
 
 The weights are random with a few large channels in the norms; they say nothing about quality.
 """
@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--scheme", default="w4a4")
+    parser.add_argument("--weights", default=QuantConfig().weights)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     environment = common.environment()
@@ -70,7 +71,7 @@ def main() -> None:
         write_checkpoint(source, arguments.layers)
         cpu = time.process_time()
         summary = quantize_folder(source, Path(folder) / "out",
-                                  QuantConfig(scheme=arguments.scheme))
+                                  QuantConfig(scheme=arguments.scheme, weights=arguments.weights))
     cpu = time.process_time() - cpu
     weights = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
     states = summary.calibration_tokens * HIDDEN * 4

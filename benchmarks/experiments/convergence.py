@@ -1,0 +1,435 @@
+"""SpinQuant's learned rotations against closed forms: loss by step, KL, and seconds of each.
+
+    python benchmarks/experiments/convergence.py MODEL --out DIR [--steps 1000]
+        [--calibration FILE] [--calibration-tokens N] [--text FILE] [--windows N] [--seq-len N]
+        [--learned FILE] [--time-limit SECONDS] [--repeats 3] [--threads 1]
+
+One calibration text, one weight rounding (to nearest, per output channel) and one activation range
+for all rows but the default's own. SpinQuant learns with torch; --learned takes a run's file and
+goes on with it if it is not finished (the state is kept in DIR/learned.safetensors, where a later
+call finds it); --time-limit 0 takes the run as it is, which needs no torch.
+Writes DIR/convergence.json and DIR/convergence.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import singlequant as sq
+from singlequant import spinquant
+from singlequant.evaluate import CachedScorer, Evaluation
+from singlequant.files import save_figure
+from singlequant.residual import online_rotations, spinquant_checkpoint
+from singlequant.sweep import read_text
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks.experiments.figures import (  # noqa: E402
+    common,
+    new_figure,
+    table,
+    write_experiment,
+)
+
+SEQ_LEN = 512
+CLOSED_FORMS = ("hadamard", "duquant", "singlequant")
+COLUMNS = (  # header, key of a row, format
+    ("method", "method", ""), ("weights", "weights", ""), ("clip", "clip", "g"),
+    ("calibration loss", "calibration_loss", ".4f"), ("perplexity", "perplexity", ".3f"),
+    ("KL", "kl_mean", ".5f"), ("top-1", "top1", ".3f"), ("CPU s", "cpu_seconds", ".4g"),
+    ("CPU s without calibration", "cpu_seconds_without_calibration", ".4g"),
+    ("CPU s with GPTQ", "cpu_seconds_with_gptq", ".4g"), ("wall s", "wall_seconds", ".4g"),
+    ("SpinQuant's CPU s / these", "spinquant_cpu_ratio", ".4g"),
+    ("wall", "spinquant_wall_ratio", ".4g"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", metavar="MODEL", type=Path)
+    p.add_argument("--out", metavar="DIR", type=Path, required=True)
+    p.add_argument("--steps", type=int, default=spinquant.STEPS, metavar="N",
+                   help="of a new run, %(default)s as published")
+    p.add_argument("--batch", type=int, default=1, metavar="N",
+                   help="windows per step of a new run (default %(default)s)")
+    p.add_argument("--learned", type=Path, metavar="FILE")
+    p.add_argument("--time-limit", type=float, metavar="SECONDS")
+    p.add_argument("--calibration", type=Path, metavar="FILE", help="default: the bundled text")
+    p.add_argument("--calibration-tokens", type=int, metavar="N",
+                   default=sq.QuantConfig().calibration_tokens)
+    p.add_argument("--text", type=Path, metavar="FILE", help="default: the bundled held-out text")
+    p.add_argument("--windows", type=int, metavar="N", help="of the text (default: all)")
+    p.add_argument("--seq-len", type=int, metavar="N")
+    p.add_argument("--repeats", type=int, default=3, metavar="N")
+    p.add_argument("--threads", type=int, default=1, metavar="N",
+                   help="of either side, so that wall times compare too (default %(default)s)")
+    return p
+
+
+# ---- SpinQuant's run ----------------------------------------------------------------------------
+
+
+def learned_rotations(checkpoint, windows: NDArray, arguments) -> spinquant.Learned:
+    """The run of --learned or of DIR/learned.safetensors, finished if it may be; or a new one.
+
+    ValueError when a file is of another run or no step is done, ImportError when torch is missing.
+    """
+    save = arguments.out / "learned.safetensors"
+    files = [f for f in (arguments.learned, save if save.exists() else None) if f is not None]
+    runs = [check_run(spinquant.load_learned(f), f, checkpoint, windows) for f in files]
+    run = max(runs, key=lambda r: r.steps, default=None)
+    if run is None or not (run.finished or arguments.time_limit == 0):
+        run = learn(checkpoint, windows, run, save, arguments)
+    if not run.steps:
+        raise ValueError("--time-limit: expected time for a step at least, found none was done")
+    return run
+
+
+def learn(checkpoint, windows: NDArray, run, save: Path, arguments) -> spinquant.Learned:
+    """A new run, or the rest of one, as far as --time-limit allows; its state goes to save."""
+    settings: dict[str, Any] = {"steps": arguments.steps, "batch": arguments.batch}
+    if run is not None:
+        names = ("steps", "learning_rate", "batch", "seed", "clip", "noise")
+        settings = {name: run.settings[name] for name in names}
+    start = time.monotonic()
+
+    def progress(done: int, loss: float) -> None:
+        if done % 50 == 0 or done == settings["steps"]:
+            print(f"step {done} of {settings['steps']}: loss {loss:.4f}, "
+                  f"{time.monotonic() - start:.0f} s", flush=True)
+
+    try:
+        return spinquant.learn_rotations(
+            checkpoint, windows, threads=arguments.threads, time_limit=arguments.time_limit,
+            resume=run, save=save, progress=progress, **settings,
+        )
+    except ImportError as error:
+        state = "a new run" if run is None else f"{run.settings['steps'] - run.steps} steps"
+        raise ImportError(
+            f"{state} of SpinQuant needs torch (pip install 'singlequant[torch]'), or --learned "
+            f"with a finished run's file, or --time-limit 0 to take an unfinished one: {error}"
+        ) from None
+
+
+def check_run(run: spinquant.Learned, file: Path, checkpoint, windows: NDArray):
+    """The run itself; ValueError when another model, text or precision was learned on."""
+    digest = hashlib.sha256(np.ascontiguousarray(windows, np.int64)).hexdigest()
+    expected = {"source_sha256": checkpoint.fingerprint, "windows_sha256": digest,
+                "weight_bits": 4, "activation_bits": 4}
+    for name, value in expected.items():
+        if run.settings.get(name) != value:
+            raise ValueError(f"{file}: {name}: expected {value!r}, that of this model and "
+                             f"calibration, found {run.settings.get(name)!r}")
+    return run
+
+
+def start_of(run: spinquant.Learned, shape) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """R1 and R2 before the run's first step: randomized Hadamards."""
+    seed = run.settings["seed"]
+    r1 = spinquant.randomized_hadamard(shape.hidden, [seed, 0])
+    r2 = [spinquant.randomized_hadamard(shape.head_dim, [seed, i + 1])
+          for i in range(shape.layers)]
+    return r1, np.stack(r2)
+
+
+# ---- quality ------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A model, its calibration windows and the text it is judged on."""
+
+    def __init__(self, checkpoint, windows, text: str, arguments, folder: Path) -> None:
+        self.checkpoint, self.windows, self.folder = checkpoint, windows, folder
+        self.calibration = arguments.calibration
+        self.original = CachedScorer(sq.load(checkpoint.path))
+        limit = checkpoint.shape.max_position_embeddings
+        self.seq_len = min(SEQ_LEN, limit) if arguments.seq_len is None else arguments.seq_len
+        if not 2 <= self.seq_len <= limit:
+            raise ValueError(f"--seq-len: expected 2 to {limit}, found {self.seq_len}")
+        count = None if arguments.windows is None else arguments.windows * self.seq_len
+        self.tokens = checkpoint.encode(text)[:count]
+
+    def judge(self, model) -> dict[str, Any]:
+        """Loss on the calibration windows; perplexity and divergence on the text."""
+        loss = sq.evaluate(model, self.windows.reshape(-1), self.windows.shape[1])
+        found: Evaluation = sq.evaluate(model, self.tokens, self.seq_len, self.original)
+        return {"calibration_loss": math.log(loss.perplexity), "perplexity": found.perplexity,
+                "kl_mean": found.kl_mean, "top1": found.top1_agreement}
+
+    def closed_form(self, config: sq.QuantConfig) -> dict[str, Any]:
+        """What `singlequant quantize` makes of the model under that config."""
+        return self._packed(lambda out: self.quantize(config, out))
+
+    def residual(self, r1: NDArray, r2: NDArray, clip: float) -> dict[str, Any]:
+        """The model with r1 and r2 fused, down_proj's Hadamard online, rounded to nearest."""
+        config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
+        view = spinquant_checkpoint(self.checkpoint, r1, r2)
+        rotations = [online_rotations(view.shape, i, "spinquant")
+                     for i in range(view.shape.layers)]
+        return self._packed(
+            lambda out: sq.save(sq.quantize(view, rotations, config), out, view, config)
+        )
+
+    def quantize(self, config: sq.QuantConfig, out: Path) -> None:
+        """The whole command: read, calibrate, solve, quantize, write."""
+        sq.quantize_folder(self.checkpoint.path, out, config, self.calibration)
+
+    def solve(self, config: sq.QuantConfig, statistics: Sequence, out: Path) -> None:
+        """The same from statistics that are there: solve, quantize, write."""
+        rotations = sq.solve_rotations(statistics, config.method, config.seed)
+        sq.save(sq.quantize(self.checkpoint, rotations, config), out, self.checkpoint, config)
+
+    def _packed(self, make: Callable[[Path], object]) -> dict[str, Any]:
+        out = self.folder / "packed"
+        make(out)
+        found = self.judge(sq.load(out))
+        shutil.rmtree(out)
+        return found
+
+
+# ---- seconds ------------------------------------------------------------------------------------
+
+
+def time_builds(
+    bench: Bench, configs: Mapping[str, sq.QuantConfig], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Median seconds of each row, all rows in turn and in a new order each time.
+
+    CPU seconds are the process's, of all threads.
+    """
+    statistics = list(sq.calibrate(bench.checkpoint, bench.windows))
+    runs: dict[tuple[str, str], Callable[[Path], None]] = {}
+    for name, config in configs.items():
+        runs[name, "whole"] = lambda out, c=config: bench.quantize(c, out)
+        if config.weights != "gptq":  # GPTQ needs the inputs themselves, layer by layer
+            gptq = dataclasses.replace(config, weights="gptq")
+            runs[name, "solve"] = lambda out, c=config: bench.solve(c, statistics, out)
+            runs[name, "gptq"] = lambda out, c=gptq: bench.quantize(c, out)
+    clocks: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}
+    order, shuffle = list(runs), np.random.default_rng(0).shuffle
+    out = bench.folder / "timed"
+    for repeat in range(repeats):
+        shuffle(order)
+        for key in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            runs[key](out)
+            clocks[key].append((time.perf_counter() - wall, time.process_time() - cpu))
+            shutil.rmtree(out)
+            cpu = clocks[key][-1][1]
+            say(f"repeat {repeat + 1} of {repeats}: {' '.join(key)}: {cpu:.2f} CPU s")
+    medians = {key: np.median(values, axis=0).tolist() for key, values in clocks.items()}
+    found: dict[str, dict[str, float]] = {}
+    for name in configs:
+        wall, cpu = medians[name, "whole"]
+        found[name] = {"wall_seconds": wall, "cpu_seconds": cpu}
+        for kind, column in (("solve", "cpu_seconds_without_calibration"),
+                             ("gptq", "cpu_seconds_with_gptq")):
+            if (name, kind) in medians:
+                found[name][column] = medians[name, kind][1]
+    return found
+
+
+def run_seconds(run: spinquant.Learned) -> dict[str, float]:
+    """Of all steps of the run's schedule; what is not done yet at the mean of what is."""
+    share = run.settings["steps"] / run.steps
+    return {"wall_seconds": float(run.seconds.sum() * share),
+            "cpu_seconds": float(run.cpu_seconds.sum() * share)}
+
+
+def arithmetic(row: Mapping[str, Any], run: spinquant.Learned, repeats: int) -> str:
+    """The speedup over SpinQuant in one sentence, CPU and wall."""
+    steps, parts = run.settings["steps"], []
+    for kind, per_step in (("CPU", run.cpu_seconds.mean()), ("wall", run.seconds.mean())):
+        ours = row[f"{kind.lower()}_seconds"]
+        parts.append(f"{per_step:.4g} {kind} s per step x {steps} steps / {ours:.4g} s "
+                     f"= {per_step * steps / ours:.4g}x")
+    alone = row.get("cpu_seconds_without_calibration")
+    if alone is not None:
+        ratio = run.cpu_seconds.mean() * steps / alone
+        parts.append(f"without the calibration / {alone:.4g} CPU s = {ratio:.4g}x")
+    return (f"{row['method']} ({row['weights']}), the whole of reading, calibrating, solving, "
+            f"quantizing and writing, median of {repeats}: {'; '.join(parts)}.")
+
+
+def say(line: str) -> None:
+    """One line of progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---- the experiment -----------------------------------------------------------------------------
+
+
+def rows_of(bench: Bench, run: spinquant.Learned, repeats: int) -> list[dict[str, Any]]:
+    """One row per method: the original, SpinQuant before and after its steps, closed forms."""
+    default, clip = sq.QuantConfig(calibration_tokens=bench.windows.size), run.settings["clip"]
+    methods = dict.fromkeys((*CLOSED_FORMS, default.method))
+    configs = {m: dataclasses.replace(default, method=m, weights="rtn", clip=clip)
+               for m in methods}
+    configs["default"] = default
+    rows: list[dict[str, Any]] = [{"method": "original", **bench.judge(bench.original)}]
+    equal = {"weights": "rtn", "clip": clip}
+    whole = run_seconds(run)
+    learned = {
+        "spinquant, 0 steps": (start_of(run, bench.checkpoint.shape), {}),
+        f"spinquant, {run.steps} steps": ((run.R1, run.R2), whole),
+    }
+    for name, (rotations, seconds) in learned.items():
+        rows.append({"method": name, **equal, **bench.residual(*rotations, clip), **seconds})
+        say(f"{name}: KL {rows[-1]['kl_mean']:.5f}")
+    quality = {}
+    for name, config in configs.items():
+        quality[name] = bench.closed_form(config)
+        say(f"{name}: KL {quality[name]['kl_mean']:.5f}")
+    seconds = time_builds(bench, configs, repeats)
+    for name, config in configs.items():
+        label = f"default ({config.method})" if name == "default" else name
+        rows.append({"method": label, "weights": config.weights, "clip": config.activation_clip,
+                     **quality[name], **seconds[name],
+                     **{f"spinquant_{kind}_ratio": whole[f"{kind}_seconds"]
+                        / seconds[name][f"{kind}_seconds"] for kind in ("cpu", "wall")}})
+    return rows
+
+
+def notes_of(rows: Sequence[Mapping[str, Any]], run, repeats: int, threads: int) -> list[str]:
+    """What the table cannot say: its arithmetic and how the seconds were taken."""
+    steps = run.settings["steps"]
+    notes = [arithmetic(row, run, repeats) for row in rows if "spinquant_cpu_ratio" in row]
+    if not run.finished:
+        notes.append(f"SpinQuant's run has {run.steps} of its {steps} steps; its seconds are "
+                     f"the mean of those, times {steps}.")
+    notes += [
+        "CPU seconds are those of all threads of the process. They are what the ratios are read "
+        "from: other programs on the machine stretch wall time, a run of hours more than one of "
+        f"seconds. The closed forms ran on {threads} thread{'s' * (threads > 1)}.",
+        "SpinQuant's seconds are its steps alone (forward, backward, Cayley update), without "
+        "reading the model, tokenizing, the probes of the noise and quantizing afterwards; the "
+        "closed forms' include all they need.",
+    ]
+    if len(run.probe_steps):
+        notes.append(
+            f"Loss without noise (mean over turns of R1 by {spinquant.NOISE_ANGLE} rad): "
+            f"{run.smooth_losses[0]:.4f} at step {run.probe_steps[0]}, {run.smooth_losses[-1]:.4f} "
+            f"at step {run.probe_steps[-1]}; noise (standard deviation) {run.noise.mean():.4f} "
+            f"on average."
+        )
+    return notes
+
+
+def cycle_means(losses: NDArray, windows: int, batch: int) -> tuple[NDArray, NDArray]:
+    """(steps, mean loss) over as many steps as it takes to meet every window equally often."""
+    cycle = windows // math.gcd(windows, batch)
+    if len(losses) < cycle:
+        return np.empty(0), np.empty(0)
+    means = np.convolve(losses, np.full(cycle, 1 / cycle), "valid")
+    return np.arange(len(means)) + (cycle - 1) / 2, means
+
+
+def draw(rows: Sequence[Mapping[str, Any]], run: spinquant.Learned, title: str):
+    """Losses as the optimiser meets them; without their noise, beside zero steps; seconds."""
+    figure = new_figure(figsize=(14, 4.2), layout="constrained")
+    if figure is None:
+        return None
+    figure.suptitle(title, fontsize="medium")
+    raw, smooth, dots = figure.subplots(1, 3)
+    steps = np.arange(run.steps)
+    raw.plot(steps, run.losses, ".", color="0.7", ms=3, label="loss of a step's windows")
+    cycle = cycle_means(run.losses, run.settings["windows"][0], run.settings["batch"])
+    raw.plot(*cycle, color="tab:blue", lw=0.8, label="mean over all windows in turn")
+    raw.set(xlabel="step", ylabel="cross-entropy, nats per token", title="SpinQuant's loss")
+    smooth.plot(*cycle, color="tab:blue", lw=0.5, alpha=0.4, label="with the noise of rounding")
+    if len(run.probe_steps):
+        smooth.errorbar(run.probe_steps, run.smooth_losses, run.noise, color="tab:blue", capsize=2,
+                        marker="o", ms=3, label="without it; bars: its standard deviation")
+    shown = [row for row in rows if not row["method"].startswith("spinquant")]
+    for i, row in enumerate(shown):
+        original = row["method"] == "original"
+        name = row["method"] if original else f"{row['method']}, {row['weights']}, zero steps"
+        smooth.axhline(row["calibration_loss"], label=name, lw=1.2,
+                       color="black" if original else f"C{i}", ls=":" if original else "--")
+    smooth.set(xlabel="step", title="the same data, W4A4, beside zero steps")
+    for axis in (raw, smooth):
+        axis.legend(fontsize="x-small", frameon=False, ncol=2, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.15))
+    timed = [row for row in rows if "cpu_seconds" in row]
+    values = [row["cpu_seconds"] for row in timed]
+    dots.plot(values, range(len(timed)), "o", color="tab:blue")
+    dots.set_xscale("log")
+    dots.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
+    dots.grid(axis="y", color="0.9")
+    dots.set_yticks(range(len(timed)), labels=[f"{r['method']}, {r['weights']}" for r in timed],
+                    fontsize="small")
+    dots.invert_yaxis()
+    for y, value in enumerate(values):
+        dots.annotate(f"{value:.3g} s", (value, y), xytext=(6, 0), textcoords="offset points",
+                      va="center", fontsize="small")
+    dots.margins(x=0.25, y=0.1)
+    partial = "" if run.finished else f" ({run.settings['steps']} steps at the mean so far)"
+    dots.set(title=f"CPU seconds{partial}")
+    return figure
+
+
+def run_experiment(arguments: argparse.Namespace, argv: Sequence[str]) -> Path:
+    """Everything: learn or take the run, judge, time, write. Returns the JSON's path."""
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1, found {arguments.repeats}")
+    checkpoint = sq.load_checkpoint(arguments.model)
+    config = sq.QuantConfig(calibration_tokens=arguments.calibration_tokens)
+    windows = sq.calibration_tokens(checkpoint, config, arguments.calibration)
+    text = sq.bundled_text("heldout") if arguments.text is None else read_text(arguments.text)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    sq.set_num_threads(arguments.threads)
+    environment = common.environment()
+    common.print_environment(environment)
+    run = learned_rotations(checkpoint, windows, arguments)
+    with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
+        bench = Bench(checkpoint, windows, text, arguments, Path(folder))
+        rows = rows_of(bench, run, arguments.repeats)
+    notes = notes_of(rows, run, arguments.repeats, arguments.threads)
+    name = "bundled text" if arguments.text is None else arguments.text.name
+    title = (f"{checkpoint.path.resolve().name}, W4A4, {windows.size} calibration tokens, "
+             f"{len(bench.tokens) // bench.seq_len} windows of {bench.seq_len} of {name}")
+    figure = draw(rows, run, title)
+    if figure is not None:
+        figure = save_figure(figure, arguments.out / "convergence.png").name
+    print("\n" + table(rows, COLUMNS), *notes, sep="\n\n")
+    curves = {
+        "losses": run.losses.tolist(), "probe_steps": run.probe_steps.tolist(),
+        "smooth_losses": run.smooth_losses.tolist(), "noise": run.noise.tolist(),
+        "settings": dict(run.settings),
+    }
+    return write_experiment(arguments.out, "convergence", argv, environment, title, rows, notes,
+                            figure, columns=COLUMNS, model=checkpoint.path.resolve().name,
+                            curves=curves)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser().parse_args(argv)
+    threads = sq.get_num_threads()
+    try:
+        run_experiment(arguments, argv)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"convergence: {error}")
+    finally:
+        sq.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()
