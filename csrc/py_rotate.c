@@ -69,6 +69,13 @@ chain_cut(struct chain *c, npy_intp steps)
     return 0;
 }
 
+/* (pairs, angles) of the first steps, new reference. */
+static PyObject *
+chain_result(struct chain *c, npy_intp steps)
+{
+    return chain_cut(c, steps) ? NULL : Py_BuildValue("OO", c->pairs, c->angles);
+}
+
 /* 0 if max_steps may size a chain, otherwise -1 and a ValueError. */
 static int
 check_max_steps(Py_ssize_t max_steps)
@@ -296,9 +303,7 @@ art_extremes(PyObject *module, PyObject *args, PyObject *kwargs)
         sq_py_raise(module, status, "v");
         goto done;
     }
-    if (chain_cut(&chain, steps) == 0) {
-        result = Py_BuildValue("OO", chain.pairs, chain.angles);
-    }
+    result = chain_result(&chain, steps);
 done:
     Py_XDECREF(v);
     chain_clear(&chain);
@@ -339,9 +344,7 @@ art_columns(PyObject *module, PyObject *args, PyObject *kwargs)
         sq_py_raise(module, status, "columns");
         goto done;
     }
-    if (chain_cut(&chain, steps) == 0) {
-        result = Py_BuildValue("OO", chain.pairs, chain.angles);
-    }
+    result = chain_result(&chain, steps);
 done:
     Py_XDECREF(columns);
     chain_clear(&chain);
@@ -384,9 +387,7 @@ urt(PyObject *module, PyObject *args, PyObject *kwargs)
         sq_py_raise(module, status, "v, u");
         goto done;
     }
-    if (chain_cut(&chain, steps) == 0) {
-        result = Py_BuildValue("OO", chain.pairs, chain.angles);
-    }
+    result = chain_result(&chain, steps);
 done:
     Py_XDECREF(v);
     Py_XDECREF(u);
@@ -573,9 +574,7 @@ chain_from_matrix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_ValueError, "matrix: expected an orthogonal one (within 1e-6)");
         goto done;
     }
-    if (chain_cut(&chain, steps) == 0) {
-        result = Py_BuildValue("OO", chain.pairs, chain.angles);
-    }
+    result = chain_result(&chain, steps);
 done:
     Py_XDECREF(matrix);
     chain_clear(&chain);
