@@ -211,9 +211,10 @@ def _restore_runtime():
 
 
 @pytest.fixture(params=_C.kernels()["runnable"])
-def _table(request):
-    """Runs the test on each kernel table of this machine."""
+def table(request) -> str:
+    """Runs the test on each kernel table of this machine; its name."""
     _C.use_kernels(request.param)
+    return request.param
 
 
 @pytest.fixture(name="make_checkpoint")

@@ -53,7 +53,7 @@ class Attention:
         return self.twin.forward(twin, sequence, position, cache, 0, record=True)[1]
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
     [(1, 1, 2), (4, 4, 8), (4, 2, 8), (6, 1, 10), (33, 1, 4), (8, 2, 64)],
@@ -69,7 +69,7 @@ def test_attention_equals_twin(rng, heads, kv_heads, head_dim, m):
     )
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("window", [1, 2, 7, 32, 33, 200])
 def test_sliding_window_equals_twin_and_hides_older_tokens(rng, window):
     attention = Attention(rng, 4, 2, 8, window=window)
@@ -86,7 +86,7 @@ def test_sliding_window_equals_twin_and_hides_older_tokens(rng, window):
         assert (after[-2] != got[-2]).any()
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("window", [0, 5])
 def test_sequences_of_unequal_length_equal_twin(rng, window):
     attention = Attention(rng, 4, 2, 8, window=window)

@@ -25,7 +25,7 @@ def assert_close(got, expected, tolerance=TOLERANCE):
 # ---- linears, conversions, norm -----------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 1, 1), (1, 300, 129), (3, 17, 40), (300, 40, 33), (257, 513, 20)]
@@ -86,7 +86,7 @@ def test_linear_dense_errors_name_the_argument():
         _C.linear_dense(np.float32(1), np.zeros((4, 3), np.float32))
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_to_float32_is_exact_for_all_bit_patterns(dtype):
     every = np.arange(65536, dtype=np.uint16).view(dtype)
@@ -98,7 +98,7 @@ def test_to_float32_is_exact_for_all_bit_patterns(dtype):
     np.testing.assert_array_equal(got[~finite], expected[~finite])
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 40000, 99999])
@@ -135,7 +135,7 @@ def test_gather_rows_names_the_index(bad):
         _C.gather_rows(np.zeros((50, 3), np.float32), [0.5])
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 64), (100, 129)])
 def test_rms_norm_equals_twin(rng, shape):
     x = rng.normal(size=shape).astype(np.float32) * 10
@@ -198,7 +198,7 @@ def new_cache(a, sequences, capacity=64, kind=_C):
     return kind.KVCache(1, sequences, a["kv_heads"], a["head_dim"], capacity)
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
@@ -370,7 +370,7 @@ PACKED = {
 }
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("rotation", ["none", "dense", "chain", "left"])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_layer_equals_twin_with_16_bit_activations(rng, name, rotation):
@@ -389,7 +389,7 @@ def test_packed_layer_equals_twin_with_16_bit_activations(rng, name, rotation):
         assert_close(one, other, 2e-5)
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_layer_equals_twin_with_codes(rng, bits):
     """A code within 1e-5 of a boundary may differ by one: few values may, and by little."""
@@ -404,7 +404,7 @@ def test_packed_layer_equals_twin_with_codes(rng, bits):
     assert error.max() < (0.1 if bits == 4 else 0.01)
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_prompt_equals_one_by_one_bit_for_bit(rng, name, bits):
@@ -424,7 +424,7 @@ def test_packed_prompt_equals_one_by_one_bit_for_bit(rng, name, bits):
     assert (pieces == whole).all()
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("rotation", ["dense", "chain"])
 def test_packed_batch_equals_each_alone_bit_for_bit(rng, rotation):
     parts, _ = packed_parts(rng, PACKED["gqa"], 4, rotation)

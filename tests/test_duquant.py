@@ -80,7 +80,7 @@ def test_steps_are_their_twin_with_a_flat_first_column(b):
 # ---- greedy blocks ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(("rows", "k", "b", "count"), [
     (1, 8, 8, 5), (9, 24, 8, 6), (33, 64, 32, 12), (20, 21, 7, 9), (5, 3, 1, 2), (0, 8, 4, 3),
     (6, 8, 8, 0),
@@ -243,7 +243,7 @@ def test_zigzag_names_what_is_wrong():
 # ---- application --------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(("m", "k", "b"), [(1, 8, 8), (3, 24, 8), (70, 96, 32), (5, 21, 7),
                                            (2, 3, 1), (0, 8, 4), (9, 1408, 128)])
 def test_rotate_blocks_is_its_twin_and_undone_by_its_transpose(m, k, b):
@@ -259,7 +259,7 @@ def test_rotate_blocks_is_its_twin_and_undone_by_its_transpose(m, k, b):
     np.testing.assert_allclose(undone, x, atol=4 * limit)
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 def test_rotate_blocks_of_a_row_depends_on_that_row_alone():
     rotation, x = random_blocks(768, 128), outlier_inputs(131, 768)
     whole = _C.rotate_blocks(x, *rotation.arrays)

@@ -23,14 +23,6 @@ SOFTMAX_RTOL = 1.5e-6
 SILU_RTOL = 6e-7
 
 
-@pytest.fixture(params=TABLES)
-def table(request):
-    before = _C.kernels()["active"]
-    _C.use_kernels(request.param)
-    yield request.param
-    _C.use_kernels(before)
-
-
 # ---- selection --------------------------------------------------------------------------------
 
 

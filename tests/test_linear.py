@@ -16,14 +16,6 @@ K = [1, 7, 8, 31, 32, 33, 129, 544, 545, 1088, 1100, 4096]
 EPS = np.finfo(np.float32).eps
 
 
-@pytest.fixture(params=TABLES)
-def table(request):
-    before = _C.kernels()["active"]
-    _C.use_kernels(request.param)
-    yield request.param
-    _C.use_kernels(before)
-
-
 def problem(m, n, k, group=0, seed=0):
     rng = np.random.default_rng([m, n, k, seed])
     words = reference.pack(rng.integers(-8, 8, (n, k)))

@@ -18,12 +18,6 @@ WIDTHS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=TABLES)
-def table(request):
-    _C.use_kernels(request.param)
-    return request.param
-
-
 def problem(m, n, k, group=0, high=0):
     """Tokens with the energy in their high inputs, as principal directions have it."""
     rng = np.random.default_rng([m, n, k])

@@ -184,7 +184,7 @@ def test_principal_directions_refuse_other_shapes():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 63), (7, 64), (5, 65), (33, 200), (0, 9)])
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 def test_column_moments_equal_the_twins(dtype, shape):
     w = np.random.default_rng(shape).standard_normal(shape).astype(dtype)
     largest, squares = _C.column_moments(w)
@@ -208,7 +208,7 @@ def test_column_moments_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("table")
 def test_column_moments_reject_nonfinite(dtype, bad):
     for at in ((0, 0), (3, 69), (1, 64)):
         w = np.ones((4, 70), dtype)

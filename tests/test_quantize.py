@@ -10,14 +10,6 @@ from singlequant import _C, _reference as reference
 TABLES = _C.kernels()["runnable"]
 
 
-@pytest.fixture(params=TABLES)
-def table(request):
-    before = _C.kernels()["active"]
-    _C.use_kernels(request.param)
-    yield request.param
-    _C.use_kernels(before)
-
-
 def assert_same(found, expected):
     for a, b in zip(found, expected, strict=True):
         if b is None:
