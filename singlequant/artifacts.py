@@ -399,7 +399,7 @@ class BlockRotation:
         """(k / b, b)."""
         return self.first.shape[0], self.first.shape[1]
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """True if blocks and permutation leave everything as it is."""
         eye = np.eye(self.sizes[1], dtype=np.float32)

@@ -304,7 +304,7 @@ def transform_weights(partial: Any, weights: Sample) -> Sample:
     """Weight rows [n, k] after the same: x' W'^T = x W^T."""
     if isinstance(partial, StoredRotation):
         return _C.rotate(weights, partial.left, partial.right)
-    return weights if partial is None else transform_rows(weights, partial)
+    return transform_rows(weights, partial)
 
 
 # ---- the result ---------------------------------------------------------------------------------

@@ -46,10 +46,15 @@ def transform_inputs(x: NDArray[np.float32], rotation: Rotation | None) -> NDArr
     return x if rotation.is_identity else rotate_rows(x, rotation)
 
 
-def transform_rows(weights: NDArray[np.float32], rotation: Rotation) -> NDArray[np.float32]:
-    """Weight rows [n, k] of a site as they meet its transformed inputs: x' W'^T = x W^T."""
-    weights = scaled(weights, rotation.balance, None)
-    return weights if rotation.is_identity else rotate_rows(weights, rotation)
+def transform_rows(
+    weights: NDArray[np.float32], rotation: Rotation | None, rows: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Weight rows [n, k] of a site as they meet its transformed inputs: x' W'^T = x W^T.
+
+    rows [n] multiplies the rows first.
+    """
+    weights = scaled(weights, None if rotation is None else rotation.balance, rows)
+    return weights if rotation is None or rotation.is_identity else rotate_rows(weights, rotation)
 
 
 def round_inputs(
@@ -124,12 +129,9 @@ def quantize_linear(
                          f"{'none' if gptq is None else 'one'} with {config.weights!r}")
     words = np.empty((n, packed_words(k)), np.int32)
     scales = np.empty((n, k // group if group else 1), np.float32)
-    rotated = rotation is not None and not rotation.is_identity
-    balance = None if rotation is None else rotation.balance
     for rows, block in float32_blocks(weight, name):
-        block = scaled(block, balance, None if rows_scale is None else rows_scale[rows])
-        if rotated:
-            block = rotate_rows(block, rotation)
+        scale = None if rows_scale is None else rows_scale[rows]
+        block = transform_rows(block, rotation, scale)
         codes, scales[rows] = _round(block, config, gptq)
         words[rows] = _C.pack(codes)
     return PackedLinear(words, scales, (n, k), group)
@@ -172,9 +174,9 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
 
     A site's balance is folded into the norm or the rows of the linear that produce its input, and
     into the columns of its linears, the ignored ones included; a site whose linears are all ignored
-    is left as it is. Weights "gptq" need the statistics
-    that the rotations were solved from, with inputs. ValueError names the tensor that holds NaN or
-    Inf, or the site whose statistics do not do.
+    is left as it is. Weights "gptq" need the statistics that the rotations were solved from, with
+    inputs. ValueError names the tensor that holds NaN or Inf, or the site whose statistics do not
+    do.
     """
     architecture, index = checkpoint.architecture, rotations.layer
     weights = checkpoint.layer(index)

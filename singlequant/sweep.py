@@ -245,8 +245,7 @@ def quantize_folder(
                     layer = quantize_layer(view, rotations, config)
                     writer.write_layer(layer)
                 counts += _counts(layer)
-                del layer
-                del statistics, rotations  # with the layer's inputs, before the next layer's
+                del statistics, rotations, layer  # with its inputs, before the next layer's
             writer.finish()
     return Summary(
         out=Path(out),
