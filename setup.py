@@ -19,9 +19,14 @@ COMMON_FLAGS = [
     "-std=c11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
     "-Wall", "-Wextra", "-pthread", "-Icsrc",
 ]
+X86 = ("x86_64", "amd64", "i686")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # Instruction set -> (machine prefixes it exists on, flags of its one file).
 KERNEL_FLAGS = {
-    "avx2": (("x86_64", "amd64", "i686"), ["-mavx2", "-mfma", "-mf16c"]),
+    "avx2": (X86, AVX2),
+    "avxvnni": (X86, [*AVX2, "-mavxvnni"]),
+    "avx512vnni": (X86, [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+                         "-mavx512vnni", "-mprefer-vector-width=512"]),
 }
 
 

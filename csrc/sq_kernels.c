@@ -8,6 +8,12 @@
 
 /* Rows in the order of preference; the generic table is always last and always complete. */
 static const struct sq_kernels *const sources[] = {
+#ifdef SQ_HAVE_AVX512VNNI
+    &sq_kernels_avx512vnni,
+#endif
+#ifdef SQ_HAVE_AVXVNNI
+    &sq_kernels_avxvnni,
+#endif
 #ifdef SQ_HAVE_AVX2
     &sq_kernels_avx2,
 #endif
@@ -20,26 +26,29 @@ static const struct sq_kernels *listed[N_TABLES + 1];
 static const struct sq_kernels *active = &sq_kernels_generic;
 static uint32_t features;
 
-/* The generic row wherever the instruction set's own is missing. The packed kernels, their tile and
- * their panel order belong together: a table brings all of them or none. */
+/* The base's row, in the end the generic one, wherever the instruction set's own is missing. The
+ * packed kernels share their base's panel order unless the table brings all of them. */
 static struct sq_kernels
 merged(const struct sq_kernels *own)
 {
-    struct sq_kernels t = sq_kernels_generic;
-    t.name = own->name;
-    t.required_features = own->required_features;
-    if (own->pack_panel) {
-        t.mr = own->mr;
-        t.nr = own->nr;
-        t.pack_panel = own->pack_panel;
-        t.gemm_a4w4 = own->gemm_a4w4;
-        t.gemm_a8w4 = own->gemm_a8w4;
-        t.gemm_a16w4 = own->gemm_a16w4;
+    if (own == &sq_kernels_generic) {
+        return *own;
     }
+    struct sq_kernels t = merged(own->base ? own->base : &sq_kernels_generic);
+    t.name = own->name;
+    t.required_features |= own->required_features;
+    t.base = own->base;
 #define SQ_TAKE(row)      \
     if (own->row) {       \
         t.row = own->row; \
     }
+    SQ_TAKE(mr)
+    SQ_TAKE(nr)
+    SQ_TAKE(row_block_bytes)
+    SQ_TAKE(pack_panel)
+    SQ_TAKE(gemm_a4w4)
+    SQ_TAKE(gemm_a8w4)
+    SQ_TAKE(gemm_a16w4)
     SQ_TAKE(gemm_f32)
     SQ_TAKE(extremes)
     SQ_TAKE(quantize_codes)
@@ -76,6 +85,20 @@ sq_kernels_runnable(const struct sq_kernels *table)
     return (table->required_features & ~features) == 0;
 }
 
+/* Whether a table, or one that it is built on, is switched off. */
+static int
+is_off(const struct sq_kernels *source, const int off[N_TABLES])
+{
+    for (; source; source = source->base) {
+        for (int i = 0; i < N_TABLES; i++) {
+            if (sources[i] == source && off[i]) {
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
 int
 sq_kernels_init(const char *disabled)
 {
@@ -98,7 +121,7 @@ sq_kernels_init(const char *disabled)
         p += length + (p[length] == ',');
     }
     for (int i = 0; i < N_TABLES; i++) {
-        if (!off[i] && sq_kernels_runnable(&tables[i])) {
+        if (!is_off(sources[i], off) && sq_kernels_runnable(&tables[i])) {
             active = &tables[i];
             break;
         }

@@ -11,7 +11,7 @@
 
 /* Arguments of the packed microkernels: rows of activations against one panel of nr outputs. */
 struct sq_panel_args {
-    int64_t m;             /* rows of this call, 1 .. mr */
+    int64_t m;             /* rows, any number from 1 */
     int64_t k;             /* padded to SQ_K_ALIGN */
     int64_t g;             /* group length, a multiple of SQ_K_ALIGN, or k (padded) */
     const void *a;         /* codes int8 or values float, [m][ld_a] */
@@ -23,6 +23,7 @@ struct sq_panel_args {
     const float *w_scales; /* [k / g][nr], zero padded */
     float *y;              /* [m][ld_y], nr columns are written */
     int64_t ld_y;
+    int accumulate; /* 1: y += the result, rounded before it is added */
 };
 
 /* Codes: y = a_scale * sum over groups, ascending, of w_scale * (float)(exact integer sum),
@@ -38,7 +39,9 @@ struct sq_step {
 struct sq_kernels {
     const char *name;
     uint32_t required_features;
+    const struct sq_kernels *base; /* fills the missing rows; NULL: the generic table */
     int64_t mr, nr; /* tile of the packed microkernels; nr * SQ_K_ALIGN / 2 bytes keep alignment */
+    int64_t row_block_bytes; /* activations that one panel meets before the next one does */
 
     /* words [nr][k / 8], k a multiple of SQ_K_ALIGN, into one panel of nr * k / 2 bytes. */
     void (*pack_panel)(const int32_t *words, int64_t k, uint8_t *panel);
@@ -71,7 +74,6 @@ struct sq_kernels {
     int (*bf16_to_f32)(const uint16_t *in, int64_t count, float *out);
 };
 
-#define SQ_MR_MAX 16
 #define SQ_NR_MAX 64
 
 /* Tables compiled in, best first; NULL-terminated. Valid after sq_kernels_init. */
@@ -81,8 +83,9 @@ sq_kernels_compiled(void);
 int
 sq_kernels_runnable(const struct sq_kernels *table);
 
-/* Fills the tables and selects the best runnable one not named in disabled (comma separated, or
- * NULL). Returns 0, or -1 when disabled holds an unknown name. Call once, before any other use. */
+/* Fills the tables and selects the best runnable one that is neither named in disabled (comma
+ * separated, or NULL) nor built on one that is. Returns 0, or -1 when disabled holds an unknown
+ * name. Call once, before any other use. */
 int
 sq_kernels_init(const char *disabled);
 
@@ -97,5 +100,7 @@ sq_kernels_use(const char *name);
 /* Each instruction set's file exports exactly its table. */
 extern const struct sq_kernels sq_kernels_generic;
 extern const struct sq_kernels sq_kernels_avx2;
+extern const struct sq_kernels sq_kernels_avxvnni;
+extern const struct sq_kernels sq_kernels_avx512vnni;
 
 #endif

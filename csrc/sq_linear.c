@@ -150,9 +150,12 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
 /* ---- packed ----------------------------------------------------------------------------- */
 
 /* A chunk is a run of panels; inside it the rows go by blocks whose activations stay in the second
- * level cache (ROW_BLOCK_BYTES) while the chunk's panels (CHUNK_BYTES, never fewer than one panel)
- * pass over them, and a panel stays in the first level while mr rows at a time meet it. */
-enum { ROW_BLOCK_BYTES = 1 << 18, CHUNK_BYTES = 1 << 18 };
+ * level cache (the table's row_block_bytes) while the chunk's panels (CHUNK_BYTES, never fewer than
+ * one panel) pass over them, and a panel stays in the first level while mr rows at a time meet it.
+ */
+enum { CHUNK_BYTES = 1 << 18 };
+/* Rows of the last panel, whose missing columns need a buffer. */
+enum { TAIL_ROWS = 32 };
 /* Multiply-adds below which waking the pool costs more than it brings. */
 enum { SERIAL_WORK = 1 << 19 };
 
@@ -166,7 +169,7 @@ struct linear_job {
 };
 
 /* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
- * `end`, which are all, the high ones or the others. */
+ * `end`, which are all, the high ones (added to y) or the others. */
 static void
 panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t begin,
            int64_t end, float *y, int64_t ld_y)
@@ -192,34 +195,38 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
         return;
     }
     const int high = end <= a->high;
+    args.accumulate = high;
     args.a = a->codes + row * a->ld + begin;
     args.a_scales = a->scales + (high ? a->m : 0) + row;
     args.a_sums = a->sums + row * args.ld_sums + begin / SQ_K_ALIGN;
     (high ? job->high_kernel : job->kernel)(&args);
 }
 
-/* Rows row .. row + rows - 1 against panel p; the last panel's missing columns go to a buffer. */
+/* Rows row .. row + rows - 1 against panel p, nr columns of y. */
 static void
-linear_tile(const struct linear_job *job, int64_t p, int64_t row, int64_t rows)
+panel_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, float *y,
+           int64_t ld_y)
 {
-    const sq_packed_t *w = job->w;
-    const int64_t nr = w->kernels->nr, columns = sq_min_i64(nr, w->n - p * nr);
-    _Alignas(SQ_ALIGN_BYTES) float buffer[SQ_MR_MAX * SQ_NR_MAX];
-    float *to = job->y + row * job->ld_y + p * nr;
-    if (columns == nr && !w->high) {
-        panel_part(job, p, row, rows, 0, w->k_padded, to, job->ld_y);
-        return;
+    const int64_t high = job->w->high;
+    panel_part(job, p, row, rows, high, job->w->k_padded, y, ld_y);
+    if (high) {
+        panel_part(job, p, row, rows, 0, high, y, ld_y);
     }
-    panel_part(job, p, row, rows, w->high, w->k_padded, buffer, nr);
-    if (w->high) {
-        _Alignas(SQ_ALIGN_BYTES) float high[SQ_MR_MAX * SQ_NR_MAX];
-        panel_part(job, p, row, rows, 0, w->high, high, nr);
-        for (int64_t i = 0; i < rows * nr; i++) {
-            buffer[i] += high[i];
+}
+
+/* The same for the last panel, by way of a buffer: only `columns` of y exist. */
+static void
+tail_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t columns)
+{
+    const int64_t nr = job->w->kernels->nr;
+    _Alignas(SQ_ALIGN_BYTES) float buffer[TAIL_ROWS * SQ_NR_MAX];
+    for (int64_t begin = 0; begin < rows; begin += TAIL_ROWS) {
+        const int64_t count = sq_min_i64(TAIL_ROWS, rows - begin);
+        float *to = job->y + (row + begin) * job->ld_y + p * nr;
+        panel_rows(job, p, row + begin, count, buffer, nr);
+        for (int64_t i = 0; i < count; i++) {
+            memcpy(to + i * job->ld_y, buffer + i * nr, (size_t)columns * sizeof *to);
         }
-    }
-    for (int64_t i = 0; i < rows; i++) {
-        memcpy(to + i * job->ld_y, buffer + i * nr, (size_t)columns * sizeof *to);
     }
 }
 
@@ -227,13 +234,17 @@ static void
 linear_panels(void *context, int64_t begin, int64_t end, int thread)
 {
     const struct linear_job *job = context;
-    const int64_t m = job->a->m, mr = job->w->kernels->mr;
+    const int64_t m = job->a->m, nr = job->w->kernels->nr;
     (void)thread;
-    for (int64_t block = 0; block < m; block += job->row_block) {
-        const int64_t block_end = sq_min_i64(m, block + job->row_block);
+    for (int64_t row = 0; row < m; row += job->row_block) {
+        const int64_t rows = sq_min_i64(job->row_block, m - row);
         for (int64_t p = begin; p < end; p++) {
-            for (int64_t row = block; row < block_end; row += mr) {
-                linear_tile(job, p, row, sq_min_i64(mr, block_end - row));
+            const int64_t columns = job->w->n - p * nr;
+            if (columns < nr) {
+                tail_rows(job, p, row, rows, columns);
+            }
+            else {
+                panel_rows(job, p, row, rows, job->y + row * job->ld_y + p * nr, job->ld_y);
             }
         }
     }
@@ -270,13 +281,14 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
     }
     const int64_t mr = w->kernels->mr;
     const int64_t row_bytes = a->ld * (a->bits == 16 ? (int64_t)sizeof(float) : 1);
-    struct linear_job job = {.w = w,
-                             .a = a,
-                             .kernel = kernel,
-                             .high_kernel = w->kernels->gemm_a8w4,
-                             .row_block = sq_max_i64(mr, ROW_BLOCK_BYTES / row_bytes / mr * mr),
-                             .y = y,
-                             .ld_y = ld_y};
+    struct linear_job job = {
+        .w = w,
+        .a = a,
+        .kernel = kernel,
+        .high_kernel = w->kernels->gemm_a8w4,
+        .row_block = sq_max_i64(mr, w->kernels->row_block_bytes / row_bytes / mr * mr),
+        .y = y,
+        .ld_y = ld_y};
     const int small = (double)a->m * (double)w->n * (double)w->k < SERIAL_WORK;
     const int64_t grain = small ? w->n_panels : sq_max_i64(1, CHUNK_BYTES / w->panel_bytes);
     if (a->m > 0) {

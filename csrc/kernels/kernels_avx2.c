@@ -1,322 +1,39 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* AVX2 + FMA + F16C kernels.
- *
- * Packed int4. A panel is SUBS sub-panels of 16 outputs, each [k / 8][16] dwords; a dword holds 8 k
- * of one output, k 0..3 in the low nibbles of its bytes and k 4..7 in the high ones, all as code
- * + 8. So v & 0x0f.. and (v >> 4) & 0x0f.. are unsigned bytes in k order and the activation codes,
- * signed, are broadcast 4 k at a time as they stand. maddubs gives 16-bit pair sums, two lanes per
- * output. The + 8 is taken back once per group: sum (w + 8) a - 8 sum a. */
-#include "../sq_kernels.h"
+/* AVX2 + FMA + F16C kernels. The packed ones are kernels_x86_template.h's with 16-bit sums. */
+#define TILE_BITS 256
+#define TILE_MR 4 /* 4 rows x 16 outputs are 8 accumulators of 16 registers */
+#include "kernels_x86_template.h"
 
-#include <immintrin.h>
 #include <math.h>
-#include <string.h>
 
 #include "../sq_cpu.h"
-#include "../sq_internal.h"
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-/* Integer sums may be reassociated by the compiler, which then keeps products instead of sums in
- * registers and spills (gcc 12: 1.5x slower). An empty instruction that may change x forbids it. */
-#define KEEP_ORDER(x) __asm__("" : "+x"(x))
+enum { MR_F32 = 6 }; /* rows of a float32 tile: 12 accumulators */
 
-enum {
-    MR = 4,     /* rows of a packed tile: 4 x 16 outputs are 8 accumulators of 16 registers */
-    MR_F32 = 6, /* rows of a float32 tile: 12 accumulators */
-    SUB = 16,   /* outputs of a sub-panel: two vectors */
-    SUBS = 2,   /* sub-panels of a panel; rows up to MR_WIDE take them together */
-    NR = SUB * SUBS,
-    MR_WIDE = 1,
-    VECS_MAX = 4,
-    BLOCK_K = 8, /* k of a dword: two maddubs steps */
-    SUB_BLOCK_BYTES = SUB * 4
-};
-_Static_assert(MR <= SQ_MR_MAX && NR <= SQ_NR_MAX, "the tail panel's buffer");
-_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
-
-/* Steps of maddubs whose pair sums fit a signed 16-bit lane.
- * 4-bit activations: a pair is at most 2 * 15 * 8 = 240 in absolute value; 32767 / 240 = 136.5.
- * 8-bit activations: at most 2 * 15 * 128 = 3840; 32767 / 3840 = 8.5. */
-#define SQ_ACC16_MAX_STEPS_A4 136
-#define SQ_ACC16_MAX_STEPS_A8 8
-_Static_assert(SQ_ACC16_MAX_STEPS_A4 * 2 * 15 * 8 <= INT16_MAX &&
-                   (SQ_ACC16_MAX_STEPS_A4 + 1) * 2 * 15 * 8 > INT16_MAX,
-               "A4: 136 steps, not one more");
-_Static_assert(SQ_ACC16_MAX_STEPS_A8 * 2 * 15 * 128 <= INT16_MAX &&
-                   (SQ_ACC16_MAX_STEPS_A8 + 1) * 2 * 15 * 128 > INT16_MAX,
-               "A8: 8 steps, not one more");
-/* The 32-bit sums hold all of k: 15 * 128 * 2^20 < 2^31. */
-_Static_assert((int64_t)15 * 128 * SQ_PACKED_K_MAX <= INT32_MAX, "32-bit sums over all of k");
-enum {
-    A4_BLOCKS = SQ_ACC16_MAX_STEPS_A4 / 2, /* of BLOCK_K between two widenings */
-    A8_BLOCKS = SQ_ACC16_MAX_STEPS_A8 / 2
-};
-_Static_assert(A8_BLOCKS *BLOCK_K == SQ_K_ALIGN, "A8 widens once per aligned block of k");
-
-/* ---- packed int4 x codes ---------------------------------------------------------------- */
-
-/* Moves nibble j to the low half of byte j (j < 4) or the high half of byte j - 4. */
-static uint32_t
-interleave_nibbles(uint32_t word)
-{
-    uint32_t low = word & 0xffff, high = word >> 16;
-    low = (low | low << 8) & 0x00ff00ff;
-    low = (low | low << 4) & 0x0f0f0f0f;
-    high = (high | high << 8) & 0x00ff00ff;
-    high = (high | high << 4) & 0x0f0f0f0f;
-    return low | high << 4;
-}
+/* ---- packed int4 ------------------------------------------------------------------------ */
 
 static void
 sq_pack_panel_4x32__avx2(const int32_t *words, int64_t k, uint8_t *panel)
 {
-    const int64_t blocks = k / BLOCK_K;
-    for (int64_t s = 0; s < SUBS; s++) {
-        for (int64_t b = 0; b < blocks; b++) {
-            for (int64_t j = 0; j < SUB; j++) {
-                const uint32_t v = interleave_nibbles((uint32_t)words[(s * SUB + j) * blocks + b]);
-                memcpy(panel + (s * blocks + b) * SUB_BLOCK_BYTES + j * 4, &v, sizeof v);
-            }
-        }
-    }
+    pack_sub_panels(words, k, panel);
 }
-
-static ALWAYS_INLINE __m256i
-broadcast_codes(const int8_t *a)
-{
-    int32_t four;
-    memcpy(&four, a, sizeof four);
-    return _mm256_set1_epi32(four);
-}
-
-/* acc += the products of one block of 8 k: low nibbles, then high ones. */
-static ALWAYS_INLINE void
-multiply_block(const int rows, const int vecs, const int8_t *a, int64_t ld_a, const uint8_t *w,
-               int64_t sub_bytes, __m256i acc[MR][VECS_MAX])
-{
-    const __m256i nibble = _mm256_set1_epi8(15);
-    UNROLL
-    for (int half = 0; half < 2; half++) {
-        __m256i codes[VECS_MAX];
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            const __m256i raw = _mm256_load_si256((const __m256i *)(w + v / 2 * sub_bytes) + v % 2);
-            codes[v] = _mm256_and_si256(half ? _mm256_srli_epi16(raw, 4) : raw, nibble);
-        }
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            const __m256i four = broadcast_codes(a + r * ld_a + half * 4);
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                acc[r][v] = _mm256_add_epi16(acc[r][v], _mm256_maddubs_epi16(codes[v], four));
-                KEEP_ORDER(acc[r][v]);
-            }
-        }
-    }
-}
-
-/* One tile of rows x (8 vecs) outputs. blocks_max is the number of blocks between two widenings. */
-static ALWAYS_INLINE void
-tile_codes(const struct sq_panel_args *args, const int rows, const int vecs, const int blocks_max,
-           int64_t sub)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
-    const uint8_t *w = args->panel + sub * sub_bytes;
-    const int8_t *a = args->a;
-    __m256 total[MR][VECS_MAX];
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            total[r][v] = _mm256_setzero_ps();
-        }
-    }
-    for (int64_t begin = 0; begin < args->k; begin += args->g) {
-        __m256i wide[MR][VECS_MAX];
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            const int32_t *sums = args->a_sums + r * args->ld_sums + begin / SQ_K_ALIGN;
-            const __m256i offset = _mm256_set1_epi32(-8 * (sums[args->g / SQ_K_ALIGN] - sums[0]));
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                wide[r][v] = offset;
-            }
-        }
-        for (int64_t left = args->g / BLOCK_K; left > 0;) {
-            const int64_t blocks = sq_min_i64(left, blocks_max);
-            __m256i acc[MR][VECS_MAX];
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                UNROLL
-                for (int v = 0; v < vecs; v++) {
-                    acc[r][v] = _mm256_setzero_si256();
-                }
-            }
-            for (int64_t b = 0; b < blocks; b++) {
-                multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc);
-                a += BLOCK_K;
-                w += SUB_BLOCK_BYTES;
-            }
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                UNROLL
-                for (int v = 0; v < vecs; v++) {
-                    wide[r][v] = _mm256_add_epi32(wide[r][v], _mm256_madd_epi16(acc[r][v], ones));
-                }
-            }
-            left -= blocks;
-        }
-        const float *scales = args->w_scales + begin / args->g * NR + sub * SUB;
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                const __m256 sum = _mm256_cvtepi32_ps(wide[r][v]);
-                total[r][v] =
-                    _mm256_add_ps(total[r][v], _mm256_mul_ps(_mm256_loadu_ps(scales + 8 * v), sum));
-            }
-        }
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        const __m256 scale = _mm256_set1_ps(args->a_scales[r]);
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            _mm256_storeu_ps(args->y + r * args->ld_y + sub * SUB + 8 * v,
-                             _mm256_mul_ps(scale, total[r][v]));
-        }
-    }
-}
-
-/* Instantiates a tile function for each number of rows: up to MR_WIDE the whole panel at once, for
- * enough independent chains, above sub-panel by sub-panel. */
-#define DISPATCH_ROWS(tile, ...)                    \
-    switch (args->m) {                              \
-        case 1:                                     \
-            tile(args, 1, 2 * SUBS, __VA_ARGS__ 0); \
-            return;                                 \
-        case 2:                                     \
-            for (int64_t s = 0; s < SUBS; s++) {    \
-                tile(args, 2, 2, __VA_ARGS__ s);    \
-            }                                       \
-            return;                                 \
-        case 3:                                     \
-            for (int64_t s = 0; s < SUBS; s++) {    \
-                tile(args, 3, 2, __VA_ARGS__ s);    \
-            }                                       \
-            return;                                 \
-        default:                                    \
-            for (int64_t s = 0; s < SUBS; s++) {    \
-                tile(args, 4, 2, __VA_ARGS__ s);    \
-            }                                       \
-            return;                                 \
-    }
-_Static_assert(MR == 4 && MR_WIDE == 1, "the cases of DISPATCH_ROWS");
 
 static void
 sq_gemm_a4w4_f32_4x32__avx2(const struct sq_panel_args *args)
 {
-    DISPATCH_ROWS(tile_codes, A4_BLOCKS, )
+    FOR_TILES(tile_codes, BLOCKS_A4)
 }
 
 static void
 sq_gemm_a8w4_f32_4x32__avx2(const struct sq_panel_args *args)
 {
-    DISPATCH_ROWS(tile_codes, A8_BLOCKS, )
-}
-
-/* ---- packed int4 x float32 -------------------------------------------------------------- */
-
-/* acc += the products of k number j of a block: nibble position 8 (j % 4) + 4 (j / 4). With code +
- * 8 XORed by 8 the nibble is two's complement, and two shifts extend its sign. */
-static ALWAYS_INLINE void
-multiply_value(const int rows, const int vecs, const int j, const float *a, int64_t ld_a,
-               const __m256i raw[VECS_MAX], __m256 acc[MR][VECS_MAX])
-{
-    const int position = 8 * (j % 4) + 4 * (j / 4);
-    __m256 weight[VECS_MAX];
-    UNROLL
-    for (int v = 0; v < vecs; v++) {
-        const __m256i code = _mm256_srai_epi32(_mm256_slli_epi32(raw[v], 28 - position), 28);
-        weight[v] = _mm256_cvtepi32_ps(code);
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        const __m256 value = _mm256_broadcast_ss(a + r * ld_a + j);
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            acc[r][v] = _mm256_fmadd_ps(value, weight[v], acc[r][v]);
-        }
-    }
-}
-
-static ALWAYS_INLINE void
-tile_values(const struct sq_panel_args *args, const int rows, const int vecs, int64_t sub)
-{
-    const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
-    const __m256i sign = _mm256_set1_epi8((char)0x88);
-    const uint8_t *w = args->panel + sub * sub_bytes;
-    const float *a = args->a;
-    __m256 total[MR][VECS_MAX];
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            total[r][v] = _mm256_setzero_ps();
-        }
-    }
-    for (int64_t begin = 0; begin < args->k; begin += args->g) {
-        __m256 acc[MR][VECS_MAX];
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                acc[r][v] = _mm256_setzero_ps();
-            }
-        }
-        for (int64_t k = 0; k < args->g; k += BLOCK_K) {
-            __m256i raw[VECS_MAX];
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                raw[v] = _mm256_xor_si256(
-                    _mm256_load_si256((const __m256i *)(w + v / 2 * sub_bytes) + v % 2), sign);
-            }
-            UNROLL
-            for (int j = 0; j < BLOCK_K; j++) {
-                multiply_value(rows, vecs, j, a, args->ld_a, raw, acc);
-            }
-            a += BLOCK_K;
-            w += SUB_BLOCK_BYTES;
-        }
-        const float *scales = args->w_scales + begin / args->g * NR + sub * SUB;
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                total[r][v] = _mm256_add_ps(
-                    total[r][v], _mm256_mul_ps(_mm256_loadu_ps(scales + 8 * v), acc[r][v]));
-            }
-        }
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            _mm256_storeu_ps(args->y + r * args->ld_y + sub * SUB + 8 * v, total[r][v]);
-        }
-    }
+    FOR_TILES(tile_codes, BLOCKS_A8)
 }
 
 static void
 sq_gemm_a16w4_f32_4x32__avx2(const struct sq_panel_args *args)
 {
-    DISPATCH_ROWS(tile_values, )
+    FOR_TILES(tile_values)
 }
 
 /* ---- float32 gemm ----------------------------------------------------------------------- */
@@ -817,8 +534,9 @@ sq_bf16_to_f32__avx2(const uint16_t *in, int64_t count, float *out)
 const struct sq_kernels sq_kernels_avx2 = {
     .name = "avx2",
     .required_features = SQ_CPU_AVX2,
-    .mr = MR,
+    .mr = TILE_MR,
     .nr = NR,
+    .row_block_bytes = 1 << 18,
     .pack_panel = sq_pack_panel_4x32__avx2,
     .gemm_a4w4 = sq_gemm_a4w4_f32_4x32__avx2,
     .gemm_a8w4 = sq_gemm_a8w4_f32_4x32__avx2,

@@ -30,6 +30,13 @@ weight_code(const uint8_t *row, int64_t k)
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "panels alias little-endian words");
 
 static void
+store(const struct sq_panel_args *args, int64_t i, int64_t j, float value)
+{
+    float *y = args->y + i * args->ld_y + j;
+    *y = args->accumulate ? *y + value : value;
+}
+
+static void
 gemm_codes(const struct sq_panel_args *args)
 {
     for (int64_t i = 0; i < args->m; i++) {
@@ -44,7 +51,7 @@ gemm_codes(const struct sq_panel_args *args)
                 }
                 total += args->w_scales[begin / args->g * NR + j] * (float)sum;
             }
-            args->y[i * args->ld_y + j] = args->a_scales[i] * total;
+            store(args, i, j, args->a_scales[i] * total);
         }
     }
 }
@@ -64,7 +71,7 @@ sq_gemm_a16w4_f32_4x8__generic(const struct sq_panel_args *args)
                 }
                 total += args->w_scales[begin / args->g * NR + j] * sum;
             }
-            args->y[i * args->ld_y + j] = total;
+            store(args, i, j, total);
         }
     }
 }
@@ -242,6 +249,7 @@ const struct sq_kernels sq_kernels_generic = {
     .required_features = 0,
     .mr = MR,
     .nr = NR,
+    .row_block_bytes = 1 << 18,
     .pack_panel = sq_pack_panel_4x8__generic,
     .gemm_a4w4 = gemm_codes,
     .gemm_a8w4 = gemm_codes,
@@ -256,5 +264,5 @@ const struct sq_kernels sq_kernels_generic = {
     .f16_to_f32 = sq_f16_to_f32__generic,
     .bf16_to_f32 = sq_bf16_to_f32__generic,
 };
-_Static_assert(MR <= SQ_MR_MAX && NR <= SQ_NR_MAX, "the tail panel's buffer");
+_Static_assert(NR <= SQ_NR_MAX, "the tail panel's buffer");
 _Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* AVX-512 with VNNI: tiles of 512 bits on AVX2's panels; what is missing is AVX2's. */
+#define TILE_BITS 512
+#define TILE_MR 12 /* 12 rows x 32 outputs are 24 accumulators of 32 registers */
+#define TILE_DOT _mm512_dpbusd_epi32
+#include "kernels_x86_template.h"
+
+#include "../sq_cpu.h"
+
+/* vpdpbusd sums into 32 bits whatever the codes' width is: one kernel for both. */
+static void
+sq_gemm_a8w4_f32_12x32__avx512vnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, BLOCKS_A8)
+}
+
+static void
+sq_gemm_a16w4_f32_12x32__avx512vnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_values)
+}
+
+const struct sq_kernels sq_kernels_avx512vnni = {
+    .name = "avx512vnni",
+    .required_features = SQ_CPU_AVX512_VNNI,
+    .base = &sq_kernels_avx2,
+    .mr = TILE_MR,
+    .gemm_a4w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
+    .gemm_a8w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
+    .gemm_a16w4 = sq_gemm_a16w4_f32_12x32__avx512vnni,
+};

@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* AVX-VNNI: the codes' tiles with vpdpbusd on 256 bits, on AVX2's panels; the rest is AVX2's. */
+#define TILE_BITS 256
+#define TILE_MR 6 /* 12 accumulators of 16 registers */
+#define TILE_DOT _mm256_dpbusd_avx_epi32
+#include "kernels_x86_template.h"
+
+#include "../sq_cpu.h"
+
+static void
+sq_gemm_a8w4_f32_6x32__avxvnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, BLOCKS_A8)
+}
+
+const struct sq_kernels sq_kernels_avxvnni = {
+    .name = "avxvnni",
+    .required_features = SQ_CPU_AVX_VNNI,
+    .base = &sq_kernels_avx2,
+    .mr = 12, /* of 6 here and of 4 in the base's float kernel */
+    .gemm_a4w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
+    .gemm_a8w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
+};
