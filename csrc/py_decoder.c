@@ -128,8 +128,7 @@ typedef struct {
     PyObject_HEAD struct sq_architecture architecture;
     struct sq_layer layer;
     PyObject *owned; /* list of the arrays and weights that the structs point into */
-    struct sq_py_factor factors[SQ_N_SITES][2]; /* left and right, what the sites point into */
-    struct sq_py_blocks blocks[SQ_N_SITES];     /* the same of block rotations */
+    struct sq_py_rotation rotations[SQ_N_SITES]; /* what the sites point into */
 } DecoderLayer;
 
 static const char *const linear_names[SQ_N_LINEARS] = {"q", "k", "v", "o", "gate", "up", "down"};
@@ -352,79 +351,6 @@ done:
 
 /* ---- sites ------------------------------------------------------------------------------ */
 
-/* (first, permutation, second) -> site. */
-static int
-parse_blocks(DecoderLayer *self, int site, PyObject *tuple, PyObject *right, int64_t k)
-{
-    struct sq_site *s = &self->layer.sites[site];
-    PyObject *const parts[3] = {PyTuple_GET_ITEM(tuple, 0), PyTuple_GET_ITEM(tuple, 1),
-                                PyTuple_GET_ITEM(tuple, 2)};
-    char name[40];
-    if (right != Py_None) {
-        PyErr_Format(PyExc_ValueError, "site %s: expected no right factor beside blocks, got %s",
-                     site_names[site], Py_TYPE(right)->tp_name);
-        return -1;
-    }
-    PyOS_snprintf(name, sizeof name, "site %s: ", site_names[site]);
-    if (sq_py_blocks(parts, name, &self->blocks[site])) {
-        return -1;
-    }
-    s->blocks = self->blocks[site].rotation;
-    if (s->blocks.k != k) {
-        PyErr_Format(PyExc_ValueError, "site %s: expected blocks of %lld inputs, got %lld",
-                     site_names[site], (long long)k, (long long)s->blocks.k);
-        return -1;
-    }
-    s->rotated = SQ_BLOCKS;
-    return 0;
-}
-
-/* (left, right) -> site; one of them may be None, and left may be the blocks of a rotation. */
-static int
-parse_rotation(DecoderLayer *self, int site, PyObject *left, PyObject *right, int64_t k)
-{
-    struct sq_site *s = &self->layer.sites[site];
-    struct sq_factor *factors[2] = {&s->left, &s->right};
-    PyObject *objects[2] = {left, right};
-    if (PyTuple_Check(left) && PyTuple_GET_SIZE(left) == 3) {
-        return parse_blocks(self, site, left, right, k);
-    }
-    for (int i = 0; i < 2; i++) {
-        struct sq_py_factor *parsed = &self->factors[site][i];
-        char name[40];
-        if (objects[i] == Py_None) {
-            continue;
-        }
-        PyOS_snprintf(name, sizeof name, "site %s: %s factor", site_names[site],
-                      i ? "right" : "left");
-        if (sq_py_factor(objects[i], i ? SQ_PY_RIGHT : SQ_PY_LEFT, name, parsed)) {
-            return -1;
-        }
-        if (k % parsed->factor.order) {
-            PyErr_Format(PyExc_ValueError, "%s: expected an order dividing %lld, got %lld", name,
-                         (long long)k, (long long)parsed->factor.order);
-            return -1;
-        }
-        s->rotated = SQ_KRONECKER;
-        *factors[i] = parsed->factor;
-    }
-    if (!s->rotated) {
-        return 0;
-    }
-    for (int i = 0; i < 2; i++) {
-        if (objects[i] == Py_None) { /* an empty chain leaves its axis as it is */
-            factors[i]->order = k / factors[1 - i]->order;
-        }
-    }
-    if (s->left.order * s->right.order != k) {
-        PyErr_Format(PyExc_ValueError, "site %s: expected orders k1 * k2 = %lld, got %lld * %lld",
-                     site_names[site], (long long)k, (long long)s->left.order,
-                     (long long)s->right.order);
-        return -1;
-    }
-    return 0;
-}
-
 /* (left, right, bits, clip), new reference, from a tuple or a dict with these keys. */
 static PyObject *
 site_tuple(PyObject *o, const char *name)
@@ -476,7 +402,10 @@ parse_site(DecoderLayer *self, int site, PyObject *o, int64_t k)
                      site_names[site], PyTuple_GET_ITEM(tuple, 3));
         goto done;
     }
-    result = parse_rotation(self, site, left, right, k);
+    char name[16];
+    PyOS_snprintf(name, sizeof name, "site %s", site_names[site]);
+    result = sq_py_rotation(left, right, k, name, &self->rotations[site]);
+    s->rotation = self->rotations[site].rotation;
 done:
     Py_DECREF(tuple);
     return result;
@@ -599,9 +528,7 @@ layer_dealloc(PyObject *object)
     DecoderLayer *self = (DecoderLayer *)object;
     PyTypeObject *type = Py_TYPE(object);
     for (int i = 0; i < SQ_N_SITES; i++) {
-        sq_py_factor_clear(&self->factors[i][0]);
-        sq_py_factor_clear(&self->factors[i][1]);
-        sq_py_blocks_clear(&self->blocks[i]);
+        sq_py_rotation_clear(&self->rotations[i]);
     }
     Py_XDECREF(self->owned);
     type->tp_free(object);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The one parser of factors, for rotate() and for the sites of a DecoderLayer. */
+/* The one parser of factors and of sites' rotations, for rotate(), linear() and DecoderLayer. */
 #include "py_factor.h"
 
 #include <math.h>
@@ -130,4 +130,83 @@ sq_py_factor(PyObject *o, enum sq_py_side side, const char *name, struct sq_py_f
         f->factor.matrix_t = f->matrix_t;
     }
     return 0;
+}
+
+/* ---- a site's rotation ------------------------------------------------------------------ */
+
+/* tuple is (first, permutation, second). */
+static int
+take_blocks(PyObject *tuple, PyObject *right, int64_t k, const char *name, struct sq_py_rotation *r)
+{
+    PyObject *const parts[3] = {PyTuple_GET_ITEM(tuple, 0), PyTuple_GET_ITEM(tuple, 1),
+                                PyTuple_GET_ITEM(tuple, 2)};
+    char prefix[40];
+    if (right != Py_None) {
+        PyErr_Format(PyExc_ValueError, "%s: expected no right factor beside blocks, got %s", name,
+                     Py_TYPE(right)->tp_name);
+        return -1;
+    }
+    PyOS_snprintf(prefix, sizeof prefix, "%s: ", name);
+    if (sq_py_blocks(parts, prefix, &r->blocks)) {
+        return -1;
+    }
+    r->rotation.blocks = r->blocks.rotation;
+    if (r->rotation.blocks.k != k) {
+        PyErr_Format(PyExc_ValueError, "%s: expected blocks of %lld inputs, got %lld", name,
+                     (long long)k, (long long)r->rotation.blocks.k);
+        return -1;
+    }
+    r->rotation.kind = SQ_BLOCKS;
+    return 0;
+}
+
+int
+sq_py_rotation(PyObject *left, PyObject *right, int64_t k, const char *name,
+               struct sq_py_rotation *r)
+{
+    struct sq_factor *factors[2] = {&r->rotation.left, &r->rotation.right};
+    PyObject *objects[2] = {left, right};
+    if (PyTuple_Check(left) && PyTuple_GET_SIZE(left) == 3) {
+        return take_blocks(left, right, k, name, r);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct sq_py_factor *parsed = &r->factors[i];
+        char side[40];
+        if (objects[i] == Py_None) {
+            continue;
+        }
+        PyOS_snprintf(side, sizeof side, "%s: %s factor", name, i ? "right" : "left");
+        if (sq_py_factor(objects[i], i ? SQ_PY_RIGHT : SQ_PY_LEFT, side, parsed)) {
+            return -1;
+        }
+        if (k % parsed->factor.order) {
+            PyErr_Format(PyExc_ValueError, "%s: expected an order dividing %lld, got %lld", side,
+                         (long long)k, (long long)parsed->factor.order);
+            return -1;
+        }
+        r->rotation.kind = SQ_KRONECKER;
+        *factors[i] = parsed->factor;
+    }
+    if (r->rotation.kind == SQ_UNROTATED) {
+        return 0;
+    }
+    for (int i = 0; i < 2; i++) {
+        if (objects[i] == Py_None) { /* an empty chain leaves its axis as it is */
+            factors[i]->order = k / factors[1 - i]->order;
+        }
+    }
+    if (factors[0]->order * factors[1]->order != k) {
+        PyErr_Format(PyExc_ValueError, "%s: expected orders k1 * k2 = %lld, got %lld * %lld", name,
+                     (long long)k, (long long)factors[0]->order, (long long)factors[1]->order);
+        return -1;
+    }
+    return 0;
+}
+
+void
+sq_py_rotation_clear(struct sq_py_rotation *r)
+{
+    sq_py_factor_clear(&r->factors[0]);
+    sq_py_factor_clear(&r->factors[1]);
+    sq_py_blocks_clear(&r->blocks);
 }

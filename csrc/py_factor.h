@@ -38,6 +38,23 @@ sq_py_blocks(PyObject *const objects[3], const char *prefix, struct sq_py_blocks
 void
 sq_py_blocks_clear(struct sq_py_blocks *b);
 
+/* A site's rotation and what keeps its arrays alive; zero it before use. */
+struct sq_py_rotation {
+    struct sq_rotation rotation;
+    struct sq_py_factor factors[2]; /* left, right */
+    struct sq_py_blocks blocks;
+};
+
+/* left and right, of which one or both may be None, or blocks (first, permutation, second) in
+ * left's place, as the rotation of rows of k into r. 0, or -1 with an exception whose text starts
+ * with name. Clear r either way. */
+int
+sq_py_rotation(PyObject *left, PyObject *right, int64_t k, const char *name,
+               struct sq_py_rotation *r);
+
+void
+sq_py_rotation_clear(struct sq_py_rotation *r);
+
 /* New reference to o as pairs [g][2] of int32, each two different indices below n. NULL with
  * TypeError or ValueError. */
 PyArrayObject *

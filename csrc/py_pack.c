@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the pack stage: words, packed weights, the linear that multiplies them. */
-#include "py_args.h"
+#include "py_factor.h"
 
 #include "sq_internal.h"
 #include "sq_kernels.h"
@@ -368,12 +368,14 @@ sq_py_packed(PyObject *module, PyObject *o, const char *name)
 
 PyDoc_STRVAR(
     linear_doc,
-    "linear(x, weight, bits=4, clip=1.0)\n--\n\n"
+    "linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
     "x [..., k] float32 times a PackedWeight [n, k] transposed: [..., n] float32. bits 4 or 8 "
     "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range; the "
     "weight's high "
     "inputs get 8 bits\nover their own unclipped range); 16 "
-    "leaves it in float32.\nInteger sums are exact; a token's values do not depend on the "
+    "leaves it in float32.\nrotation turns each token before: (left, right) as in rotate(), or "
+    "(first, permutation, second)\nas in rotate_blocks().\nInteger sums are exact; a token's "
+    "values do not depend on the "
     "others or on the number of threads.\nValueError for NaN, Inf, bad shapes, bits or clip.");
 
 /* 0 if the arguments go together, otherwise -1 with ValueError. */
@@ -404,18 +406,40 @@ check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
     return 0;
 }
 
+/* None, (left, right) or (first, permutation, second). */
+static int
+parse_rotation(PyObject *o, int64_t k, struct sq_py_rotation *rotation)
+{
+    if (o == Py_None) {
+        return 0;
+    }
+    const Py_ssize_t size = PyTuple_Check(o) ? PyTuple_GET_SIZE(o) : 0;
+    if (size == 2) {
+        return sq_py_rotation(PyTuple_GET_ITEM(o, 0), PyTuple_GET_ITEM(o, 1), k, "rotation",
+                              rotation);
+    }
+    if (size == 3) {
+        return sq_py_rotation(o, Py_None, k, "rotation", rotation);
+    }
+    PyErr_Format(PyExc_TypeError,
+                 "rotation: expected None, (left, right) or (first, permutation, second), got %R",
+                 o);
+    return -1;
+}
+
 static PyObject *
 linear(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "weight", "bits", "clip", NULL};
-    PyObject *x_object, *weight_object, *result = NULL;
+    static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
+    PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
+    struct sq_py_rotation rotation = {0};
     PyArrayObject *x = NULL, *y = NULL;
-    void *workspace = NULL;
+    void *workspace = NULL, *rotation_workspace = NULL;
     int bits = 4;
     float clip = 1.0f;
     int64_t n, k, g;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|if:linear", names, &x_object, &weight_object,
-                                     &bits, &clip)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|ifO:linear", names, &x_object,
+                                     &weight_object, &bits, &clip, &rotation_object)) {
         return NULL;
     }
     const sq_packed_t *weight = sq_py_packed(module, weight_object, "weight");
@@ -424,7 +448,8 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
         goto done;
     }
     sq_packed_shape(weight, &n, &k, &g);
-    if (check_linear(x, k, sq_packed_high(weight), bits, clip)) {
+    if (check_linear(x, k, sq_packed_high(weight), bits, clip) ||
+        parse_rotation(rotation_object, k, &rotation)) {
         goto done;
     }
     const int ndim = PyArray_NDIM(x);
@@ -434,18 +459,19 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
     dims[ndim - 1] = n;
     y = sq_py_empty(ndim, dims, NPY_FLOAT32);
     workspace = sq_alloc(sq_activations_workspace_bytes(bits, m, k));
-    if (!workspace) {
+    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(&rotation.rotation, k, m));
+    if (!workspace || !rotation_workspace) {
         PyErr_NoMemory();
     }
-    if (!y || !workspace) {
+    if (!y || !workspace || !rotation_workspace) {
         goto done;
     }
     struct sq_activations a;
     sq_status status;
     const struct sq_kernels *kernels = sq_packed_kernels(weight);
     SQ_BEGIN_NOGIL(m * k + n * k);
-    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), PyArray_DATA(x), m,
-                                    k, workspace, &a);
+    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), &rotation.rotation,
+                                    PyArray_DATA(x), m, k, rotation_workspace, workspace, &a);
     if (status == SQ_OK) {
         status = sq_linear_packed(weight, &a, PyArray_DATA(y), n);
     }
@@ -456,7 +482,9 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     result = Py_NewRef((PyObject *)y);
 done:
+    sq_py_rotation_clear(&rotation);
     free(workspace);
+    free(rotation_workspace);
     Py_XDECREF(x);
     Py_XDECREF(y);
     return result;

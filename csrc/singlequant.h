@@ -212,6 +212,29 @@ sq_status
 sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
                  void *workspace);
 
+/* ---- a site's rotation, whichever it is -------------------------------------------------- */
+
+enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS };
+
+struct sq_rotation {
+    int kind;                        /* one of the above */
+    struct sq_factor left, right;    /* SQ_KRONECKER */
+    struct sq_block_rotation blocks; /* SQ_BLOCKS */
+};
+
+/* Bytes of workspace for m rows of k or fewer in sq_rotate_each; 0 for SQ_UNROTATED. */
+size_t
+sq_rotation_workspace_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m);
+
+/* Takes rotated rows `first` and following, values [rows][k], which are valid during the call. */
+typedef void (*sq_rows_fn)(void *context, int64_t first, int64_t rows, const float *values);
+
+/* Hands the rows of x [m][k], each rotated as by sq_rotate or sq_rotate_blocks, to fn: a block of
+ * rows at a time, as it lies in the cache, on several threads at once. */
+sq_status
+sq_rotate_each(const struct sq_rotation *rotation, const float *x, int64_t m, sq_rows_fn fn,
+               void *context, void *workspace);
+
 /* ---- quantizers (quantize) -------------------------------------------------------------- */
 
 /* Symmetric: scale = clip * max|x| / (2^(bits-1) - 1), code = clamp(rint(x / scale)) in
@@ -356,13 +379,14 @@ sq_activations_ld(int64_t k);
 size_t
 sq_activations_workspace_bytes(int bits, int64_t m, int64_t k);
 
-/* Fills a from x [m][k] (already rotated): symmetric per token with the given clip, or a copy for
- * 16 bits. The first high inputs get 8 bits over their own unclipped range (0 unless bits is 4).
- * Memory comes from workspace. NaN or Inf: SQ_ERR_NONFINITE. Parallel over tokens. */
+/* Fills a from x [m][k], rotated on the way (rotation NULL or SQ_UNROTATED: as it is): symmetric
+ * per token with the given clip, or a copy for 16 bits. The first high inputs get 8 bits over their
+ * own unclipped range (0 unless bits is 4). Memory comes from workspace; rotation_workspace is
+ * sq_rotate_each's. NaN or Inf: SQ_ERR_NONFINITE. Parallel over tokens. */
 sq_status
 sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
-                       const float *x, int64_t m, int64_t k, void *workspace,
-                       struct sq_activations *a);
+                       const struct sq_rotation *rotation, const float *x, int64_t m, int64_t k,
+                       void *rotation_workspace, void *workspace, struct sq_activations *a);
 
 /* y [m][ld_y] = a w^T, n columns written. Integer sums are exact; a token's results do not depend
  * on m, on the batch or on the number of threads. Parallel over panels. */
@@ -395,14 +419,10 @@ struct sq_linear {
     const float *bias;
 };
 
-enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS };
-
 /* One site: the linears that share an input. */
 struct sq_site {
-    int rotated;                     /* one of the above */
-    struct sq_factor left, right;    /* SQ_KRONECKER */
-    struct sq_block_rotation blocks; /* SQ_BLOCKS */
-    int bits;                        /* of the activations entering packed linears: 4, 8, 16 */
+    struct sq_rotation rotation;
+    int bits; /* of the activations entering packed linears: 4, 8, 16 */
     float clip;
 };
 

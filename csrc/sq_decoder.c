@@ -120,7 +120,6 @@ struct layer_scratch {
     float *k, *v;        /* [chunk][kv_heads * head_dim] */
     float *normed, *out; /* [chunk][hidden] */
     float *gate, *up;    /* [chunk][intermediate] */
-    float *rotated;      /* [chunk][widest rotated site] */
     void *activations, *rotation, *attention;
 };
 
@@ -151,7 +150,6 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
         char *base, struct layer_scratch *s)
 {
     const int64_t chunk = sq_min_i64(m, CHUNK_TOKENS), kv = a->kv_heads * a->head_dim;
-    int64_t widest = 0;
     size_t used = 0, activations = 0, rotation = 0;
     for (int site = 0; site < SQ_N_SITES; site++) {
         const struct sq_site *rules = &layer->sites[site];
@@ -159,14 +157,8 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
         if (site_has_packed(layer, site)) {
             const size_t bytes = sq_activations_workspace_bytes(rules->bits, chunk, k);
             activations = bytes > activations ? bytes : activations;
-            if (rules->rotated) {
-                const size_t scratch =
-                    rules->rotated == SQ_BLOCKS
-                        ? sq_rotate_blocks_workspace_bytes(k, chunk)
-                        : sq_rotate_workspace_bytes(&rules->left, &rules->right, chunk);
-                rotation = scratch > rotation ? scratch : rotation;
-                widest = sq_max_i64(widest, k);
-            }
+            const size_t scratch = sq_rotation_workspace_bytes(&rules->rotation, k, chunk);
+            rotation = scratch > rotation ? scratch : rotation;
         }
     }
     const size_t chunk_floats = (size_t)chunk * sizeof(float);
@@ -178,7 +170,6 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
     s->out = take(base, &used, chunk_floats * (size_t)a->hidden);
     s->gate = take(base, &used, chunk_floats * (size_t)a->intermediate);
     s->up = take(base, &used, chunk_floats * (size_t)a->intermediate);
-    s->rotated = take(base, &used, chunk_floats * (size_t)widest);
     s->activations = take(base, &used, activations);
     s->rotation = take(base, &used, rotation);
     s->attention = take(base, &used, sq_attention_workspace_bytes(a, m, capacity));
@@ -244,15 +235,16 @@ check_layer(const struct sq_architecture *a, const struct sq_layer *layer)
     }
     for (int site = 0; site < SQ_N_SITES; site++) {
         const struct sq_site *s = &layer->sites[site];
-        int64_t order = s->blocks.k;
-        if (s->rotated < SQ_UNROTATED || s->rotated > SQ_BLOCKS) {
+        const struct sq_rotation *r = &s->rotation;
+        int64_t order = r->blocks.k;
+        if (r->kind < SQ_UNROTATED || r->kind > SQ_BLOCKS) {
             return SQ_ERR_RANGE;
         }
         SQ_TRY(check_high(layer, site));
-        if (s->rotated == SQ_KRONECKER && !sq_product(s->left.order, s->right.order, &order)) {
+        if (r->kind == SQ_KRONECKER && !sq_product(r->left.order, r->right.order, &order)) {
             return SQ_ERR_SHAPE;
         }
-        if (s->rotated && order != k[site_first[site]]) {
+        if (r->kind && order != k[site_first[site]]) {
             return SQ_ERR_SHAPE;
         }
     }
@@ -296,15 +288,10 @@ enter_site(const struct sq_layer *layer, int site, const float *x, int64_t m,
     for (int i = site_first[site]; i < site_first[site + 1] && !packed; i++) {
         packed = layer->linears[i].packed;
     }
-    if (rules->rotated) {
-        SQ_TRY(rules->rotated == SQ_BLOCKS
-                   ? sq_rotate_blocks(&rules->blocks, x, m, s->rotated, s->rotation)
-                   : sq_rotate(&rules->left, &rules->right, x, m, s->rotated, s->rotation));
-        x = s->rotated;
-    }
     return sq_activations_prepare(sq_packed_kernels(packed), rules->bits, rules->clip,
-                                  sq_packed_high(packed), x, m, layer->linears[site_first[site]].k,
-                                  s->activations, &input->activations);
+                                  sq_packed_high(packed), &rules->rotation, x, m,
+                                  layer->linears[site_first[site]].k, s->rotation, s->activations,
+                                  &input->activations);
 }
 
 static sq_status

@@ -426,7 +426,9 @@ struct rotate_blocks_job {
     const struct sq_kernels *kernels;
     const struct sq_block_rotation *rotation;
     const float *x;
-    float *y;
+    float *y; /* NULL: the rows go to fn */
+    sq_rows_fn fn;
+    void *context;
     int64_t m, chunk; /* rows at a time */
     float *scratch;   /* two chunks per worker */
 };
@@ -468,7 +470,11 @@ rotate_blocks_worker(void *context, int64_t begin, int64_t end, int thread)
                     dealt[t * k + i] = turned[t * k + r->permutation[i]];
                 }
             }
-            multiply_blocks(job->kernels, r->second, r->b, dealt, rows, k, job->y + first * k);
+            float *out = job->y ? job->y + first * k : turned;
+            multiply_blocks(job->kernels, r->second, r->b, dealt, rows, k, out);
+            if (!job->y) {
+                job->fn(job->context, first, rows, out);
+            }
         }
     }
 }
@@ -483,12 +489,12 @@ sq_rotate_blocks_workspace_bytes(int64_t k, int64_t m)
     return (size_t)(2 * rows * k * workers) * sizeof(float);
 }
 
-sq_status
-sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
-                 void *workspace)
+static sq_status
+rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
+              sq_rows_fn fn, void *context, void *workspace)
 {
     int64_t elements;
-    if (!rotation || !rotation->first || !rotation->permutation || !rotation->second || !x || !y ||
+    if (!rotation || !rotation->first || !rotation->permutation || !rotation->second || !x ||
         !workspace) {
         return SQ_ERR_NULL;
     }
@@ -510,10 +516,26 @@ sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64
                                     .rotation = rotation,
                                     .x = x,
                                     .y = y,
+                                    .fn = fn,
+                                    .context = context,
                                     .m = m,
                                     .chunk = sq_min_i64(chunk_rows(k), share),
                                     .scratch = workspace};
     sq_parallel_for(sq_min_i64(ROTATE_WORKERS, sq_ceil_div(m, job.chunk)), 1, rotate_blocks_worker,
                     &job);
     return SQ_OK;
+}
+
+sq_status
+sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
+                 void *workspace)
+{
+    return y ? rotate_blocks(rotation, x, m, y, NULL, NULL, workspace) : SQ_ERR_NULL;
+}
+
+sq_status
+sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
+                      sq_rows_fn fn, void *context, void *workspace)
+{
+    return rotate_blocks(rotation, x, m, NULL, fn, context, workspace);
 }

@@ -91,6 +91,11 @@ sq_alloc(size_t bytes)
     return aligned_alloc(SQ_ALIGN_BYTES, sq_align_bytes(bytes ? bytes : 1));
 }
 
+/* sq_rotate_each for blocks. */
+sq_status
+sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
+                      sq_rows_fn fn, void *context, void *workspace);
+
 /* What sq_pack.c makes and sq_linear.c reads: immutable after sq_packed_create. */
 struct sq_packed_t {
     const struct sq_kernels *kernels;

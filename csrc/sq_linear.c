@@ -82,25 +82,24 @@ quantize_token(const struct prepare_job *job, const float *x, int64_t i, int8_t 
                            a->scales + i) == SQ_OK;
 }
 
+/* Tokens first .. first + rows - 1 from values [rows][k], rotated or as given. */
 static void
-prepare_tokens(void *context, int64_t begin, int64_t end, int thread)
+prepare_rows(void *context, int64_t first, int64_t rows, const float *values)
 {
     struct prepare_job *job = context;
     struct sq_activations *a = job->a;
     const size_t padding = (size_t)(a->ld - a->k);
-    (void)thread;
-    for (int64_t i = begin; i < end; i++) {
-        const float *x = job->x + i * a->k;
+    for (int64_t i = first; i < first + rows; i++, values += a->k) {
         int finite;
         if (a->bits == 16) {
-            float min, max, *values = a->values + i * a->ld;
-            finite = job->kernels->extremes(x, a->k, &min, &max);
-            memcpy(values, x, (size_t)a->k * sizeof(float));
-            memset(values + a->k, 0, padding * sizeof(float));
+            float min, max, *copy = a->values + i * a->ld;
+            finite = job->kernels->extremes(values, a->k, &min, &max);
+            memcpy(copy, values, (size_t)a->k * sizeof(float));
+            memset(copy + a->k, 0, padding * sizeof(float));
         }
         else {
             int8_t *codes = a->codes + i * a->ld;
-            finite = quantize_token(job, x, i, codes);
+            finite = quantize_token(job, values, i, codes);
             memset(codes + a->k, 0, padding);
             running_sums(codes, a->ld, a->sums + i * (a->ld / SQ_K_ALIGN + 1));
         }
@@ -111,13 +110,22 @@ prepare_tokens(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+static void
+prepare_range(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct prepare_job *job = context;
+    (void)thread;
+    prepare_rows(context, begin, end - begin, job->x + begin * job->a->k);
+}
+
 sq_status
 sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
-                       const float *x, int64_t m, int64_t k, void *workspace,
-                       struct sq_activations *a)
+                       const struct sq_rotation *rotation, const float *x, int64_t m, int64_t k,
+                       void *rotation_workspace, void *workspace, struct sq_activations *a)
 {
     int64_t product;
-    if (!kernels || !a || (m > 0 && (!x || !workspace))) {
+    const int rotated = rotation && rotation->kind != SQ_UNROTATED;
+    if (!kernels || !a || (m > 0 && (!x || !workspace || (rotated && !rotation_workspace)))) {
         return SQ_ERR_NULL;
     }
     if ((bits != 4 && bits != 8 && bits != 16) || !(clip > 0.0f && clip <= 1.0f) ||
@@ -129,6 +137,11 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
     }
     if (high < 0 || high >= k || high % SQ_K_ALIGN || (high && bits != 4)) {
         return SQ_ERR_RANGE;
+    }
+    if (rotated &&
+        k != (rotation->kind == SQ_BLOCKS ? rotation->blocks.k
+                                          : rotation->left.order * rotation->right.order)) {
+        return SQ_ERR_SHAPE;
     }
     const struct sections s = activation_sections(bits, m, k);
     char *memory = workspace;
@@ -143,7 +156,12 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
         a->sums = (int32_t *)(memory + s.data_bytes + s.scales_bytes);
     }
     struct prepare_job job = {.kernels = kernels, .x = x, .clip = clip, .a = a};
-    sq_parallel_for(m, sq_max_i64(1, PREPARE_CHUNK / k), prepare_tokens, &job);
+    if (rotated) {
+        SQ_TRY(sq_rotate_each(rotation, x, m, prepare_rows, &job, rotation_workspace));
+    }
+    else {
+        sq_parallel_for(m, sq_max_i64(1, PREPARE_CHUNK / k), prepare_range, &job);
+    }
     return atomic_load(&job.nonfinite) ? SQ_ERR_NONFINITE : SQ_OK;
 }
 

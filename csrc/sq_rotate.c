@@ -21,16 +21,17 @@
 /* Rotations whose cosines and sines are computed at a time, and elements of one chunk of rows. */
 #define SQ_CHAIN_TILE 256
 #define SQ_CHAIN_GRAIN 32768
-/* Elements of one block of rows in the Kronecker application: 256 KiB of float32. */
-#define SQ_ROTATE_BLOCK 65536
+/* Elements of one block of rows in the Kronecker application: input, half-way and result, 128 KiB
+ * of float32 each, stay in the second-level cache. */
+#define SQ_ROTATE_BLOCK 32768
 #define SQ_ROTATE_BLOCK_ROWS 64
 /* Workers that one application has scratch for. */
 #define SQ_ROTATE_WORKERS 64
 /* Largest k = k1 k2. A worker's scratch is at most k + 3 k doubles and, as blocks of several rows
- * hold at most SQ_ROTATE_BLOCK elements, max(k, SQ_ROTATE_BLOCK) floats, each rounded up to
- * SQ_ALIGN_BYTES: less than 40 k bytes and three alignments, so all of it stays far below 2^63. */
+ * hold at most SQ_ROTATE_BLOCK elements, twice max(k, SQ_ROTATE_BLOCK) floats, each rounded up to
+ * SQ_ALIGN_BYTES: at most 40 k bytes and four alignments, so all of it stays far below 2^63. */
 #define SQ_ROTATE_K_MAX ((int64_t)1 << 40)
-_Static_assert((40 * SQ_ROTATE_K_MAX + 3 * SQ_ALIGN_BYTES) <= INT64_MAX / SQ_ROTATE_WORKERS,
+_Static_assert((40 * SQ_ROTATE_K_MAX + 4 * SQ_ALIGN_BYTES) <= INT64_MAX / SQ_ROTATE_WORKERS,
                "the workspace of sq_rotate fits int64_t");
 
 static int
@@ -624,7 +625,7 @@ scratch_layout(const struct sq_factor *left, const struct sq_factor *right, int6
     s.wide_bytes = chains ? sq_align_bytes((size_t)k * sizeof(double)) : 0;
     s.transform_bytes = chains ? sq_align_bytes((size_t)(3 * larger) * sizeof(double)) : 0;
     s.block_bytes = sq_align_bytes((size_t)(s.block * k) * sizeof(float));
-    s.total_bytes = s.wide_bytes + s.transform_bytes + s.block_bytes;
+    s.total_bytes = s.wide_bytes + s.transform_bytes + 2 * s.block_bytes;
     return s;
 }
 
@@ -678,7 +679,9 @@ struct rotate_job {
     const struct sq_factor *left, *right;
     struct scratch_layout layout;
     const float *x;
-    float *y;
+    float *y; /* NULL: the rows go to fn */
+    sq_rows_fn fn;
+    void *context;
     int64_t m;
     char *scratch; /* one layout.total_bytes per worker */
     _Atomic int64_t next;
@@ -748,7 +751,11 @@ rotate_block(const struct rotate_job *job, int64_t block, char *scratch)
     for (int64_t r = 0; r < rows; r++) {
         apply_left(job, job->x + (first + r) * k, half + r * k, wide, workspace);
     }
-    apply_right(job, half, rows, job->y + first * k, wide, workspace);
+    float *out = job->y ? job->y + first * k : half + layout->block_bytes / sizeof(float);
+    apply_right(job, half, rows, out, wide, workspace);
+    if (!job->y) {
+        job->fn(job->context, first, rows, out);
+    }
 }
 
 /* Workers are items, so that their scratch does not depend on who runs them; they draw blocks. */
@@ -766,11 +773,11 @@ rotate_worker(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-sq_status
-sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
-          float *y, void *workspace)
+static sq_status
+rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
+       float *y, sq_rows_fn fn, void *context, void *workspace)
 {
-    if (!left || !right || !x || !y || !workspace || (right->matrix && !right->matrix_t)) {
+    if (!left || !right || !x || !workspace || (right->matrix && !right->matrix_t)) {
         return SQ_ERR_NULL;
     }
     SQ_TRY(check_factor(left));
@@ -788,8 +795,47 @@ sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const flo
                              .layout = scratch_layout(left, right, sq_ceil_div(m, workers)),
                              .x = x,
                              .y = y,
+                             .fn = fn,
+                             .context = context,
                              .m = m,
                              .scratch = workspace};
     sq_parallel_for(workers, 1, rotate_worker, &job);
     return SQ_OK;
+}
+
+sq_status
+sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
+          float *y, void *workspace)
+{
+    return y ? rotate(left, right, x, m, y, NULL, NULL, workspace) : SQ_ERR_NULL;
+}
+
+size_t
+sq_rotation_workspace_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m)
+{
+    switch (rotation ? rotation->kind : SQ_UNROTATED) {
+        case SQ_KRONECKER:
+            return sq_rotate_workspace_bytes(&rotation->left, &rotation->right, m);
+        case SQ_BLOCKS:
+            return sq_rotate_blocks_workspace_bytes(k, m);
+        default:
+            return 0;
+    }
+}
+
+sq_status
+sq_rotate_each(const struct sq_rotation *rotation, const float *x, int64_t m, sq_rows_fn fn,
+               void *context, void *workspace)
+{
+    if (!rotation || !fn) {
+        return SQ_ERR_NULL;
+    }
+    switch (rotation->kind) {
+        case SQ_KRONECKER:
+            return rotate(&rotation->left, &rotation->right, x, m, NULL, fn, context, workspace);
+        case SQ_BLOCKS:
+            return sq_rotate_blocks_each(&rotation->blocks, x, m, fn, context, workspace);
+        default:
+            return SQ_ERR_RANGE;
+    }
 }

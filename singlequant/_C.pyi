@@ -94,7 +94,11 @@ class PackedWeight:
     nbytes: Final[int]
 
 def linear(
-    x: ArrayLike, weight: PackedWeight, bits: int = 4, clip: float = 1.0
+    x: ArrayLike,
+    weight: PackedWeight,
+    bits: int = 4,
+    clip: float = 1.0,
+    rotation: tuple | None = None,
 ) -> Float32: ...
 
 # runtime

@@ -216,3 +216,42 @@ def test_linear_may_be_called_from_many_threads():
     for result in results:
         for y in result:
             np.testing.assert_array_equal(y, expected)
+
+
+def orthogonal(n, seed=0):
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("m", [1, 3, 17, 130])
+def test_linear_rotates_like_rotate_bit_for_bit(table, bits, m):
+    k1, k2, blocks = 12, 32, 4
+    k = k1 * k2
+    x, words, scales = problem(m, 33, k)
+    weight = _C.PackedWeight(words, scales, k)
+    turn = np.stack([orthogonal(k // blocks, s) for s in range(blocks)])
+    deal = np.random.default_rng(0).permutation(k).astype(np.int32)
+    chain = (k1, True, np.array([[0, 5], [3, 1]], np.int32), np.array([0.3, -1.0]))
+    for rotation, rotated in (
+        ((orthogonal(k1), orthogonal(k2)), _C.rotate(x, orthogonal(k1), orthogonal(k2))),
+        ((chain, None), _C.rotate(x, chain, np.eye(k2, dtype=np.float32))),
+        ((turn, deal, turn), _C.rotate_blocks(x, turn, deal, turn)),
+        ((None, None), x),
+    ):
+        np.testing.assert_array_equal(
+            _C.linear(x, weight, bits, 0.9, rotation), _C.linear(rotated, weight, bits, 0.9)
+        )
+
+
+@pytest.mark.parametrize(
+    ("rotation", "error", "message"),
+    [
+        (3, TypeError, "rotation: expected None, \\(left, right\\) or"),
+        ((np.eye(5), None), ValueError, "rotation: left factor: expected an order dividing 96"),
+        ((np.eye(6), np.eye(6)), ValueError, r"rotation: expected orders .* = 96, got 6 \* 6"),
+    ],
+)
+def test_linear_bad_rotation_is_refused(rotation, error, message):
+    x, words, scales = problem(2, 3, 96)
+    with pytest.raises(error, match=message):
+        _C.linear(x, _C.PackedWeight(words, scales, 96), 4, 1.0, rotation)
