@@ -6,20 +6,26 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <time.h>
 
 #include "sq_internal.h"
 
-/* One job at a time. Workers sleep on wake until generation changes, then take chunks until none is
- * left; the caller takes chunks too and waits on done for the workers it invited, 1 .. invited.
- * Others, and those that wake when the job is over (invited is 0 then), go back to sleep: whoever
- * takes part without having been counted could end a later job too early. */
+/* One job at a time. Workers wait until generation changes, join the job if they are among the
+ * invited, 1 .. invited, and take chunks until none is left. The caller takes chunks too, withdraws
+ * the invitation when there are no more and waits for those who joined: on a busy machine it never
+ * waits for a worker that the system has not scheduled yet. A worker that has taken part looks out
+ * for the next job for SPIN_NS before it sleeps, yielding the CPU to whoever wants it, since the
+ * jobs of a decoder follow one another within microseconds and waking a thread takes tens. */
+enum { SPIN_NS = 50000 };
+
 static struct {
     pthread_mutex_t owner; /* held by the caller whose job runs */
-    pthread_mutex_t lock;  /* guards everything below but next */
+    pthread_mutex_t lock;  /* guards everything below but the atomics */
     pthread_cond_t wake, done;
     _Atomic int wanted;
-    int started, invited, running;
-    uint64_t generation;
+    int started, invited;
+    _Atomic int running; /* workers that joined and are not done; changed with lock held */
+    _Atomic uint64_t generation;
     sq_range_fn fn;
     void *context;
     int64_t items, grain;
@@ -42,27 +48,58 @@ take_chunks(int thread)
     }
 }
 
+static int64_t
+now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Returns when a job newer than `seen` has come, or after SPIN_NS. */
+static void
+await_job(uint64_t seen)
+{
+    const int64_t end = now_ns() + SPIN_NS;
+    while (atomic_load(&pool.generation) == seen && now_ns() < end) {
+        sched_yield();
+    }
+}
+
+/* Returns when nobody works on the job any more, or after SPIN_NS. */
+static void
+await_workers(void)
+{
+    const int64_t end = now_ns() + SPIN_NS;
+    while (atomic_load(&pool.running) > 0 && now_ns() < end) {
+        sched_yield();
+    }
+}
+
 static void *
 worker(void *argument)
 {
     const int thread = (int)(intptr_t)argument;
-    uint64_t seen = 0;
     pthread_mutex_lock(&pool.lock);
-    seen = pool.generation - 1; /* the job that started this worker counts as new */
+    uint64_t seen = pool.generation - 1; /* the job that started this worker counts as new */
     for (;;) {
         while (seen == pool.generation) {
             pthread_cond_wait(&pool.wake, &pool.lock);
         }
         seen = pool.generation;
-        if (thread > pool.invited) { /* not part of this job */
+        if (thread > pool.invited) { /* not part of this job, or too late */
             continue;
         }
+        pool.running++;
         pthread_mutex_unlock(&pool.lock);
         take_chunks(thread);
         pthread_mutex_lock(&pool.lock);
         if (--pool.running == 0) {
             pthread_cond_signal(&pool.done);
         }
+        pthread_mutex_unlock(&pool.lock);
+        await_job(seen);
+        pthread_mutex_lock(&pool.lock);
     }
     return NULL;
 }
@@ -108,18 +145,23 @@ sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
     pool.items = items;
     pool.grain = grain;
     atomic_store(&pool.next, 0);
+    pool.invited = start_workers();
     pool.generation++;
-    pool.running = pool.invited = start_workers();
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
 
     take_chunks(0);
 
     pthread_mutex_lock(&pool.lock);
+    pool.invited = 0;
+    if (pool.running > 0) {
+        pthread_mutex_unlock(&pool.lock);
+        await_workers();
+        pthread_mutex_lock(&pool.lock);
+    }
     while (pool.running > 0) {
         pthread_cond_wait(&pool.done, &pool.lock);
     }
-    pool.invited = 0;
     pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.owner);
 }
