@@ -2,13 +2,12 @@
 /* AVX2 + FMA + F16C kernels. The packed ones are kernels_x86_template.h's with 16-bit sums. */
 #define TILE_BITS 256
 #define TILE_MR 4 /* 4 rows x 16 outputs are 8 accumulators of 16 registers */
+#define TILE_GEMM
 #include "kernels_x86_template.h"
 
 #include <math.h>
 
 #include "../sq_cpu.h"
-
-enum { MR_F32 = 6 }; /* rows of a float32 tile: 12 accumulators */
 
 /* ---- packed int4 ------------------------------------------------------------------------ */
 
@@ -38,185 +37,11 @@ sq_gemm_a16w4_f32_4x32__avx2(const struct sq_panel_args *args)
 
 /* ---- float32 gemm ----------------------------------------------------------------------- */
 
-/* Lanes 0 .. count - 1 of 8, count may be beyond either end. */
-static ALWAYS_INLINE __m256i
-lane_mask(int64_t count)
-{
-    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)sq_max_i64(0, sq_min_i64(count, 8))),
-                              index);
-}
-
-enum { GEMM_KC = 256, GEMM_COPY_ROWS = 24, STREAM_ROWS = 8 };
-
-/* c [rows][8 vecs] (masked when tail) continues its chains over k. */
-static ALWAYS_INLINE void
-tile_f32(const int rows, const int vecs, const int tail, int64_t columns, int64_t k, const float *a,
-         int64_t ld_a, const float *b, int64_t ld_b, float *c, int64_t ld_c, int first)
-{
-    __m256 acc[MR_F32][VECS_MAX];
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            const float *from = c + r * ld_c + 8 * v;
-            acc[r][v] = first  ? _mm256_setzero_ps()
-                        : tail ? _mm256_maskload_ps(from, lane_mask(columns - 8 * v))
-                               : _mm256_loadu_ps(from);
-        }
-    }
-    for (int64_t p = 0; p < k; p++) {
-        __m256 row[VECS_MAX];
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            row[v] = _mm256_loadu_ps(b + p * ld_b + 8 * v);
-        }
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            const __m256 value = _mm256_broadcast_ss(a + r * ld_a + p);
-            UNROLL
-            for (int v = 0; v < vecs; v++) {
-                acc[r][v] = _mm256_fmadd_ps(value, row[v], acc[r][v]);
-            }
-        }
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            float *to = c + r * ld_c + 8 * v;
-            if (tail) {
-                _mm256_maskstore_ps(to, lane_mask(columns - 8 * v), acc[r][v]);
-            }
-            else {
-                _mm256_storeu_ps(to, acc[r][v]);
-            }
-        }
-    }
-}
-
-/* Columns of one strip, as the tiles see it: b is readable for 16 columns whatever columns is. */
-struct strip {
-    int64_t columns, k;
-    const float *a, *b;
-    float *c;
-    int64_t ld_a, ld_b, ld_c;
-    int first;
-};
-
-static void
-strip_f32(const struct strip *s, int64_t m)
-{
-#define TILE(rows, tail)                                                                  \
-    tile_f32(rows, 2, tail, s->columns, s->k, s->a + i * s->ld_a, s->ld_a, s->b, s->ld_b, \
-             s->c + i * s->ld_c, s->ld_c, s->first)
-#define TILE_ROWS(rows)      \
-    if (s->columns >= SUB) { \
-        TILE(rows, 0);       \
-    }                        \
-    else {                   \
-        TILE(rows, 1);       \
-    }
-    int64_t i = 0;
-    for (; i + MR_F32 <= m; i += MR_F32) {
-        TILE_ROWS(6)
-    }
-    switch (m - i) {
-        case 1:
-            TILE_ROWS(1)
-            break;
-        case 2:
-            TILE_ROWS(2)
-            break;
-        case 3:
-            TILE_ROWS(3)
-            break;
-        case 4:
-            TILE_ROWS(4)
-            break;
-        case 5:
-            TILE_ROWS(5)
-            break;
-        default:
-            break;
-    }
-#undef TILE_ROWS
-#undef TILE
-}
-
-/* The chains of one row's columns, a multiple of 8, go on over count rows of b. They wait in c. */
-static ALWAYS_INLINE void
-continue_row_f32(const int count, int64_t columns, const float *a, const float *b, int64_t ld_b,
-                 float *c)
-{
-    __m256 value[STREAM_ROWS];
-    UNROLL
-    for (int q = 0; q < count; q++) {
-        value[q] = _mm256_broadcast_ss(a + q);
-    }
-    for (int64_t j = 0; j < columns; j += 8) {
-        __m256 acc = _mm256_loadu_ps(c + j);
-        UNROLL
-        for (int q = 0; q < count; q++) {
-            acc = _mm256_fmadd_ps(value[q], _mm256_loadu_ps(b + q * ld_b + j), acc);
-        }
-        _mm256_storeu_ps(c + j, acc);
-    }
-}
-
-/* One row: b is streamed STREAM_ROWS rows at a time. Returns the number of columns done. */
-static int64_t
-row_f32(int64_t n, int64_t k, const float *a, const float *b, int64_t ld_b, float *c)
-{
-    const int64_t columns = n & ~(int64_t)7;
-    memset(c, 0, (size_t)columns * sizeof *c);
-    int64_t p = 0;
-    for (; p + STREAM_ROWS <= k; p += STREAM_ROWS) {
-        continue_row_f32(STREAM_ROWS, columns, a + p, b + p * ld_b, ld_b, c);
-    }
-    for (; p < k; p++) {
-        continue_row_f32(1, columns, a + p, b + p * ld_b, ld_b, c);
-    }
-    return columns;
-}
-
-/* Strips of 16 columns times tiles of MR_F32 rows. A strip is copied to the stack when it is the
- * tail (to read no column past n) or when enough rows use it (long strides of b fall on few cache
- * sets). The chain over k is cut at GEMM_KC through c, which loses nothing: a stored float32 is
- * what it was. */
 static void
 sq_gemm_f32_6x16__avx2(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
                        const float *b, int64_t ld_b, float *c, int64_t ld_c)
 {
-    _Alignas(32) float copy[GEMM_KC * SUB];
-    int64_t j = m == 1 ? row_f32(n, k, a, b, ld_b, c) : 0;
-    for (; j < n; j += SUB) {
-        struct strip s = {.columns = sq_min_i64(n - j, SUB),
-                          .c = c + j,
-                          .ld_c = ld_c,
-                          .ld_a = ld_a,
-                          .ld_b = ld_b,
-                          .first = 1};
-        for (int64_t p = 0; p < k || s.first; p += GEMM_KC) {
-            s.k = sq_min_i64(k - p, GEMM_KC);
-            s.a = a + p;
-            s.b = b + p * ld_b + j;
-            if (s.columns < SUB || m >= GEMM_COPY_ROWS) {
-                for (int64_t q = 0; q < s.k; q++) {
-                    float *to = copy + q * SUB;
-                    for (int64_t v = 0; v < SUB; v += 8) {
-                        _mm256_store_ps(to + v, _mm256_maskload_ps(s.b + q * ld_b + v,
-                                                                   lane_mask(s.columns - v)));
-                    }
-                }
-                s.b = copy;
-                s.ld_b = SUB;
-            }
-            strip_f32(&s, m);
-            s.ld_b = ld_b;
-            s.first = 0;
-        }
-    }
+    gemm_f32(m, n, k, a, ld_a, b, ld_b, c, ld_c);
 }
 
 enum { STEPS_AT_ONCE = 4 }; /* of the clip search */

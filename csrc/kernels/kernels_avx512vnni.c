@@ -3,6 +3,7 @@
 #define TILE_BITS 512
 #define TILE_MR 12 /* 12 rows x 32 outputs are 24 accumulators of 32 registers */
 #define TILE_DOT _mm512_dpbusd_epi32
+#define TILE_GEMM
 #include "kernels_x86_template.h"
 
 #include "../sq_cpu.h"
@@ -20,6 +21,13 @@ sq_gemm_a16w4_f32_12x32__avx512vnni(const struct sq_panel_args *args)
     FOR_TILES(tile_values)
 }
 
+static void
+sq_gemm_f32_12x32__avx512vnni(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
+                              const float *b, int64_t ld_b, float *c, int64_t ld_c)
+{
+    gemm_f32(m, n, k, a, ld_a, b, ld_b, c, ld_c);
+}
+
 const struct sq_kernels sq_kernels_avx512vnni = {
     .name = "avx512vnni",
     .required_features = SQ_CPU_AVX512_VNNI,
@@ -28,4 +36,5 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a4w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
     .gemm_a8w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
     .gemm_a16w4 = sq_gemm_a16w4_f32_12x32__avx512vnni,
+    .gemm_f32 = sq_gemm_f32_12x32__avx512vnni,
 };

@@ -7,6 +7,7 @@
  *   TILE_MR          rows of a tile; with 2 vectors of sums a row they must fit the registers
  *   TILE_DOT(s,u,a)  s + the dot products of 4 unsigned by 4 signed bytes, 32-bit (vpdpbusd);
  *                    undefined: 16-bit sums of vpmaddubsw, widened before they can overflow
+ *   TILE_GEMM        defined: gemm_f32 too
  * Legal: 256, 4, none (AVX2) | 256, 4 .. 6, VEX vpdpbusd (AVX-VNNI) | 512, 12, EVEX vpdpbusd.
  *
  * A panel is SUBS sub-panels of 16 outputs, each [k / 8][16] dwords; a dword holds 8 k of one
@@ -361,3 +362,222 @@ tile_values(const struct sq_panel_args *args, int64_t row, const int rows, const
     }
     store_tile(args, row, rows, vecs, sub, NULL, total);
 }
+
+#ifdef TILE_GEMM
+/* ---- float32 gemm ----------------------------------------------------------------------- */
+
+enum {
+    MR_F32 = TILE_BITS == 256 ? 6 : 12, /* rows of a tile: 12 or 24 accumulators */
+    NR_F32 = 2 * LANES,                 /* its columns */
+    GEMM_KC = 256,
+    GEMM_COPY_ROWS = 4 * MR_F32,
+    STREAM_ROWS = 8
+};
+
+#if TILE_BITS == 256
+typedef __m256i vec_mask;
+
+/* Lanes 0 .. count - 1, count may be beyond either end. */
+static ALWAYS_INLINE vec_mask
+lane_mask(int64_t count)
+{
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)sq_max_i64(0, sq_min_i64(count, 8))),
+                              index);
+}
+
+static ALWAYS_INLINE vec_f
+load_lanes(const float *from, vec_mask mask)
+{
+    return _mm256_maskload_ps(from, mask);
+}
+
+static ALWAYS_INLINE void
+store_lanes(float *to, vec_mask mask, vec_f x)
+{
+    _mm256_maskstore_ps(to, mask, x);
+}
+#else
+typedef __mmask16 vec_mask;
+
+static ALWAYS_INLINE vec_mask
+lane_mask(int64_t count)
+{
+    return (vec_mask)((1u << sq_max_i64(0, sq_min_i64(count, 16))) - 1);
+}
+
+static ALWAYS_INLINE vec_f
+load_lanes(const float *from, vec_mask mask)
+{
+    return _mm512_maskz_loadu_ps(mask, from);
+}
+
+static ALWAYS_INLINE void
+store_lanes(float *to, vec_mask mask, vec_f x)
+{
+    _mm512_mask_storeu_ps(to, mask, x);
+}
+#endif
+
+/* Columns of one strip, as the tiles see it: b is readable for NR_F32 columns whatever columns is.
+ */
+struct strip {
+    int64_t columns, k;
+    const float *a, *b;
+    float *c;
+    int64_t ld_a, ld_b, ld_c;
+    int first;
+};
+
+/* Rows i .. i + rows - 1 of c (masked when tail) continue their chains over k. */
+static ALWAYS_INLINE void
+tile_f32(const struct strip *s, int64_t i, const int rows, const int tail)
+{
+    const float *a = s->a + i * s->ld_a, *b = s->b;
+    float *c = s->c + i * s->ld_c;
+    vec_f acc[MR_F32][2];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            const float *from = c + r * s->ld_c + LANES * v;
+            acc[r][v] = s->first ? VEC(setzero_ps)()
+                        : tail   ? load_lanes(from, lane_mask(s->columns - LANES * v))
+                                 : VEC(loadu_ps)(from);
+        }
+    }
+    for (int64_t p = 0; p < s->k; p++, b += s->ld_b) {
+        const vec_f row[2] = {VEC(loadu_ps)(b), VEC(loadu_ps)(b + LANES)};
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vec_f value = VEC(set1_ps)(a[r * s->ld_a + p]);
+            UNROLL
+            for (int v = 0; v < 2; v++) {
+                acc[r][v] = VEC(fmadd_ps)(value, row[v], acc[r][v]);
+            }
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            float *to = c + r * s->ld_c + LANES * v;
+            if (tail) {
+                store_lanes(to, lane_mask(s->columns - LANES * v), acc[r][v]);
+            }
+            else {
+                VEC(storeu_ps)(to, acc[r][v]);
+            }
+        }
+    }
+}
+
+static void
+strip_f32(const struct strip *s, int64_t m)
+{
+#define TILE_ROWS(rows)              \
+    case rows:                       \
+        if (s->columns >= NR_F32) {  \
+            tile_f32(s, i, rows, 0); \
+        }                            \
+        else {                       \
+            tile_f32(s, i, rows, 1); \
+        }                            \
+        break;
+    for (int64_t i = 0; i < m; i += MR_F32) {
+        switch (sq_min_i64(MR_F32, m - i)) {
+            TILE_ROWS(1)
+            TILE_ROWS(2)
+            TILE_ROWS(3)
+            TILE_ROWS(4)
+            TILE_ROWS(5)
+            TILE_ROWS(6)
+#if TILE_BITS == 512
+            TILE_ROWS(7)
+            TILE_ROWS(8)
+            TILE_ROWS(9)
+            TILE_ROWS(10)
+            TILE_ROWS(11)
+            TILE_ROWS(12)
+#endif
+        }
+    }
+#undef TILE_ROWS
+}
+
+/* The chains of one row's columns, a multiple of LANES, go on over count rows of b. They wait in c.
+ */
+static ALWAYS_INLINE void
+continue_row_f32(const int count, int64_t columns, const float *a, const float *b, int64_t ld_b,
+                 float *c)
+{
+    vec_f value[STREAM_ROWS];
+    UNROLL
+    for (int q = 0; q < count; q++) {
+        value[q] = VEC(set1_ps)(a[q]);
+    }
+    for (int64_t j = 0; j < columns; j += LANES) {
+        vec_f acc = VEC(loadu_ps)(c + j);
+        UNROLL
+        for (int q = 0; q < count; q++) {
+            acc = VEC(fmadd_ps)(value[q], VEC(loadu_ps)(b + q * ld_b + j), acc);
+        }
+        VEC(storeu_ps)(c + j, acc);
+    }
+}
+
+/* One row: b is streamed STREAM_ROWS rows at a time. Returns the number of columns done. */
+static int64_t
+row_f32(int64_t n, int64_t k, const float *a, const float *b, int64_t ld_b, float *c)
+{
+    const int64_t columns = n / LANES * LANES;
+    memset(c, 0, (size_t)columns * sizeof *c);
+    int64_t p = 0;
+    for (; p + STREAM_ROWS <= k; p += STREAM_ROWS) {
+        continue_row_f32(STREAM_ROWS, columns, a + p, b + p * ld_b, ld_b, c);
+    }
+    for (; p < k; p++) {
+        continue_row_f32(1, columns, a + p, b + p * ld_b, ld_b, c);
+    }
+    return columns;
+}
+
+/* Strips of NR_F32 columns times tiles of MR_F32 rows. A strip is copied to the stack when it is
+ * the tail (to read no column past n) or when enough rows use it (long strides of b fall on few
+ * cache sets). The chain over k is cut at GEMM_KC through c, which loses nothing: a stored float32
+ * is what it was. */
+static void
+gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
+         int64_t ld_b, float *c, int64_t ld_c)
+{
+    _Alignas(SQ_ALIGN_BYTES) float copy[GEMM_KC * NR_F32];
+    int64_t j = m == 1 ? row_f32(n, k, a, b, ld_b, c) : 0;
+    for (; j < n; j += NR_F32) {
+        struct strip s = {.columns = sq_min_i64(n - j, NR_F32),
+                          .c = c + j,
+                          .ld_c = ld_c,
+                          .ld_a = ld_a,
+                          .ld_b = ld_b,
+                          .first = 1};
+        for (int64_t p = 0; p < k || s.first; p += GEMM_KC) {
+            s.k = sq_min_i64(k - p, GEMM_KC);
+            s.a = a + p;
+            s.b = b + p * ld_b + j;
+            if (s.columns < NR_F32 || m >= GEMM_COPY_ROWS) {
+                for (int64_t q = 0; q < s.k; q++) {
+                    float *to = copy + q * NR_F32;
+                    for (int64_t v = 0; v < NR_F32; v += LANES) {
+                        VEC(store_ps)
+                        (to + v, load_lanes(s.b + q * ld_b + v, lane_mask(s.columns - v)));
+                    }
+                }
+                s.b = copy;
+                s.ld_b = NR_F32;
+            }
+            strip_f32(&s, m);
+            s.ld_b = ld_b;
+            s.first = 0;
+        }
+    }
+}
+#endif
