@@ -18,17 +18,17 @@ enum {
     OUTPUTS_PER_BLOCK_STEP = 16,
     BLOCKS_WANTED = 16,       /* enough to share a small linear between threads */
     BLOCK_ELEMENTS = 1 << 20, /* of converted weights: 4 MiB of scratch per thread */
-    FEW_TOKENS = 8,           /* up to here converted weights are used too rarely to leave L2: */
-    FEW_BLOCK_ELEMENTS = 1 << 16, /* 256 KiB */
+    FEW_TOKENS = 8, /* up to here 16-bit weights are widened in registers, not in memory */
+    FEW_CHUNK_ELEMENTS = 1 << 17, /* of weights, of such a product: 256 KiB */
     CONVERT_GRAIN = 1 << 15,      /* elements of one chunk of a conversion */
 };
 
 static int64_t
-outputs_per_block(int64_t m, int64_t n, int64_t k)
+outputs_per_block(int64_t n, int64_t k)
 {
     const int64_t step = OUTPUTS_PER_BLOCK_STEP;
     const int64_t shared = sq_round_up(sq_ceil_div(n, BLOCKS_WANTED), step);
-    const int64_t fitting = (m > FEW_TOKENS ? BLOCK_ELEMENTS : FEW_BLOCK_ELEMENTS) / k;
+    const int64_t fitting = BLOCK_ELEMENTS / k;
     const int64_t most = sq_min_i64(OUTPUTS_PER_BLOCK_MAX, fitting / step * step);
     return sq_max_i64(step, sq_min_i64(shared, most));
 }
@@ -98,6 +98,17 @@ multiply_float32(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* 16-bit weights and few tokens: items are outputs. */
+static void
+multiply_few(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct dense_job *j = context;
+    const uint16_t *w = (const uint16_t *)(const void *)j->w + begin * j->k;
+    (void)thread;
+    j->kernels->gemm_half(j->dtype == SQ_BF16, j->m, end - begin, j->k, j->x, j->k, w, j->y + begin,
+                          j->ld_y);
+}
+
 /* 16-bit weights: a lane owns scratch and takes output blocks until none is left; a block is
  * converted once and then used for all tokens. Lanes, not threads, index the scratch, because the
  * number of threads may change between its allocation and the loop. */
@@ -154,11 +165,16 @@ sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_
                           .n = n,
                           .k = k,
                           .ld_y = ld_y,
-                          .block_n = outputs_per_block(m, n, k)};
+                          .block_n = outputs_per_block(n, k)};
     j.blocks_n = sq_ceil_div(n, j.block_n);
     j.blocks_m = sq_ceil_div(m, TOKENS_PER_BLOCK);
     if (dtype == SQ_F32) {
         sq_parallel_for(j.blocks_n * j.blocks_m, 1, multiply_float32, &j);
+        return SQ_OK;
+    }
+    if (m <= FEW_TOKENS) {
+        sq_parallel_for(n, sq_max_i64(OUTPUTS_PER_BLOCK_STEP, FEW_CHUNK_ELEMENTS / k), multiply_few,
+                        &j);
         return SQ_OK;
     }
     const int64_t lanes = sq_min_i64(sq_get_num_threads(), j.blocks_n);

@@ -52,6 +52,12 @@ struct sq_kernels {
     void (*gemm_f32)(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
                      int64_t ld_b, float *c, int64_t ld_c);
 
+    /* y [m][n] = x [m][k] w^T for 16-bit w [n][k]: float16, or bfloat16 when is_bf16. For few
+     * tokens: w is widened in registers. An element's sum is in a fixed order, whatever m and n
+     * are. */
+    void (*gemm_half)(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+                      const uint16_t *w, float *y, int64_t ld_y);
+
     /* Smallest and largest of x [k], k >= 1; 1 is returned if all are finite (else ignore them). */
     int (*extremes)(const float *x, int64_t k, float *min, float *max);
     /* codes [k] <- clamp(rint(x * inv_scale), low, high) + offset, low 8 bits; halves to even. low

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -198,6 +199,22 @@ def test_gemm_f32_generic_is_the_plain_chain():
     _C.use_kernels("generic")
     np.testing.assert_array_equal(gemm(a, b), chain)
     _C.use_kernels(before)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 17, 33, 250])
+def test_gemm_half_is_within_the_chain_bound_and_knows_no_batch(table, guarded, dtype, k):
+    rng = np.random.default_rng(k)
+    for n in (1, 3, 4, 9):
+        w = guarded(rng.standard_normal((n, k)).astype(dtype))
+        x = guarded(rng.standard_normal((8, k)).astype(np.float32))
+        whole = _C.linear_dense(x, w)
+        wide = w.astype(float)
+        bound = k * EPS * (np.abs(x) @ np.abs(wide).T)
+        assert (np.abs(whole - x.astype(float) @ wide.T) <= bound).all()
+        for m in range(1, 8):
+            np.testing.assert_array_equal(_C.linear_dense(guarded(x[:m]), w), whole[:m])
+        np.testing.assert_array_equal(_C.linear_dense(x, guarded(w[-1:])), whole[:, -1:])
 
 
 SIZES = [1, 2, 7, 8, 9, 15, 16, 33, 64, 100, 1000, 2049]

@@ -44,6 +44,13 @@ sq_gemm_f32_6x16__avx2(int64_t m, int64_t n, int64_t k, const float *a, int64_t 
     gemm_f32(m, n, k, a, ld_a, b, ld_b, c, ld_c);
 }
 
+static void
+sq_gemm_half__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+                   const uint16_t *w, float *y, int64_t ld_y)
+{
+    gemm_half(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
+}
+
 enum { STEPS_AT_ONCE = 4 }; /* of the clip search */
 
 /* ---- quantizers ------------------------------------------------------------------------- */
@@ -367,6 +374,7 @@ const struct sq_kernels sq_kernels_avx2 = {
     .gemm_a8w4 = sq_gemm_a8w4_f32_4x32__avx2,
     .gemm_a16w4 = sq_gemm_a16w4_f32_4x32__avx2,
     .gemm_f32 = sq_gemm_f32_6x16__avx2,
+    .gemm_half = sq_gemm_half__avx2,
     .extremes = sq_extremes__avx2,
     .quantize_codes = sq_quantize_codes__avx2,
     .quantize_errors = sq_quantize_errors__avx2,

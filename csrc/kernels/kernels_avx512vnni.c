@@ -28,6 +28,13 @@ sq_gemm_f32_12x32__avx512vnni(int64_t m, int64_t n, int64_t k, const float *a, i
     gemm_f32(m, n, k, a, ld_a, b, ld_b, c, ld_c);
 }
 
+static void
+sq_gemm_half__avx512vnni(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+                         const uint16_t *w, float *y, int64_t ld_y)
+{
+    gemm_half(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
+}
+
 const struct sq_kernels sq_kernels_avx512vnni = {
     .name = "avx512vnni",
     .required_features = SQ_CPU_AVX512_VNNI,
@@ -37,4 +44,5 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a8w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
     .gemm_a16w4 = sq_gemm_a16w4_f32_12x32__avx512vnni,
     .gemm_f32 = sq_gemm_f32_12x32__avx512vnni,
+    .gemm_half = sq_gemm_half__avx512vnni,
 };

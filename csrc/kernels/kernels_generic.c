@@ -222,6 +222,24 @@ float_of_f16(uint16_t h)
     return float_of_bits(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
 }
 
+static void
+sq_gemm_half__generic(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+                      const uint16_t *w, float *y, int64_t ld_y)
+{
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = 0; j < n; j++) {
+            const uint16_t *row = w + j * k;
+            float sum = 0.0f;
+            for (int64_t p = 0; p < k; p++) {
+                const float weight =
+                    is_bf16 ? float_of_bits((uint32_t)row[p] << 16) : float_of_f16(row[p]);
+                sum += x[i * ld_x + p] * weight;
+            }
+            y[i * ld_y + j] = sum;
+        }
+    }
+}
+
 static int
 sq_f16_to_f32__generic(const uint16_t *in, int64_t count, float *out)
 {
@@ -255,6 +273,7 @@ const struct sq_kernels sq_kernels_generic = {
     .gemm_a8w4 = gemm_codes,
     .gemm_a16w4 = sq_gemm_a16w4_f32_4x8__generic,
     .gemm_f32 = sq_gemm_f32__generic,
+    .gemm_half = sq_gemm_half__generic,
     .extremes = sq_extremes__generic,
     .quantize_codes = sq_quantize_codes__generic,
     .quantize_errors = sq_quantize_errors__generic,

@@ -7,7 +7,7 @@
  *   TILE_MR          rows of a tile; with 2 vectors of sums a row they must fit the registers
  *   TILE_DOT(s,u,a)  s + the dot products of 4 unsigned by 4 signed bytes, 32-bit (vpdpbusd);
  *                    undefined: 16-bit sums of vpmaddubsw, widened before they can overflow
- *   TILE_GEMM        defined: gemm_f32 too
+ *   TILE_GEMM        defined: gemm_f32 and gemm_half too
  * Legal: 256, 4, none (AVX2) | 256, 4 .. 6, VEX vpdpbusd (AVX-VNNI) | 512, 12, EVEX vpdpbusd.
  *
  * A panel is SUBS sub-panels of 16 outputs, each [k / 8][16] dwords; a dword holds 8 k of one
@@ -578,6 +578,145 @@ gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const fl
             s.ld_b = ld_b;
             s.first = 0;
         }
+    }
+}
+
+/* ---- float32 x 16-bit floats ------------------------------------------------------------ */
+
+enum { HALF_ROWS = 4, HALF_TOKENS = 2 }; /* of w and of x: 8 accumulators */
+
+/* LANES 16-bit floats, of which count exist; the others are 0. */
+static ALWAYS_INLINE vec_f
+load_widened(const uint16_t *from, int64_t count, const int is_bf16)
+{
+    uint16_t tail[LANES] = {0};
+    if (count < LANES) {
+        memcpy(tail, from, (size_t)count * sizeof *from);
+        from = tail;
+    }
+#if TILE_BITS == 256
+    const __m128i v = _mm_loadu_si128((const __m128i *)from);
+    return is_bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16))
+                   : _mm256_cvtph_ps(v);
+#else
+    const __m256i v = _mm256_loadu_si256((const __m256i *)from);
+    return is_bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16))
+                   : _mm512_cvtph_ps(v);
+#endif
+}
+
+/* Lanes in halves, the upper onto the lower: the same order on every call. */
+static ALWAYS_INLINE float
+sum_lanes(vec_f x)
+{
+#if TILE_BITS == 512
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+    const __m256 eight = x;
+#endif
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+struct half_args {
+    int64_t k;
+    const float *x;
+    const uint16_t *w;
+    float *y;
+    int64_t ld_x, ld_y;
+};
+
+/* acc += the products of count values of k from p on, count being LANES but at the end. */
+static ALWAYS_INLINE void
+multiply_halves(const struct half_args *s, int64_t p, int64_t count, const int tokens,
+                const int rows, const int is_bf16, vec_f acc[HALF_TOKENS][HALF_ROWS])
+{
+    vec_f value[HALF_TOKENS];
+    UNROLL
+    for (int t = 0; t < tokens; t++) {
+        value[t] = load_lanes(s->x + t * s->ld_x + p, lane_mask(count));
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const vec_f weight = load_widened(s->w + r * s->k + p, count, is_bf16);
+        UNROLL
+        for (int t = 0; t < tokens; t++) {
+            acc[t][r] = VEC(fmadd_ps)(value[t], weight, acc[t][r]);
+        }
+    }
+}
+
+/* y [tokens][rows]; lane l sums the products of k = l, l + LANES, ... */
+static ALWAYS_INLINE void
+tile_half(const struct half_args *s, const int tokens, const int rows, const int is_bf16)
+{
+    vec_f acc[HALF_TOKENS][HALF_ROWS];
+    UNROLL
+    for (int t = 0; t < tokens; t++) {
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            acc[t][r] = VEC(setzero_ps)();
+        }
+    }
+    int64_t p = 0;
+    for (; p + LANES <= s->k; p += LANES) {
+        multiply_halves(s, p, LANES, tokens, rows, is_bf16, acc);
+    }
+    if (p < s->k) {
+        multiply_halves(s, p, s->k - p, tokens, rows, is_bf16, acc);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++) {
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            s->y[t * s->ld_y + r] = sum_lanes(acc[t][r]);
+        }
+    }
+}
+
+/* Rows of w outside, so that they stay in the cache while all tokens meet them. */
+static ALWAYS_INLINE void
+gemm_half_of(const int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+             const uint16_t *w, float *y, int64_t ld_y)
+{
+    for (int64_t j = 0; j < n;) {
+        const int rows = n - j >= HALF_ROWS ? HALF_ROWS : 1;
+        for (int64_t i = 0; i < m;) {
+            const int tokens = m - i >= HALF_TOKENS ? HALF_TOKENS : 1;
+            const struct half_args s = {.k = k,
+                                        .x = x + i * ld_x,
+                                        .w = w + j * k,
+                                        .y = y + i * ld_y + j,
+                                        .ld_x = ld_x,
+                                        .ld_y = ld_y};
+            if (rows == HALF_ROWS && tokens == HALF_TOKENS) {
+                tile_half(&s, HALF_TOKENS, HALF_ROWS, is_bf16);
+            }
+            else if (rows == HALF_ROWS) {
+                tile_half(&s, 1, HALF_ROWS, is_bf16);
+            }
+            else if (tokens == HALF_TOKENS) {
+                tile_half(&s, HALF_TOKENS, 1, is_bf16);
+            }
+            else {
+                tile_half(&s, 1, 1, is_bf16);
+            }
+            i += tokens;
+        }
+        j += rows;
+    }
+}
+
+static void
+gemm_half(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+          const uint16_t *w, float *y, int64_t ld_y)
+{
+    if (is_bf16) {
+        gemm_half_of(1, m, n, k, x, ld_x, w, y, ld_y);
+    }
+    else {
+        gemm_half_of(0, m, n, k, x, ld_x, w, y, ld_y);
     }
 }
 #endif
