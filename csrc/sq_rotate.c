@@ -25,6 +25,8 @@
  * of float32 each, stay in the second-level cache. */
 #define SQ_ROTATE_BLOCK 32768
 #define SQ_ROTATE_BLOCK_ROWS 64
+/* Multiply-adds of one strip of a token, when there are fewer tokens than threads. */
+#define SQ_STRIP_WORK 65536
 /* Workers that one application has scratch for. */
 #define SQ_ROTATE_WORKERS 64
 /* Largest k = k1 k2. A worker's scratch is at most k + 3 k doubles and, as blocks of several rows
@@ -773,6 +775,32 @@ rotate_worker(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* Rows begin .. end - 1 of one token's L X R^T: each needs its own row of L only. */
+static void
+rotate_strip(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct rotate_job *job = context;
+    const int64_t k1 = job->left->order, k2 = job->right->order, rows = end - begin;
+    float *half = (float *)(void *)job->scratch + begin * k2;
+    float *out = half + job->layout.block_bytes / sizeof(float);
+    (void)thread;
+    job->kernels->gemm_f32(rows, k2, k1, job->left->matrix + begin * k1, k1, job->x, k2, half, k2);
+    job->kernels->gemm_f32(rows, k2, k2, half, k2, job->right->matrix_t, k2, out, k2);
+}
+
+/* Fewer tokens than threads: the rows of one token at a time are shared out. */
+static void
+rotate_few(struct rotate_job *job)
+{
+    const int64_t k1 = job->left->order, k2 = job->right->order, m = job->m;
+    const int64_t grain = sq_ceil_div(SQ_STRIP_WORK, k2 * (k1 + k2));
+    const float *out = (float *)(void *)(job->scratch + job->layout.block_bytes);
+    for (int64_t i = 0; i < m; i++, job->x += k1 * k2) {
+        sq_parallel_for(k1, grain, rotate_strip, job);
+        job->fn(job->context, i, 1, out);
+    }
+}
+
 static sq_status
 rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
        float *y, sq_rows_fn fn, void *context, void *workspace)
@@ -799,7 +827,12 @@ rotate(const struct sq_factor *left, const struct sq_factor *right, const float 
                              .context = context,
                              .m = m,
                              .scratch = workspace};
-    sq_parallel_for(workers, 1, rotate_worker, &job);
+    if (!y && m < sq_get_num_threads() && left->matrix && right->matrix) {
+        rotate_few(&job);
+    }
+    else {
+        sq_parallel_for(workers, 1, rotate_worker, &job);
+    }
     return SQ_OK;
 }
 

@@ -255,3 +255,18 @@ def test_linear_bad_rotation_is_refused(rotation, error, message):
     x, words, scales = problem(2, 3, 96)
     with pytest.raises(error, match=message):
         _C.linear(x, _C.PackedWeight(words, scales, 96), 4, 1.0, rotation)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 9])
+def test_linear_rotated_does_not_depend_on_threads(table, m):
+    k1, k2 = 48, 64
+    x, words, scales = problem(m, 33, k1 * k2)
+    weight = _C.PackedWeight(words, scales, k1 * k2)
+    rotation = orthogonal(k1), orthogonal(k2)
+    before, results = _C.get_num_threads(), []
+    for threads in (1, 2, 4):
+        _C.set_num_threads(threads)
+        results.append(_C.linear(x, weight, 4, 1.0, rotation))
+    _C.set_num_threads(before)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
