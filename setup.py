@@ -1,7 +1,8 @@
 """Build the C core: one object per instruction set, each with its own flags, then one extension.
 
 Switches, for developers: SINGLEQUANT_DEBUG=1 (-O1 -g, assertions), SINGLEQUANT_SANITIZE=1
-(address and undefined), SINGLEQUANT_WERROR=1, SINGLEQUANT_GENERIC_ONLY=1 (no instruction sets).
+(address and undefined), SINGLEQUANT_WERROR=1, SINGLEQUANT_GENERIC_ONLY=1 (no instruction sets),
+SINGLEQUANT_EMULATE_AMX=1 (tiles in plain C: slow, to test that table on a CPU without them).
 """
 
 import os
@@ -19,14 +20,17 @@ COMMON_FLAGS = [
     "-std=c11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
     "-Wall", "-Wextra", "-pthread", "-Icsrc",
 ]
-X86 = ("x86_64", "amd64", "i686")
+X86_64 = ("x86_64", "amd64")
+X86 = (*X86_64, "i686")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
+               "-mprefer-vector-width=512"]
 # Instruction set -> (machine prefixes it exists on, flags of its one file).
 KERNEL_FLAGS = {
     "avx2": (X86, AVX2),
     "avxvnni": (X86, [*AVX2, "-mavxvnni"]),
-    "avx512vnni": (X86, [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-                         "-mavx512vnni", "-mprefer-vector-width=512"]),
+    "avx512vnni": (X86, AVX512_VNNI),
+    "amx": (X86_64, AVX512_VNNI),  # the tile instructions are inline assembly
 }
 
 
@@ -84,6 +88,8 @@ if switch("SANITIZE"):
     link_flags += sanitize
 if switch("WERROR"):
     compile_flags += ["-Werror"]
+if switch("EMULATE_AMX"):
+    compile_flags += ["-DSQ_AMX_EMULATED"]
 
 setup(
     cmdclass={"build_ext": BuildExt},

@@ -8,6 +8,9 @@
 
 /* Rows in the order of preference; the generic table is always last and always complete. */
 static const struct sq_kernels *const sources[] = {
+#ifdef SQ_HAVE_AMX
+    &sq_kernels_amx,
+#endif
 #ifdef SQ_HAVE_AVX512VNNI
     &sq_kernels_avx512vnni,
 #endif
