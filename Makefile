@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: help build test ladder asan lint bench notebooks
+.PHONY: help build test ladder amx asan lint bench notebooks
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 $(VENV)/bin/pytest:
@@ -13,6 +13,9 @@ test: build ## run the tests
 	$(VENV)/bin/pytest
 ladder: build ## the tests once per instruction set, newest to oldest
 	$(VENV)/bin/pytest && SINGLEQUANT_DISABLE_CPU=avx2 $(VENV)/bin/pytest
+amx: build ## the kernels' tests with the AMX table on tiles in plain C
+	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
+	VENV=$(VENV) tools/run_emulated_amx.sh
 asan: build ## the quick tests under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
 	VENV=$(VENV) tools/run_sanitized.sh

@@ -7,35 +7,78 @@
 #include <stdlib.h>
 
 #include "sq_blas.h"
+#include "sq_cpu.h"
 #include "sq_kernels.h"
 #include "sq_threads.h"
 
-PyDoc_STRVAR(
-    kernels_doc,
-    "kernels()\n--\n\n"
-    "Kernel tables as a dict: compiled (list of names, best first), runnable (list), active.");
+/* Names of the features that a table requires and this machine lacks. */
+static PyObject *
+missing_features(const struct sq_kernels *table)
+{
+    PyObject *names = PyList_New(0);
+    const uint32_t missing = sq_kernels_missing_features(table);
+    for (int bit = 0; names && sq_cpu_feature_name(bit); bit++) {
+        if (missing >> bit & 1) {
+            PyObject *name = PyUnicode_FromString(sq_cpu_feature_name(bit));
+            if (!name || PyList_Append(names, name)) {
+                Py_CLEAR(names);
+            }
+            Py_XDECREF(name);
+        }
+    }
+    return names;
+}
+
+/* Enters one table into the lists and the dict that kernels() returns. 0, or -1. */
+static int
+enter_table(const struct sq_kernels *table, PyObject *compiled, PyObject *runnable,
+            PyObject *missing, PyObject *disabled)
+{
+    PyObject *name = PyUnicode_FromString(table->name), *features = NULL;
+    int failed = !name || PyList_Append(compiled, name);
+    if (!failed && sq_kernels_runnable(table)) {
+        failed = PyList_Append(runnable, name);
+    }
+    else if (!failed) {
+        features = missing_features(table);
+        failed = !features || PyDict_SetItem(missing, name, features);
+    }
+    if (!failed && sq_kernels_disabled(table)) {
+        failed = PyList_Append(disabled, name);
+    }
+    Py_XDECREF(name);
+    Py_XDECREF(features);
+    return failed ? -1 : 0;
+}
+
+PyDoc_STRVAR(kernels_doc,
+             "kernels()\n--\n\n"
+             "Kernel tables as a dict: compiled (list of names, best first), runnable (list), "
+             "missing (table "
+             "that\ncannot run -> list of the CPU features it lacks), disabled (list: off through "
+             "SINGLEQUANT_DISABLE_CPU,\nwith what is built on them), active.");
 
 static PyObject *
 kernels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
-    PyObject *compiled = PyList_New(0), *runnable = PyList_New(0), *result = NULL;
-    if (!compiled || !runnable) {
+    PyObject *compiled = PyList_New(0), *runnable = PyList_New(0), *missing = PyDict_New();
+    PyObject *disabled = PyList_New(0), *result = NULL;
+    if (!compiled || !runnable || !missing || !disabled) {
         goto done;
     }
     for (const struct sq_kernels *const *t = sq_kernels_compiled(); *t; t++) {
-        PyObject *name = PyUnicode_FromString((*t)->name);
-        if (!name || PyList_Append(compiled, name) ||
-            (sq_kernels_runnable(*t) && PyList_Append(runnable, name))) {
-            Py_XDECREF(name);
+        if (enter_table(*t, compiled, runnable, missing, disabled)) {
             goto done;
         }
-        Py_DECREF(name);
     }
-    result = Py_BuildValue("{s:O,s:O,s:s}", "compiled", compiled, "runnable", runnable, "active",
+    result = Py_BuildValue("{s:O,s:O,s:O,s:O,s:s}", "compiled", compiled, "runnable", runnable,
+                           "missing", missing, "disabled", disabled, "active",
                            sq_kernels_active()->name);
 done:
     Py_XDECREF(compiled);
     Py_XDECREF(runnable);
+    Py_XDECREF(missing);
+    Py_XDECREF(disabled);
     return result;
 }
 

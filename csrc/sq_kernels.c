@@ -28,6 +28,7 @@ static struct sq_kernels tables[N_TABLES];
 static const struct sq_kernels *listed[N_TABLES + 1];
 static const struct sq_kernels *active = &sq_kernels_generic;
 static uint32_t features;
+static int off[N_TABLES]; /* named as disabled */
 
 /* The base's row, in the end the generic one, wherever the instruction set's own is missing. The
  * packed kernels share their base's panel order unless the table brings all of them. */
@@ -83,17 +84,22 @@ sq_kernels_compiled(void)
     return listed;
 }
 
+uint32_t
+sq_kernels_missing_features(const struct sq_kernels *table)
+{
+    return table->required_features & ~features;
+}
+
 int
 sq_kernels_runnable(const struct sq_kernels *table)
 {
-    return (table->required_features & ~features) == 0;
+    return !sq_kernels_missing_features(table);
 }
 
-/* Whether a table, or one that it is built on, is switched off. */
-static int
-is_off(const struct sq_kernels *source, const int off[N_TABLES])
+int
+sq_kernels_disabled(const struct sq_kernels *table)
 {
-    for (; source; source = source->base) {
+    for (const struct sq_kernels *source = sources[table - tables]; source; source = source->base) {
         for (int i = 0; i < N_TABLES; i++) {
             if (sources[i] == source && off[i]) {
                 return 1;
@@ -106,13 +112,13 @@ is_off(const struct sq_kernels *source, const int off[N_TABLES])
 int
 sq_kernels_init(const char *disabled)
 {
-    int off[N_TABLES] = {0};
     features = sq_cpu_features();
     for (int i = 0; i < N_TABLES; i++) {
         tables[i] = merged(sources[i]);
         listed[i] = &tables[i];
     }
     listed[N_TABLES] = NULL;
+    memset(off, 0, sizeof off);
     for (const char *p = disabled; p && *p;) {
         const size_t length = strcspn(p, ",");
         if (length) {
@@ -125,7 +131,7 @@ sq_kernels_init(const char *disabled)
         p += length + (p[length] == ',');
     }
     for (int i = 0; i < N_TABLES; i++) {
-        if (!is_off(sources[i], off) && sq_kernels_runnable(&tables[i])) {
+        if (!sq_kernels_disabled(&tables[i]) && sq_kernels_runnable(&tables[i])) {
             active = &tables[i];
             break;
         }

@@ -89,6 +89,14 @@ sq_kernels_compiled(void);
 int
 sq_kernels_runnable(const struct sq_kernels *table);
 
+/* Bits of sq_cpu.h that the table requires and this machine lacks. */
+uint32_t
+sq_kernels_missing_features(const struct sq_kernels *table);
+
+/* Whether the table, or one that it is built on, was named in sq_kernels_init's disabled. */
+int
+sq_kernels_disabled(const struct sq_kernels *table);
+
 /* Fills the tables and selects the best runnable one that is neither named in disabled (comma
  * separated, or NULL) nor built on one that is. Returns 0, or -1 when disabled holds an unknown
  * name. Call once, before any other use. */

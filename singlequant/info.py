@@ -15,7 +15,10 @@ __version__ = metadata.version("singlequant")
 
 
 def runtime_info() -> dict[str, object]:
-    """What matters in a bug report: kernels, threads, BLAS, versions."""
+    """What matters in a bug report: kernels, and why better ones are off, threads, BLAS, versions.
+
+    Disabled kernels are those switched off through SINGLEQUANT_DISABLE_CPU.
+    """
     kernels = _C.kernels()
     return {
         "singlequant": __version__,
@@ -26,6 +29,11 @@ def runtime_info() -> dict[str, object]:
         "kernels": kernels["active"],
         "kernels compiled": ", ".join(kernels["compiled"]),
         "kernels runnable": ", ".join(kernels["runnable"]),
+        "kernels not runnable": ", ".join(
+            f"{table} (CPU or OS lacks {', '.join(features)})"
+            for table, features in kernels["missing"].items()
+        ) or "none",
+        "kernels disabled": ", ".join(kernels["disabled"]) or "none",
         "threads": _C.get_num_threads(),
         "blas": _C.blas_info(),
     }
@@ -62,5 +70,7 @@ def cpu_name() -> str:
 
 def show_runtime() -> None:
     """Print `runtime_info`, a line each."""
-    for key, value in runtime_info().items():
-        print(f"{key:<17} {value}")
+    info = runtime_info()
+    width = max(map(len, info))
+    for key, value in info.items():
+        print(f"{key:<{width}} {value}")

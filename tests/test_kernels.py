@@ -28,7 +28,10 @@ SILU_RTOL = 6e-7
 
 
 def active_in_subprocess(disabled):
-    code = "from singlequant import _C; print(_C.kernels()['active'])"
+    return run_in_subprocess("from singlequant import _C; print(_C.kernels()['active'])", disabled)
+
+
+def run_in_subprocess(code, disabled):
     environment = {**os.environ, "SINGLEQUANT_DISABLE_CPU": disabled}
     package_root = str(Path(_C.__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])
@@ -63,10 +66,34 @@ def test_use_kernels_unknown_name_is_refused_and_changes_nothing():
 
 
 def test_every_compiled_table_runs_here():
-    for name in _C.kernels()["compiled"]:
-        if name not in TABLES:
-            pytest.skip(f"{name}: this CPU or OS lacks the feature")
     assert TABLES[-1] == "generic"
+    lacks = [f"{t} lacks {', '.join(f)}" for t, f in _C.kernels()["missing"].items()]
+    if lacks:
+        pytest.skip(f"on this CPU or OS {'; '.join(lacks)}")
+
+
+def test_kernels_says_what_each_table_lacks():
+    kernels = _C.kernels()
+    assert [t for t in kernels["compiled"] if t not in kernels["missing"]] == kernels["runnable"]
+    features = {"avx2", "avx-vnni", "avx512-vnni", "amx-int8", "neon-dot"}
+    for missing in kernels["missing"].values():
+        assert missing
+        assert set(missing) <= features
+
+
+@pytest.mark.skipif("avx2" not in _C.kernels()["compiled"], reason="avx2 is not compiled in")
+def test_runtime_says_which_tables_are_off_and_why():
+    code = "import singlequant as s; print(s._C.kernels()['disabled']); s.show_runtime()"
+    lines = run_in_subprocess(code, "avx2").stdout.splitlines()
+    off = [t for t in _C.kernels()["compiled"] if t.startswith(("avx", "amx"))]
+    assert lines[0] == str(off)
+    shown = {line[:21].strip(): line[21:] for line in lines[1:]}
+    assert shown["kernels"] == "generic"
+    assert shown["kernels disabled"] == ", ".join(off)
+    expected = [
+        f"{t} (CPU or OS lacks {', '.join(f)})" for t, f in _C.kernels()["missing"].items()
+    ]
+    assert shown["kernels not runnable"] == (", ".join(expected) or "none")
 
 
 def test_kernel_objects_export_exactly_their_table():
