@@ -22,6 +22,7 @@ COMMON_FLAGS = [
 ]
 X86_64 = ("x86_64", "amd64")
 X86 = (*X86_64, "i686")
+ARM = ("aarch64", "arm64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
                "-mprefer-vector-width=512"]
@@ -31,6 +32,7 @@ KERNEL_FLAGS = {
     "avxvnni": (X86, [*AVX2, "-mavxvnni"]),
     "avx512vnni": (X86, AVX512_VNNI),
     "amx": (X86_64, AVX512_VNNI),  # the tile instructions are inline assembly
+    "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
 }
 
 

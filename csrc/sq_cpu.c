@@ -86,6 +86,27 @@ sq_cpu_features(void)
     }
     return features;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+/* The kernel saves the vector registers of every process; hwcap says what it lets them use. */
+uint32_t
+sq_cpu_features(void)
+{
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? SQ_CPU_NEON_DOT : 0;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+uint32_t
+sq_cpu_features(void)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    const int failed = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0);
+    return !failed && has ? SQ_CPU_NEON_DOT : 0;
+}
 #else
 uint32_t
 sq_cpu_features(void)

@@ -20,6 +20,9 @@ static const struct sq_kernels *const sources[] = {
 #ifdef SQ_HAVE_AVX2
     &sq_kernels_avx2,
 #endif
+#ifdef SQ_HAVE_NEON
+    &sq_kernels_neon,
+#endif
     &sq_kernels_generic,
 };
 enum { N_TABLES = sizeof sources / sizeof sources[0] };

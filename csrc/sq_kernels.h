@@ -117,5 +117,6 @@ extern const struct sq_kernels sq_kernels_avx2;
 extern const struct sq_kernels sq_kernels_avxvnni;
 extern const struct sq_kernels sq_kernels_avx512vnni;
 extern const struct sq_kernels sq_kernels_amx;
+extern const struct sq_kernels sq_kernels_neon;
 
 #endif
