@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: help build test ladder amx asan lint bench notebooks
+.PHONY: help build test ladder amx neon asan lint bench notebooks
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 $(VENV)/bin/pytest:
@@ -16,6 +16,8 @@ ladder: build ## the tests once per instruction set, newest to oldest
 amx: build ## the kernels' tests with the AMX table on tiles in plain C
 	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
 	VENV=$(VENV) tools/run_emulated_amx.sh
+neon: ## the NEON kernels, cross-compiled, in an emulator (gcc-aarch64-linux-gnu, qemu-user)
+	tools/check_neon.sh
 asan: build ## the quick tests under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
 	VENV=$(VENV) tools/run_sanitized.sh
