@@ -5,6 +5,7 @@
  * pages. */
 #include "py_args.h"
 
+#include "sq_internal.h"
 #include "sq_kernels.h"
 
 /* o as it is, if it is a writable C-contiguous float32 array of ndim dimensions; borrowed. */
@@ -168,7 +169,50 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(fixed_errors_doc,
+             "kernel_fixed_errors(u, index)\n--\n\n"
+             "(errors, clipped) of the active table's fixed_errors for u [k] int16 within the "
+             "search's peak and four\ntimes the step of clip ratio index (for tests).");
+
+static PyObject *
+kernel_fixed_errors(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *u_object;
+    int index;
+    if (!PyArg_ParseTuple(args, "Oi:kernel_fixed_errors", &u_object, &index)) {
+        return NULL;
+    }
+    if (index < 0 || index >= SQ_CLIP_RATIOS) {
+        return PyErr_Format(PyExc_ValueError, "index: expected 0 to %d, got %d", SQ_CLIP_RATIOS - 1,
+                            index);
+    }
+    PyArrayObject *given = sq_py_array(u_object, NPY_INT16, 1, "u");
+    if (!given) {
+        return NULL;
+    }
+    const int64_t k = PyArray_DIM(given, 0), padded = sq_round_up(k, SQ_FIXED_ALIGN);
+    int16_t *u = sq_alloc((size_t)padded * sizeof *u);
+    if (!u) {
+        Py_DECREF(given);
+        return PyErr_NoMemory();
+    }
+    memset(u, 0, (size_t)padded * sizeof *u);
+    memcpy(u, PyArray_DATA(given), (size_t)k * sizeof *u);
+    Py_DECREF(given);
+    struct sq_fixed_steps steps;
+    for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+        steps.step[c] = (int16_t)SQ_FIXED_STEP(index);
+        steps.inverse[c] = (int16_t)SQ_FIXED_INVERSE(steps.step[c]);
+    }
+    struct sq_fixed_errors e;
+    sq_kernels_active()->fixed_errors(u, k, &steps, &e);
+    free(u);
+    return Py_BuildValue("[LLLL]L", (long long)e.error[0], (long long)e.error[1],
+                         (long long)e.error[2], (long long)e.error[3], (long long)e.clipped);
+}
+
 PyMethodDef sq_py_kernels_methods[] = {
+    {"kernel_fixed_errors", kernel_fixed_errors, METH_VARARGS, fixed_errors_doc},
     {"kernel_gemm_f32", kernel_gemm_f32, METH_VARARGS, gemm_f32_doc},
     {"kernel_rms_norm", kernel_rms_norm, METH_VARARGS, rms_norm_doc},
     {"kernel_silu_mul", kernel_silu_mul, METH_VARARGS, silu_mul_doc},

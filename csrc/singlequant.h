@@ -255,7 +255,8 @@ struct sq_quantizer {
 /* Ratio i of the clip search, 1.00 down to 0.20; among equals the largest wins. On Gaussian,
  * Laplace and Student (3, 4) rows and groups the error is within 0.4 % of a search in steps of 0.01
  * down to 0.05; steps of 0.04 cost up to 1.4 %, a floor of 0.40 up to 14 % (whole rows, heavy
- * tails). */
+ * tails). With 4 symmetric bits and clip 1 the errors are those of values rounded to 1 / 10150 of
+ * the group's largest, in integers; otherwise they are exact. */
 #define SQ_CLIP_RATIOS 41
 #define SQ_CLIP_RATIO(i) ((float)(100 - 2 * (i)) / 100.0f)
 
@@ -312,6 +313,36 @@ sq_gptq_factor(float *gram, int64_t k, float damping, int by_diagonal, int32_t *
 sq_status
 sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *permutation,
               const float *weights, int64_t n, int64_t k, int8_t *codes, float *scales);
+
+/* ---- weights (quantize) -------------------------------------------------------------------
+ * From a stored weight to the words of the file in one pass, a few rows at a time in cache. */
+
+/* What happens to a weight's rows before they are rounded, in this order. All may be NULL. */
+struct sq_weight_transform {
+    const float *columns;                   /* [k] multiplies the columns: a balance */
+    const float *rows;                      /* [n] multiplies the rows */
+    const struct sq_factor *left, *right;   /* sq_rotate, both or neither */
+    const struct sq_block_rotation *blocks; /* sq_rotate_blocks */
+};
+
+/* weight [n][k] of dtype -> words [n][ceil(k / 8)] as sq_pack_int4 makes them and scales [n][k / g]
+ * (q: 4 symmetric bits). Takes 10 bytes of scratch per element of the few rows that a thread has in
+ * work. SQ_ERR_NONFINITE: *bad_row is the first row that holds NaN or Inf, or comes to hold it; the
+ * outputs are then spoiled. Parallel over blocks of rows; a row's words depend on that row alone.
+ */
+sq_status
+sq_quantize_weight(const struct sq_quantizer *q, const struct sq_weight_transform *transform,
+                   sq_dtype dtype, const void *weight, int64_t n, int64_t k, int32_t *words,
+                   float *scales, int64_t *bad_row);
+
+/* The rows as sq_quantize_weight would round them: out [n][k] in float32. */
+sq_status
+sq_transform_weight(const struct sq_weight_transform *transform, sq_dtype dtype, const void *weight,
+                    int64_t n, int64_t k, float *out, int64_t *bad_row);
+
+/* Asks the system to read [address, address + bytes), if it is a mapped file, ahead of its use. */
+void
+sq_will_need(const void *address, size_t bytes);
 
 /* ---- packing (pack) --------------------------------------------------------------------- */
 

@@ -36,6 +36,26 @@ struct sq_step {
     float scale, low, high;
 };
 
+/* The clip search in integers. Values u are in units of 1 / SQ_FIXED_PEAK of the row's largest, a
+ * multiple of 7 * 50, so that clip ratio (50 - i) / 50 has the integer step SQ_FIXED_STEP(i):
+ *     code = min(round(|u| / step), u < 0 ? 8 : 7),    error = sum (|u| - step code)^2.
+ * The quotient is (|u| inverse + 2^14 >> 15), in 1/256, rounded again by (v + 128) >> 8. An element
+ * within 2e-3 steps of a boundary may get either code, at the same error but for that. */
+#define SQ_FIXED_PEAK 10150
+#define SQ_FIXED_STEP(i) (SQ_FIXED_PEAK / 350 * (50 - (i)))
+#define SQ_FIXED_INVERSE(step) (((1 << 23) + (step) / 2) / (step))
+/* int32 lanes hold the pair sums of this many elements of 16-bit vectors of 16 lanes. */
+#define SQ_FIXED_BLOCK 512
+#define SQ_FIXED_ALIGN 16
+#define SQ_FIXED_BATCH 4
+struct sq_fixed_steps {
+    int16_t step[SQ_FIXED_BATCH], inverse[SQ_FIXED_BATCH]; /* falling steps */
+};
+struct sq_fixed_errors {
+    int64_t error[SQ_FIXED_BATCH];
+    int64_t clipped; /* sum max(0, |u| - 8 or 7 steps)^2 for the last step */
+};
+
 struct sq_kernels {
     const char *name;
     uint32_t required_features;
@@ -68,6 +88,13 @@ struct sq_kernels {
      * i mod 8 in float64, lanes as ((0+4)+(2+6)) + ((1+5)+(3+7)). Equal bits on every table. */
     void (*quantize_errors)(const float *x, int64_t k, const struct sq_step *steps, int count,
                             double *errors);
+    /* u [k] <- rint(x * inv_unit), which the caller keeps within 15 bits; zeros are written from k
+     * to the next multiple of SQ_FIXED_ALIGN. Equal bytes on every table. */
+    void (*fixed_point)(const float *x, int64_t k, float inv_unit, int16_t *u);
+    /* Squared errors of rounding u [k], as fixed_point writes it, with each of a batch of steps,
+     * and a lower bound for those of all smaller steps. Equal integers on every table. */
+    void (*fixed_errors)(const int16_t *u, int64_t k, const struct sq_fixed_steps *steps,
+                         struct sq_fixed_errors *errors);
     /* y = (x * (float)(1 / sqrt(mean(x^2) + eps))) * weight; the squares are summed like the errors
      * above. Equal bits on every table. y may be x. */
     void (*rms_norm_row)(const float *x, const float *weight, int64_t n, float eps, float *y);

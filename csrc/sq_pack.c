@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Codes to the words of the file (pack-quantized layout), and words to the panels of one table. */
-#include "sq_internal.h"
+#include "sq_quantize.h"
 
 #include <stdatomic.h>
 #include <string.h>
 
+#include "sq_internal.h"
 #include "sq_kernels.h"
 #include "sq_threads.h"
 
@@ -30,27 +31,56 @@ struct words_job {
     atomic_int out_of_range;
 };
 
+/* Eight bytes of 0 .. 15, the first one lowest, to eight nibbles: neighbours are merged three
+ * times. */
+static uint32_t
+merge_nibbles(uint64_t bytes)
+{
+    bytes = (bytes | bytes >> 4) & 0x00ff00ff00ff00ffu;
+    bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+    return (uint32_t)(bytes | bytes >> 16);
+}
+
+void
+sq_pack_nibbles(uint8_t *nibbles, int64_t k, int32_t *words)
+{
+    const int64_t count = sq_packed_words(k);
+    memset(nibbles + k, 8, (size_t)(count * CODES_PER_WORD - k));
+    for (int64_t w = 0; w < count; w++) {
+        uint64_t bytes;
+        memcpy(&bytes, nibbles + w * CODES_PER_WORD, sizeof bytes);
+        const uint32_t word = merge_nibbles(bytes);
+        memcpy(words + w, &word, sizeof word);
+    }
+}
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "byte 0 becomes the lowest nibble");
+
+/* Codes of one row; the bits outside of a nibble that a code + 8 had are added to bad. */
+static void
+pack_row(const int8_t *codes, int64_t k, int32_t *words, uint64_t *bad)
+{
+    const uint64_t low7 = 0x7f7f7f7f7f7f7f7fu, eights = 0x0808080808080808u;
+    for (int64_t w = 0; w < sq_packed_words(k); w++) {
+        const int64_t first = w * CODES_PER_WORD;
+        uint64_t bytes = 0;
+        memcpy(&bytes, codes + first, (size_t)sq_min_i64(k - first, CODES_PER_WORD));
+        bytes = ((bytes & low7) + eights) ^ (bytes & ~low7); /* + 8 in each byte */
+        *bad |= bytes & 0xf0f0f0f0f0f0f0f0u;
+        words[w] = (int32_t)merge_nibbles(bytes & 0x0f0f0f0f0f0f0f0fu);
+    }
+}
+
 static void
 pack_rows(void *context, int64_t begin, int64_t end, int thread)
 {
     struct words_job *job = context;
     const int64_t k = job->k, words = sq_packed_words(k);
     (void)thread;
-    unsigned bad = 0;
+    uint64_t bad = 0;
     for (int64_t i = begin; i < end; i++) {
-        const int8_t *codes = job->codes_in + i * k;
-        for (int64_t w = 0; w < words; w++) {
-            const int64_t first = w * CODES_PER_WORD, count = sq_min_i64(k - first, CODES_PER_WORD);
-            uint32_t word = zero_word;
-            for (int64_t j = 0; j < count; j++) {
-                const unsigned nibble = (unsigned)(codes[first + j] + 8);
-                bad |= nibble; /* above 15 when the code is outside -8 .. 7 */
-                word ^= ((nibble ^ 8u) & 15u) << (4 * j);
-            }
-            job->words_out[i * words + w] = (int32_t)word;
-        }
+        pack_row(job->codes_in + i * k, k, job->words_out + i * words, &bad);
     }
-    if (bad > 15) {
+    if (bad) {
         atomic_store(&job->out_of_range, 1);
     }
 }

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Scales and rounding: float32 rows or groups to 4- and 8-bit codes and back. */
-#include "sq_internal.h"
+#include "sq_quantize.h"
 
 #include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
+#include "sq_internal.h"
 #include "sq_kernels.h"
 #include "sq_threads.h"
 
@@ -59,11 +60,65 @@ make_grid(const struct sq_quantizer *q, float min, float max, float clip)
                         : asymmetric_grid(min, max, q->bits, clip);
 }
 
-/* The grid of least squared error among the ratios; the largest ratio wins ties. */
+/* The batches of the search in integers; what is past the last ratio repeats it and never wins. */
+#define FIXED_INDEX(i) ((i) < SQ_CLIP_RATIOS ? (i) : SQ_CLIP_RATIOS - 1)
+#define FIXED_STEP(i) SQ_FIXED_STEP(FIXED_INDEX(i))
+#define FIXED_INVERSE(i) SQ_FIXED_INVERSE(FIXED_STEP(i))
+#define FOUR(of, i)                                  \
+    {                                                \
+        of(i), of((i) + 1), of((i) + 2), of((i) + 3) \
+    }
+#define BATCH(b)                                                \
+    {                                                           \
+        FOUR(FIXED_STEP, 4 * (b)), FOUR(FIXED_INVERSE, 4 * (b)) \
+    }
+/* clang-format off */
+static const struct sq_fixed_steps batches[] = {
+    BATCH(0), BATCH(1), BATCH(2), BATCH(3), BATCH(4), BATCH(5), BATCH(6), BATCH(7), BATCH(8),
+    BATCH(9), BATCH(10)};
+/* clang-format on */
+enum { BATCHES = sizeof batches / sizeof batches[0] };
+_Static_assert(SQ_FIXED_BATCH == 4 && BATCHES == (SQ_CLIP_RATIOS + 3) / 4, "every ratio, once");
+_Static_assert(SQ_FIXED_PEAK % 350 == 0, "every ratio's step is an integer");
+
+/* Least magnitude whose reciprocal times the peak is far from overflow. */
+static const float fixed_least = 1e-30f;
+
+/* The ratio of least squared error; the largest ratio wins ties. Ratios whose clipped values alone
+ * cost more than the best so far are not tried. */
+static int
+search_fixed(const struct sq_kernels *kernels, const float *x, int64_t k, float largest, int16_t *u)
+{
+    int best = 0;
+    int64_t least = INT64_MAX;
+    kernels->fixed_point(x, k, (float)SQ_FIXED_PEAK / largest, u);
+    for (int b = 0; b < BATCHES; b++) {
+        struct sq_fixed_errors errors;
+        kernels->fixed_errors(u, k, &batches[b], &errors);
+        for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+            if (errors.error[c] < least) {
+                least = errors.error[c];
+                best = b * SQ_FIXED_BATCH + c;
+            }
+        }
+        if (errors.clipped >= least) {
+            break;
+        }
+    }
+    return best;
+}
+
+/* The grid of least squared error among the ratios; the largest ratio wins ties. Four bits without
+ * a clip of their own are searched in integers, others exactly, in float64. */
 static struct grid
 search_grid(const struct sq_kernels *kernels, const struct sq_quantizer *q, const float *x,
-            int64_t k, float min, float max)
+            int64_t k, float min, float max, int16_t *scratch)
 {
+    const float largest = fmaxf(-min, max);
+    if (q->bits == 4 && q->symmetric && q->clip == 1.0f && largest > fixed_least) {
+        const int best = search_fixed(kernels, x, k, largest, scratch);
+        return make_grid(q, min, max, SQ_CLIP_RATIO(best));
+    }
     struct grid grids[SQ_CLIP_RATIOS];
     struct sq_step steps[SQ_CLIP_RATIOS];
     double errors[SQ_CLIP_RATIOS];
@@ -89,14 +144,46 @@ search_grid(const struct sq_kernels *kernels, const struct sq_quantizer *q, cons
 
 static void
 write_codes(const struct sq_kernels *kernels, const struct grid *grid, const float *x, int64_t k,
-            int8_t *codes)
+            int offset, int8_t *codes)
 {
     if (grid->scale == 0.0f) {
-        memset(codes, 0, (size_t)k);
+        memset(codes, offset, (size_t)k);
         return;
     }
     kernels->quantize_codes(x, k, 1.0f / grid->scale, (float)grid->low, (float)grid->high,
-                            grid->zero, codes);
+                            grid->zero + offset, codes);
+}
+
+sq_status
+sq_quantizer_check(const struct sq_quantizer *q, int64_t k)
+{
+    if ((q->bits != 4 && q->bits != 8) || !(q->clip > 0.0f && q->clip <= 1.0f)) {
+        return SQ_ERR_RANGE;
+    }
+    return k < 1 || q->group < 0 || (q->group && k % q->group) ? SQ_ERR_SHAPE : SQ_OK;
+}
+
+int64_t
+sq_quantize_scratch(int64_t k)
+{
+    return sq_round_up(k, SQ_FIXED_ALIGN);
+}
+
+int
+sq_quantize_group(const struct sq_kernels *kernels, const struct sq_quantizer *q, const float *x,
+                  int64_t k, int offset, int16_t *scratch, int8_t *codes, float *scale,
+                  int32_t *zero)
+{
+    float min, max;
+    if (!kernels->extremes(x, k, &min, &max)) {
+        return 0;
+    }
+    const struct grid grid = q->search ? search_grid(kernels, q, x, k, min, max, scratch)
+                                       : make_grid(q, min, max, q->clip);
+    write_codes(kernels, &grid, x, k, offset, codes);
+    *scale = grid.scale;
+    *zero = grid.zero;
+    return 1;
 }
 
 sq_status
@@ -117,7 +204,7 @@ sq_quantize_row(const struct sq_kernels *kernels, int bits, float clip, const fl
         return SQ_ERR_NONFINITE;
     }
     const struct grid grid = symmetric_grid(min, max, bits, clip);
-    write_codes(kernels, &grid, x, k, codes);
+    write_codes(kernels, &grid, x, k, 0, codes);
     *scale = grid.scale;
     return SQ_OK;
 }
@@ -130,7 +217,7 @@ struct quantize_job {
     int8_t *codes;
     float *scales;
     int32_t *zeros;
-    atomic_int nonfinite;
+    atomic_int status;
 };
 
 /* Items are groups: row i / (k / g), all of one length, so that x and codes are flat. */
@@ -139,22 +226,23 @@ quantize_groups(void *context, int64_t begin, int64_t end, int thread)
 {
     struct quantize_job *job = context;
     (void)thread;
-    for (int64_t i = begin; i < end; i++) {
-        const float *x = job->x + i * job->group;
-        float min, max;
-        if (!job->kernels->extremes(x, job->group, &min, &max)) {
-            atomic_store(&job->nonfinite, 1);
-            return;
+    int16_t *scratch = sq_alloc((size_t)sq_quantize_scratch(job->group) * sizeof *scratch);
+    sq_status status = scratch ? SQ_OK : SQ_ERR_NOMEM;
+    for (int64_t i = begin; i < end && status == SQ_OK; i++) {
+        const int64_t first = i * job->group;
+        int32_t zero;
+        if (!sq_quantize_group(job->kernels, job->q, job->x + first, job->group, 0, scratch,
+                               job->codes + first, job->scales + i, &zero)) {
+            status = SQ_ERR_NONFINITE;
         }
-        const struct grid grid = job->q->search
-                                     ? search_grid(job->kernels, job->q, x, job->group, min, max)
-                                     : make_grid(job->q, min, max, job->q->clip);
-        write_codes(job->kernels, &grid, x, job->group, job->codes + i * job->group);
-        job->scales[i] = grid.scale;
-        if (!job->q->symmetric) {
-            job->zeros[i] = grid.zero;
+        else if (!job->q->symmetric) {
+            job->zeros[i] = zero;
         }
     }
+    if (status != SQ_OK) {
+        atomic_store(&job->status, (int)status);
+    }
+    free(scratch);
 }
 
 sq_status
@@ -164,12 +252,10 @@ sq_quantize(const struct sq_quantizer *q, const float *x, int64_t m, int64_t k, 
     if (!q || (!q->symmetric && !zeros)) {
         return SQ_ERR_NULL;
     }
-    if ((q->bits != 4 && q->bits != 8) || !(q->clip > 0.0f && q->clip <= 1.0f)) {
-        return SQ_ERR_RANGE;
-    }
+    SQ_TRY(sq_quantizer_check(q, k));
     const int64_t group = q->group ? q->group : k;
     int64_t count;
-    if (k < 1 || group < 1 || k % group || !sq_product(m, k, &count)) {
+    if (!sq_product(m, k, &count)) {
         return SQ_ERR_SHAPE;
     }
     if (count && (!x || !codes || !scales)) {
@@ -184,7 +270,7 @@ sq_quantize(const struct sq_quantizer *q, const float *x, int64_t m, int64_t k, 
                                .scales = scales,
                                .zeros = zeros};
     sq_parallel_for(count / group, sq_max_i64(1, CHUNK_ELEMENTS / group), quantize_groups, &job);
-    return atomic_load(&job.nonfinite) ? SQ_ERR_NONFINITE : SQ_OK;
+    return (sq_status)atomic_load(&job.status);
 }
 
 struct dequantize_job {

@@ -267,7 +267,25 @@ def rounded(x, scale, low, high):
         return np.rint(np.clip(x * (F32(1) / scale), F32(low), F32(high)))
 
 
+def fixed_errors(part):
+    """The integer search's squared error of each clip ratio, for one group [k] of floats.
+
+    Values are rounded to 1 / 10150 of the largest magnitude: ratio (50 - i) / 50 has the integer
+    step 29 (50 - i). The code's quotient is rounded to 1/256, then to a whole number.
+    """
+    u = np.rint(part * (F32(10150) / np.abs(part).max())).astype(np.int64)
+    magnitude, most = np.abs(u), np.where(u < 0, 8, 7)
+    errors = []
+    for i in range(len(CLIP_RATIOS)):
+        step = 29 * (50 - i)
+        inverse = (2**23 + step // 2) // step
+        code = np.minimum(((magnitude * inverse + 2**14 >> 15) + 128) >> 8, most)
+        errors.append(int(np.sum((magnitude - step * code) ** 2)))
+    return errors
+
+
 def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False):
+    """search="exact": in float64 also where the core searches in integers."""
     x = np.asarray(x, F32)
     if not np.isfinite(x).all():
         raise ValueError("x: NaN or Inf found")
@@ -280,6 +298,9 @@ def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False):
         for j in range(k // g):
             part = x[i, j * g : (j + 1) * g]
             clips = [F32(clip) * r for r in CLIP_RATIOS] if search else [clip]
+            integers = bits == 4 and symmetric and clip == 1 and np.abs(part).max() > F32(1e-30)
+            if search and search != "exact" and integers:
+                clips = [clips[int(np.argmin(fixed_errors(part)))]]
             best, least = grid(part, bits, symmetric, clips[0]), None
             for c in clips:
                 candidate = scale, _, low, high = grid(part, bits, symmetric, c)
@@ -685,3 +706,24 @@ def gptq_round(weights, factor, permutation, bits=4, group=0, search=False):
         w[:, order[i:]] -= np.outer(error, upper[i, i:])
         codes[:, column] = code
     return codes, scales
+
+
+# ---- weights ----
+
+
+def transform_weight(weight, rotation=None, columns=None, rows=None):
+    """Like the core, in float32; the rotation in float64."""
+    x = to_float32(weight, reject=True)
+    if columns is not None:
+        x = x * np.asarray(columns, F32)
+    if rows is not None:
+        x = x * np.asarray(rows, F32)[:, None]
+    if rotation is None:
+        return x
+    return (rotate if len(rotation) == 2 else rotate_blocks)(x, *rotation).astype(F32)
+
+
+def quantize_weight(weight, group=0, search=False, rotation=None, columns=None, rows=None):
+    x = transform_weight(weight, rotation, columns, rows)
+    codes, scales, _ = quantize(x, 4, group, True, 1.0, search)
+    return pack(codes), scales

@@ -22,7 +22,7 @@ from .artifacts import (
     packed_words,
     packing_problem,
 )
-from .forward import ROWS_PER_BLOCK, float32_blocks, require_finite, rotate_rows
+from .forward import ROWS_PER_BLOCK, require_finite, rotate_rows
 
 Rotation = SiteRotation | BlockRotation
 
@@ -96,15 +96,6 @@ def gptq_factor(
 # ---- linears and layers -------------------------------------------------------------------------
 
 
-def _round(
-    block: NDArray[np.float32], config: QuantConfig, gptq: GptqFactor | None
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Codes [n, k] and scales [n, k / g] of rotated weights [n, k]."""
-    if gptq is not None:
-        return _C.gptq_round(block, *gptq, 4, config.group_size, True)
-    return _C.quantize(block, 4, config.group_size, True, 1.0, config.weights == "mse")[:2]
-
-
 def quantize_linear(
     weight: NDArray,
     rotation: Rotation | None,
@@ -113,7 +104,7 @@ def quantize_linear(
     gptq: GptqFactor | None = None,
     rows_scale: NDArray[np.float32] | None = None,
 ) -> PackedLinear:
-    """Rotate and quantize weight [n, k] (float32, float16 or bfloat16), row block by row block.
+    """Rotate, quantize and pack weight [n, k] (float32, float16 or bfloat16), blocks in cache.
 
     gptq: the site's `gptq_factor`, which config.weights "gptq" needs. rows_scale [n] multiplies the
     rows first. ValueError names the linear when it holds NaN or Inf, when k does not suit the group
@@ -127,13 +118,25 @@ def quantize_linear(
     if (config.weights == "gptq") != (gptq is not None):
         raise ValueError(f"gptq: expected a factor with weights 'gptq' and none otherwise, found "
                          f"{'none' if gptq is None else 'one'} with {config.weights!r}")
-    words = np.empty((n, packed_words(k)), np.int32)
-    scales = np.empty((n, k // group if group else 1), np.float32)
-    for rows, block in float32_blocks(weight, name):
-        scale = None if rows_scale is None else rows_scale[rows]
-        block = transform_rows(block, rotation, scale)
-        codes, scales[rows] = _round(block, config, gptq)
-        words[rows] = _C.pack(codes)
+    columns = None if rotation is None else rotation.balance
+    turn = None if rotation is None or rotation.is_identity else rotation.arrays
+    try:
+        if gptq is None:
+            words, scales = _C.quantize_weight(
+                weight, group, config.weights == "mse", turn, columns, rows_scale
+            )
+            return PackedLinear(words, scales, (n, k), group)
+        words = np.empty((n, packed_words(k)), np.int32)
+        scales = np.empty((n, k // group if group else 1), np.float32)
+        for first in range(0, n, ROWS_PER_BLOCK):
+            rows = slice(first, min(first + ROWS_PER_BLOCK, n))
+            scale = None if rows_scale is None else rows_scale[rows]
+            block = _C.transform_weight(weight[rows], turn, columns, scale)
+            codes, scales[rows] = _C.gptq_round(block, *gptq, 4, group, True)
+            words[rows] = _C.pack(codes)
+    except ValueError as error:
+        require_finite(weight, name)  # names its rows as everywhere else
+        raise ValueError(f"{name}: {error}") from None
     return PackedLinear(words, scales, (n, k), group)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import _C
 from .artifacts import (
     RESIDUAL_METHODS,
     LayerRotations,
@@ -239,6 +240,7 @@ def quantize_folder(
                     statistics = next(layers, None)
                 if statistics is None:
                     break
+                read_ahead(checkpoint, statistics.index + 1)
                 with clock.measure("solve"):
                     rotations = solve(view, statistics, config)
                 with clock.measure("quantize"):
@@ -278,6 +280,24 @@ def save(
                 progress(layer.index + 1, checkpoint.shape.layers)
         writer.finish()
     return Path(out)
+
+
+def read_ahead(checkpoint: Checkpoint, index: int) -> threading.Thread | None:
+    """Start reading layer `index` into the page cache, beside the work; None behind the last.
+
+    Takes no memory of the process: the pages are the file's own, and the system's to drop.
+    """
+    if index >= checkpoint.shape.layers:
+        return None
+    weights = [linear.weight for linear in checkpoint.layer(index).linears.values()]
+
+    def advise() -> None:
+        for weight in weights:
+            _C.will_need(weight)
+
+    thread = threading.Thread(target=advise, daemon=True)
+    thread.start()
+    return thread
 
 
 def folder_bytes(folder: Path) -> int:

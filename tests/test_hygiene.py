@@ -63,6 +63,8 @@ CALLS = {
     "statistics_merge": (STATE, STATE),
     "quantize": (f32(3, 64), 4, 32, False, 1.0, True),
     "dequantize": (CODES, f32(6, 2), RNG.integers(0, 15, (6, 2)).astype(np.int32)),
+    "quantize_weight": (f32(5, 16).astype(np.float16), 8, True, (EYE, CHAIN), f32(16), f32(5)),
+    "transform_weight": (f32(5, 16), (CHAIN, EYE), f32(16), f32(5)),
     "gram": (f32(9, 5),),
     "gptq_factor": (np.cov(f32(5, 40)).astype(np.float32), 0.1, True),
     "gptq_round": (f32(3, 6), np.eye(6, dtype=np.float32) + np.tril(f32(6, 6), -1),
@@ -84,6 +86,7 @@ CALLS = {
     "kernel_silu_mul": (f32(9), f32(9), f32(9)),
     "kernel_softmax": (f32(9), 5, 0.5),
     "kernel_widen": (np.arange(9, dtype=np.uint16), True, f32(9)),
+    "kernel_fixed_errors": (np.arange(-9, 9, dtype=np.int16), 7),
     "DecoderLayer": (ARCHITECTURE, (f32(16), f32(16)), LINEARS, SITES),
 }
 # Position of the argument that is the output.
@@ -92,10 +95,10 @@ OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "ker
 # Arguments whose dtype says what the bits are, so that a list (float64, int64) will not do.
 TYPED = {"column_moments": {0}, "dequantize": {0}, "unpack": {0}, "PackedWeight": {0},
          "linear_dense": {1}, "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0},
-         "DecoderLayer": {2}}
+         "DecoderLayer": {2}, "quantize_weight": {0}, "transform_weight": {0}}
 NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
-             "duquant_steps", "KVCache", "FormatError"}
+             "duquant_steps", "KVCache", "FormatError", "will_need"}
 
 LAYOUTS = {
     "list": lambda a: a.tolist(),
@@ -302,6 +305,7 @@ LONG_CALLS = {
     "principal_directions": lambda: _C.principal_directions(SQUARE @ SQUARE.T),
     "chain_from_matrix": lambda: _C.chain_from_matrix(ORTHOGONAL),
     "column_moments": lambda: _C.column_moments(BIG),
+    "quantize_weight": lambda: _C.quantize_weight(BIG, 0, True, (np.eye(32), np.eye(64))),
 }
 
 

@@ -1,5 +1,6 @@
 """Quantizers: codes, scales and zeros equal the NumPy twin's byte for byte, on every table."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -186,3 +187,228 @@ def test_dequantize_error_texts():
         _C.dequantize(codes, scales, np.full((2, 1), 256))
     with pytest.raises(TypeError, match="codes: expected an array"):
         _C.dequantize(codes.astype(np.int64), scales)
+
+
+# ---- the clip search against the exact one ------------------------------------------------------
+
+
+def rows_of(kind, n, k, seed=0):
+    rng = np.random.default_rng([seed, k])
+    x = {
+        "gauss": lambda: rng.standard_normal((n, k)),
+        "laplace": lambda: rng.laplace(size=(n, k)),
+        "student": lambda: rng.standard_t(3, (n, k)),
+        "massive": lambda: rng.standard_normal((n, k)) * np.where(np.arange(k) == 1, 100, 1),
+        "ties": lambda: rng.integers(-6, 7, (n, k)),
+        "lopsided": lambda: -np.abs(rng.standard_normal((n, k))),
+    }[kind]()
+    return x.astype(np.float32)
+
+
+def squared_errors(x, codes, scales):
+    """Per row of x, in float64."""
+    return ((_C.dequantize(codes, scales).astype(np.float64) - x) ** 2).sum(axis=1)
+
+
+@pytest.mark.parametrize("group", [0, 128, 64, 32])
+@pytest.mark.parametrize("kind", ["gauss", "laplace", "student", "massive", "ties", "lopsided"])
+def test_search_is_within_a_thousandth_of_the_exact_one(kind, group):
+    x = rows_of(kind, 16, 1024)
+    codes, scales, _ = _C.quantize(x, 4, group, search=True)
+    exact = reference.quantize(x, 4, group, search="exact")
+    found, least = squared_errors(x, codes, scales), squared_errors(x, *exact[:2])
+    assert (found <= least * 1.001 + 1e-12).all()
+    assert (scales == exact[1]).mean() > 0.9
+    assert least.sum() < squared_errors(x, *_C.quantize(x, 4, group)[:2]).sum() or kind == "ties"
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 511, 512, 513, 1024, 40000])
+@pytest.mark.parametrize("index", [0, 17, 40])
+def test_search_sums_its_blocks_without_overflow(table, k, index):
+    """At the peak with the smallest step the error is the largest there is: 8120 squared."""
+    peak, step = 10150, 29 * (50 - index)
+    for u, codes in ((peak, 7), (-peak, 8)):
+        errors, clipped = _C.kernel_fixed_errors(np.full(k, u, np.int16), index)
+        nearest = min(codes, round(peak / step))
+        assert errors == [k * (peak - step * nearest) ** 2] * 4
+        assert clipped == k * max(0, peak - step * codes) ** 2
+
+
+def test_fixed_errors_equal_twin(table):
+    part = rows_of("student", 1, 301)[0]
+    u = np.rint(part * (np.float32(10150) / np.abs(part).max())).astype(np.int16)
+    expected = reference.fixed_errors(part)
+    assert [_C.kernel_fixed_errors(u, i)[0][3] for i in range(41)] == expected
+    bounds = [_C.kernel_fixed_errors(u, i)[1] for i in range(41)]
+    assert all(max(bounds[: i + 1]) <= expected[i] for i in range(41))
+
+
+def test_search_of_constants_and_zeros_is_exact(table):
+    x = np.float32([[0] * 9, [3] * 9, [-3] * 9, [0] * 8 + [5]])
+    codes, scales, _ = _C.quantize(x, search=True)
+    assert not codes[0].any()
+    assert scales[0, 0] == 0
+    error = squared_errors(x, codes, scales)
+    exact = squared_errors(x, *reference.quantize(x, search="exact")[:2])
+    assert (error <= exact + 1e-10).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-37, 9e-31, 1.1e-30, 3e38])
+def test_search_at_the_ends_of_float32_equals_twin(table, magnitude):
+    x = (rows_of("gauss", 3, 77) / 8 * np.float32(magnitude)).astype(np.float32)
+    assert_same(_C.quantize(x, search=True), reference.quantize(x, search=True))
+
+
+# ---- weights in one pass ------------------------------------------------------------------------
+
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+def rotation_of(kind, k, seed=0):
+    """None, factors, a chain beside a factor, or blocks, for k inputs."""
+    rng = np.random.default_rng([seed, k])
+    k1, k2 = _C.factor_sizes(k)
+
+    def matrix(n):
+        return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
+
+    if kind == "none":
+        return None
+    if kind == "dense":
+        return matrix(k1), matrix(k2)
+    if kind == "chain":
+        order = np.arange(k, dtype=np.int32)
+        pairs = np.stack([order[:-1], order[1:]], 1).reshape(-1, 2)
+        return (k, True, pairs, rng.uniform(-3, 3, len(pairs))), np.eye(1, dtype=np.float32)
+    b = next(b for b in (16, 9, 5, 1) if k % b == 0)
+    blocks = np.stack([matrix(b) for _ in range(k // b)])
+    return blocks, rng.permutation(k).astype(np.int32), blocks[::-1].copy()
+
+
+def steps(weight, group, search, rotation, columns, rows):
+    """What quantize_weight does, by one array function after the other."""
+    x = _C.to_float32(weight, reject=True)
+    x = x if columns is None else x * columns
+    x = x if rows is None else x * rows[:, None]
+    if rotation is not None:
+        x = (_C.rotate if len(rotation) == 2 else _C.rotate_blocks)(x, *rotation)
+    codes, scales, _ = _C.quantize(x, 4, group, True, 1.0, search)
+    return x, _C.pack(codes), scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("kind", ["none", "dense", "chain", "blocks"])
+@pytest.mark.parametrize(("n", "k", "group"), [
+    (1, 1, 0), (1, 96, 32), (3, 45, 0), (5, 45, 9), (70, 64, 0), (9, 521, 0), (33, 2048, 64),
+    (2, 40000, 0)])
+def test_quantize_weight_equals_its_steps(table, dtype, kind, n, k, group):
+    if kind == "chain" and k > 3000 or table == "generic" and k > 3000:
+        pytest.skip("slow, and no other path than the shorter ones")
+    rng = np.random.default_rng([n, k])
+    weight = rng.standard_t(4, (n, k)).astype(dtype)
+    columns = rng.uniform(0.5, 2, k).astype(np.float32)
+    rows = rng.uniform(0.5, 2, n).astype(np.float32)
+    rotation = rotation_of(kind, k)
+    for search, scales_of in ((False, (None, None)), (True, (columns, rows))):
+        x, words, scales = steps(weight, group, search, rotation, *scales_of)
+        found = _C.quantize_weight(weight, group, search, rotation, *scales_of)
+        np.testing.assert_array_equal(found[0], words)
+        np.testing.assert_array_equal(found[1], scales)
+        turned = _C.transform_weight(weight, rotation, *scales_of)
+        np.testing.assert_array_equal(turned, x)
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "blocks"])
+def test_quantize_weight_is_close_to_its_twin(kind):
+    weight = np.random.default_rng(0).standard_normal((11, 80)).astype(np.float16)
+    columns, rotation = np.linspace(0.5, 2, 80, dtype=np.float32), rotation_of(kind, 80)
+    words, scales = _C.quantize_weight(weight, 40, True, rotation, columns)
+    twin_words, twin_scales = reference.quantize_weight(weight, 40, True, rotation, columns)
+    np.testing.assert_allclose(scales, twin_scales, rtol=0.03)  # a tie may fall to a neighbour
+    codes, twin_codes = _C.unpack(words, 80), reference.unpack(twin_words, 80)
+    assert np.mean(codes != twin_codes) < 0.01
+    turned = _C.transform_weight(weight, rotation, columns)
+    twin = reference.transform_weight(weight, rotation, columns)
+    np.testing.assert_allclose(turned, twin, atol=2e-6 * np.abs(twin).max() * 9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 37, 300])
+def test_quantize_weight_does_not_depend_on_threads(n):
+    weight = np.random.default_rng(n).standard_normal((n, 516)).astype(np.float16)
+    rotation, results = rotation_of("dense", 516), []
+    for threads in (1, 2, 3, 7):
+        _C.set_num_threads(threads)
+        results.append(_C.quantize_weight(weight, 0, True, rotation))
+    for found in results[1:]:
+        np.testing.assert_array_equal(found[0], results[0][0])
+        np.testing.assert_array_equal(found[1], results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_quantize_weight_names_the_first_bad_row(table, dtype, bad):
+    weight = np.ones((900, 130), dtype)
+    weight[[333, 612, 899], [129, 0, 64]] = bad
+    for threads in (1, 4):
+        _C.set_num_threads(threads)
+        for call in (_C.quantize_weight, _C.transform_weight):
+            with pytest.raises(ValueError, match="^weight, row 333: NaN or Inf found$"):
+                call(weight)
+
+
+def test_quantize_weight_names_a_row_that_overflows():
+    weight = np.full((4, 64), 1e38, np.float32)
+    weight[:2] = 1
+    columns, rotation = np.full(64, 2, np.float32), rotation_of("dense", 64)
+    for call in (_C.quantize_weight, _C.transform_weight):
+        with pytest.raises(ValueError, match="^weight, row 2: NaN or Inf found$"):
+            call(weight, rotation=rotation, columns=columns * 1e3)
+
+
+def test_quantize_weight_error_texts():
+    weight, eye = np.ones((3, 6), np.float32), np.eye(3, dtype=np.float32)
+    with pytest.raises(TypeError, match="weight: expected float32, float16 or bfloat16, got"):
+        _C.quantize_weight(weight.astype(np.float64))
+    with pytest.raises(ValueError, match="weight: expected 2 dimensions, got 1"):
+        _C.quantize_weight(weight[0])
+    with pytest.raises(ValueError, match="weight: expected k >= 1, got 0"):
+        _C.transform_weight(weight[:, :0])
+    with pytest.raises(ValueError, match="group: expected 0 or a divisor of k = 6, got 4"):
+        _C.quantize_weight(weight, 4)
+    with pytest.raises(ValueError, match=r"columns: expected shape\[0\] = 6, got 5"):
+        _C.quantize_weight(weight, columns=np.ones(5))
+    with pytest.raises(ValueError, match=r"rows: expected shape\[0\] = 3, got 6"):
+        _C.transform_weight(weight, rows=np.ones(6))
+    with pytest.raises(ValueError, match="rotation: expected one of k = 6 inputs, got 9"):
+        _C.quantize_weight(weight, rotation=(eye, eye))
+    with pytest.raises(TypeError, match="rotation: expected None, .left, right. or .first"):
+        _C.quantize_weight(weight, rotation=eye)
+    with pytest.raises(ValueError, match="left: expected a square matrix"):
+        _C.transform_weight(weight, (np.ones((2, 3)), eye))
+    blocks = np.stack([eye, eye])
+    with pytest.raises(ValueError, match="permutation: "):
+        _C.quantize_weight(weight, rotation=(blocks, np.zeros(6, np.int32), blocks))
+    with pytest.raises(TypeError, match="array: expected a contiguous array"):
+        _C.will_need(weight[:, ::2])
+
+
+def test_quantize_weight_takes_strides_empty_weights_and_leaves_its_input_alone():
+    weight = np.random.default_rng(3).standard_normal((8, 40)).astype(np.float16)
+    weight.flags.writeable = False
+    copy = weight.copy()
+    words, scales = _C.quantize_weight(weight[::2, ::2], 0, True, rotation_of("dense", 20))
+    expected = _C.quantize_weight(copy[::2, ::2].copy(), 0, True, rotation_of("dense", 20))
+    np.testing.assert_array_equal(words, expected[0])
+    np.testing.assert_array_equal(weight, copy)
+    assert _C.quantize_weight(weight[:0])[0].shape == (0, 5)
+    assert scales.shape == (4, 1)
+
+
+def test_will_need_reads_a_file_ahead_and_ignores_other_memory(tmp_path):
+    path = tmp_path / "weights"
+    np.arange(100_000, dtype=np.float32).tofile(path)
+    mapped = np.memmap(path, np.float32, "r")
+    assert _C.will_need(mapped[3:50_001]) is None
+    assert _C.will_need(np.ones(5)) is None
+    assert _C.will_need(np.ones(0)) is None
+    np.testing.assert_array_equal(mapped, np.arange(100_000, dtype=np.float32))

@@ -205,6 +205,98 @@ sq_quantize_errors__avx2(const float *x, int64_t k, const struct sq_step *steps,
     }
 }
 
+static void
+sq_fixed_point__avx2(const float *x, int64_t k, float inv_unit, int16_t *u)
+{
+    const __m256 inv = _mm256_set1_ps(inv_unit);
+    for (int64_t i = 0; i < k; i += SQ_FIXED_ALIGN) {
+        __m256i part[2];
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            const float *from = x + i + 8 * v;
+            const __m256 values = k - i >= SQ_FIXED_ALIGN
+                                      ? _mm256_loadu_ps(from)
+                                      : _mm256_maskload_ps(from, lane_mask(k - i - 8 * v));
+            part[v] = _mm256_cvtps_epi32(_mm256_mul_ps(values, inv));
+        }
+        const __m256i both = _mm256_packs_epi32(part[0], part[1]);
+        _mm256_store_si256((__m256i *)(u + i), _mm256_permute4x64_epi64(both, 0xd8));
+    }
+}
+
+/* acc += the squares of e. */
+static ALWAYS_INLINE __m256i
+add_products(__m256i e, __m256i acc)
+{
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(e, e));
+}
+
+/* The sum of eight unsigned 32-bit lanes. */
+static ALWAYS_INLINE int64_t
+sum_of_dwords(__m256i x)
+{
+    const __m256i even = _mm256_and_si256(x, _mm256_set1_epi64x(0xffffffff));
+    const __m256i four = _mm256_add_epi64(even, _mm256_srli_epi64(x, 32));
+    const __m128i two =
+        _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    return _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
+}
+
+/* A pair of squares is at most 2 * (0.8 * SQ_FIXED_PEAK)^2, the error of a value at the peak with
+ * the smallest step; SQ_FIXED_BLOCK / 16 such pairs meet in a lane. */
+_Static_assert((int64_t)SQ_FIXED_BLOCK / 16 * 2 * (SQ_FIXED_PEAK * 4 / 5) *
+                       (SQ_FIXED_PEAK * 4 / 5) <=
+                   UINT32_MAX,
+               "unsigned 32-bit lanes hold a block's squares");
+_Static_assert(2LL * (SQ_FIXED_PEAK * 4 / 5) * (SQ_FIXED_PEAK * 4 / 5) <= INT32_MAX,
+               "madd's pairs fit");
+/* 8 steps at ratio 1, and 256 times the largest quotient, 7 / 0.2, fit 16 bits. */
+_Static_assert(8 * SQ_FIXED_STEP(0) <= INT16_MAX && 256 * 35 + 128 <= INT16_MAX &&
+                   SQ_FIXED_INVERSE(SQ_FIXED_STEP(40)) <= INT16_MAX,
+               "16-bit lanes");
+
+static void
+sq_fixed_errors__avx2(const int16_t *u, int64_t k, const struct sq_fixed_steps *steps,
+                      struct sq_fixed_errors *errors)
+{
+    const __m256i seven = _mm256_set1_epi16(7), byte = _mm256_set1_epi16(128);
+    __m256i step[SQ_FIXED_BATCH], inverse[SQ_FIXED_BATCH];
+    UNROLL
+    for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+        step[c] = _mm256_set1_epi16(steps->step[c]);
+        inverse[c] = _mm256_set1_epi16(steps->inverse[c]);
+        errors->error[c] = 0;
+    }
+    errors->clipped = 0;
+    for (int64_t begin = 0; begin < k; begin += SQ_FIXED_BLOCK) {
+        const int64_t end = sq_min_i64(begin + SQ_FIXED_BLOCK, k);
+        __m256i sum[SQ_FIXED_BATCH], clipped = _mm256_setzero_si256();
+        UNROLL
+        for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+            sum[c] = _mm256_setzero_si256();
+        }
+        for (int64_t i = begin; i < end; i += SQ_FIXED_ALIGN) {
+            const __m256i value = _mm256_load_si256((const __m256i *)(u + i));
+            const __m256i most = _mm256_sub_epi16(seven, _mm256_srai_epi16(value, 15));
+            const __m256i magnitude = _mm256_abs_epi16(value);
+            UNROLL
+            for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+                const __m256i fine = _mm256_mulhrs_epi16(magnitude, inverse[c]);
+                const __m256i code = _mm256_min_epi16(_mm256_mulhrs_epi16(fine, byte), most);
+                const __m256i back = _mm256_mullo_epi16(code, step[c]);
+                sum[c] = add_products(_mm256_sub_epi16(magnitude, back), sum[c]);
+            }
+            const __m256i largest = _mm256_mullo_epi16(most, step[SQ_FIXED_BATCH - 1]);
+            clipped = add_products(_mm256_subs_epu16(magnitude, largest), clipped);
+        }
+        UNROLL
+        for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+            errors->error[c] += sum_of_dwords(sum[c]);
+        }
+        errors->clipped += sum_of_dwords(clipped);
+    }
+}
+
 /* ---- rows ------------------------------------------------------------------------------- */
 
 static void
@@ -378,6 +470,8 @@ const struct sq_kernels sq_kernels_avx2 = {
     .extremes = sq_extremes__avx2,
     .quantize_codes = sq_quantize_codes__avx2,
     .quantize_errors = sq_quantize_errors__avx2,
+    .fixed_point = sq_fixed_point__avx2,
+    .fixed_errors = sq_fixed_errors__avx2,
     .rms_norm_row = sq_rms_norm_row__avx2,
     .silu_mul = sq_silu_mul__avx2,
     .softmax_row = sq_softmax_row__avx2,

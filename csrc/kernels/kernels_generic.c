@@ -153,6 +153,37 @@ sq_quantize_errors__generic(const float *x, int64_t k, const struct sq_step *ste
     }
 }
 
+static void
+sq_fixed_point__generic(const float *x, int64_t k, float inv_unit, int16_t *u)
+{
+    for (int64_t i = 0; i < k; i++) {
+        u[i] = (int16_t)rintf(x[i] * inv_unit);
+    }
+    for (int64_t i = k; i < sq_round_up(k, SQ_FIXED_ALIGN); i++) {
+        u[i] = 0;
+    }
+}
+
+static void
+sq_fixed_errors__generic(const int16_t *u, int64_t k, const struct sq_fixed_steps *steps,
+                         struct sq_fixed_errors *errors)
+{
+    errors->clipped = 0;
+    for (int c = 0; c < SQ_FIXED_BATCH; c++) {
+        const int32_t step = steps->step[c], inverse = steps->inverse[c];
+        int64_t sum = 0;
+        for (int64_t i = 0; i < k; i++) {
+            const int32_t magnitude = abs(u[i]), most = u[i] < 0 ? 8 : 7;
+            const int32_t fine = (magnitude * inverse + (1 << 14)) >> 15;
+            const int32_t nearest = (fine + 128) >> 8, code = nearest < most ? nearest : most;
+            const int32_t error = magnitude - step * code, over = magnitude - step * most;
+            sum += error * error;
+            errors->clipped += c == SQ_FIXED_BATCH - 1 && over > 0 ? over * over : 0;
+        }
+        errors->error[c] = sum;
+    }
+}
+
 /* ---- rows ------------------------------------------------------------------------------- */
 
 static void
@@ -277,6 +308,8 @@ const struct sq_kernels sq_kernels_generic = {
     .extremes = sq_extremes__generic,
     .quantize_codes = sq_quantize_codes__generic,
     .quantize_errors = sq_quantize_errors__generic,
+    .fixed_point = sq_fixed_point__generic,
+    .fixed_errors = sq_fixed_errors__generic,
     .rms_norm_row = sq_rms_norm_row__generic,
     .silu_mul = sq_silu_mul__generic,
     .softmax_row = sq_softmax_row__generic,
