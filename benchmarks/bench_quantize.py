@@ -1,26 +1,145 @@
-"""Seconds and peak memory of the sweep over layers of LLaMA-2-7B's shapes (a made checkpoint).
+"""Quantizing a layer of LLaMA-2-7B's shapes: seconds per 10^9 weights, beside what bounds them.
 
-    python benchmarks/bench_quantize.py [--layers 1] [--scheme w4a4] [--weights gptq] [--json FILE]
+    python benchmarks/bench_quantize.py [--weights rtn mse gptq] [--group-size 0] [--method balanced]
+                                        [--profile] [--folder DIR] [--json FILE]
 
-The weights are random with a few large channels in the norms; they say nothing about quality.
+The stage that the sweep calls quantize, weights read from disk and shard written, is timed with the
+file dropped from the page cache and again with it there; calibration and the solver have their own
+lines. Beside them stand the disk's read speed, the memory's and the FMA peak, measured in the same
+run. --profile prices each step of one layer in CPU nanoseconds per weight. The weights are random
+with a few large channels in the norms; they say nothing about quality.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
+import os
+import resource
 import shutil
+import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import common
 import numpy as np
 from safetensors.numpy import save_file
 
-from singlequant import QuantConfig, bundled_model, quantize_folder
+from singlequant import QuantConfig, _C, bundled_model, load_checkpoint
+from singlequant.artifacts import LayerRotations
+from singlequant.calibrate import calibrate
+from singlequant.forward import ROWS_PER_BLOCK
+from singlequant.pack import layer_tensors, write_safetensors
+from singlequant.quantize import gptq_factor, quantize_layer, round_inputs, transform_inputs
+from singlequant.rotate import solve_layer
+from singlequant.sweep import PeakMemory, calibration_tokens
 
 HIDDEN, INTERMEDIATE, HEADS, VOCAB = 4096, 11008, 32, 32000
+WEIGHTS = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE  # of one layer
+TARGET = 37 / 13  # seconds per 10^9 weights: 37 s for 13 * 10^9
+BLOCK_BYTES = 1 << 24
+
+
+# ---- the bounds ---------------------------------------------------------------------------------
+
+
+def drop_cache(path: Path) -> None:
+    """Ask the system to forget a file's pages; pages that are mapped somewhere stay."""
+    gc.collect()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_speed(path: Path) -> float:
+    """GB/s of reading a file through a small buffer."""
+    buffer, total = bytearray(BLOCK_BYTES), 0
+    start = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total += count
+    return total / (time.perf_counter() - start) / 1e9
+
+
+class Ceilings:
+    """peak.c, compiled beside the data; figures are None where there is no compiler for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.library, target = None, folder / "peak.so"
+        command = [os.environ.get("CC", "cc"), "-O3", "-mavx2", "-mfma", "-shared", "-fPIC",
+                   str(Path(__file__).with_name("peak.c")), "-o", str(target)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no FMA peak and memory bandwidth: {error}")
+            return
+        self.library = ctypes.CDLL(str(target))
+        self.library.fma_peak.restype = ctypes.c_double
+        self.library.fma_peak.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+        self.library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+
+    def fma(self) -> float | None:
+        """GFLOP/s of one core, best of a few rounds of some milliseconds."""
+        if self.library is None:
+            return None
+        sink, best = np.zeros(8, np.float32), 0.0
+        for _ in range(9):
+            start = time.perf_counter()
+            done = self.library.fma_peak(200_000, sink.ctypes.data)
+            best = max(best, done / (time.perf_counter() - start) / 1e9)
+        return best
+
+    def memory(self, threads: int) -> float | None:
+        """GB/s at which so many threads read 256 MiB each, best of a few rounds."""
+        if self.library is None:
+            return None
+        data, best = [np.ones(1 << 25, np.uint64) for _ in range(threads)], 0.0
+        for _ in range(5):
+            readers = [threading.Thread(target=self.library.read_all,
+                                        args=(d.ctypes.data, d.size)) for d in data]
+            start = time.perf_counter()
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+            best = max(best, sum(d.nbytes for d in data) / (time.perf_counter() - start) / 1e9)
+        return best
+
+
+class Rotation:
+    """Share of the FMA peak that the rotation of weight rows reaches on one core."""
+
+    ROWS = 64
+
+    def __init__(self, k: int) -> None:
+        rng = np.random.default_rng(k)
+        self.sizes = _C.factor_sizes(k)
+        self.factors = [np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
+                        for n in self.sizes]
+        self.x = rng.standard_normal((self.ROWS, k), np.float32)
+
+    def speed(self) -> float:
+        """GFLOP/s, best of a few."""
+        best, threads = 0.0, _C.get_num_threads()
+        _C.set_num_threads(1)
+        for _ in range(9):
+            start = time.perf_counter()
+            for _ in range(4):
+                _C.rotate(self.x, *self.factors)
+            seconds = time.perf_counter() - start
+            best = max(best, 4 * 2 * self.x.size * sum(self.sizes) / seconds / 1e9)
+        _C.set_num_threads(threads)
+        return best
+
+
+# ---- the layer ----------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
@@ -57,39 +176,204 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         shutil.copy(bundled_model() / name, folder / name)
 
 
+class Meter:
+    """Seconds of wall and CPU time, and MB read from disk, of a with block."""
+
+    def __enter__(self) -> Meter:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wall = time.perf_counter() - self.wall
+        self.cpu = time.process_time() - self.cpu
+        blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock - self.blocks
+        self.disk = blocks * 512 / 1e6
+
+
+def quantize_stage(source: Path, rotations: LayerRotations, config: QuantConfig,
+                   out: Path) -> None:
+    """What the sweep does to a layer once its rotations are known: read, quantize, write."""
+    layer = quantize_layer(load_checkpoint(source), rotations, config)
+    write_safetensors(out, layer_tensors(layer, config))
+
+
+def measure(source: Path, rotations: LayerRotations, config: QuantConfig, out: Path) -> dict:
+    """The stage with a cold file and, twice, with a warm one; the better of those."""
+    weights_file, row = source / "model.safetensors", {"weights": config.weights}
+    drop_cache(weights_file)
+    runs = []
+    for _ in range(3):
+        with PeakMemory() as memory, Meter() as meter:
+            quantize_stage(source, rotations, config, out)
+        runs.append((meter, memory.peak - memory.start))
+        out.unlink()
+    cold, warm = runs[0][0], min((run[0] for run in runs[1:]), key=lambda m: m.wall)
+    scale = 1e9 / WEIGHTS
+    row |= {"cold, s per 10^9": cold.wall * scale, "warm, s per 10^9": warm.wall * scale,
+            "CPU, s per 10^9": warm.cpu * scale, "read from disk, MB": cold.disk,
+            "peak memory, MB": max(peak for _, peak in runs) / 1e6,
+            "bound, MB": memory_bound(config) / 1e6}
+    return row
+
+
+def memory_bound(config: QuantConfig) -> float:
+    """Bytes that the stage may take: the packed layer, which waits to be written whole, scratch of
+    a few MB per thread, and for GPTQ the largest site's Gram matrix beside a block of rows in
+    float32, its codes and its copies of them."""
+    scales = WEIGHTS // config.group_size if config.group_size else 4 * HIDDEN + 3 * INTERMEDIATE
+    packed = WEIGHTS / 2 + 4 * scales
+    bound = packed + 16e6 + 8e6 * _C.get_num_threads()
+    if config.weights == "gptq":
+        tokens = config.calibration_tokens
+        blocks = (ROWS_PER_BLOCK * (4 + 1 + 4) + 3 * min(tokens, ROWS_PER_BLOCK) * 4)
+        bound += 4 * INTERMEDIATE**2 + blocks * INTERMEDIATE
+    return 1.1 * bound
+
+
+# ---- where the time goes ------------------------------------------------------------------------
+
+
+@contextmanager
+def charge(prices: dict[str, float], step: str, sign: int = 1) -> Iterator[None]:
+    """Add the block's CPU seconds to a step, or take them away."""
+    start = time.process_time()
+    yield
+    prices[step] = prices.get(step, 0.0) + sign * (time.process_time() - start)
+
+
+def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: Path) -> dict:
+    """CPU seconds of each step over the layer's weights, in the order in which they happen.
+
+    The steps of the fused pass are differences of runs that go one step further.
+    """
+    checkpoint, prices = load_checkpoint(source), {}
+    layer = checkpoint.layer(0)
+    for site, roles in checkpoint.architecture.sites.items():
+        rotation = rotations.sites[site]
+        columns = np.ones(rotation.k, np.float32) if rotation.balance is None else rotation.balance
+        gptq = None
+        if config.weights == "gptq":
+            gptq = _profile_factor(prices, rotations.statistics.sites[site], rotation, config)
+        for role in roles:
+            weight = layer.linears[role].weight
+            for first in range(0, len(weight), ROWS_PER_BLOCK):
+                block = weight[first : first + ROWS_PER_BLOCK]
+                _profile_rows(prices, block, rotation.arrays, columns, config, gptq)
+        gptq = None
+    quantized = quantize_layer(checkpoint, rotations, replace(config, weights="rtn"))
+    with charge(prices, "write and sync"):
+        write_safetensors(out, layer_tensors(quantized, config))
+    out.unlink()
+    return prices
+
+
+def _profile_factor(prices, statistics, rotation, config):
+    """Gram matrix and factor of a site, with a step each; the stage's own function last."""
+    x = statistics.inputs
+    with charge(prices, "inputs: rotate and round"):
+        x = transform_inputs(x, rotation)
+        if config.gptq_inputs == "quantized":
+            x = round_inputs(x, rotation, config)
+    with charge(prices, "Gram matrix"):
+        gram = _C.gram(x)
+    with charge(prices, "Cholesky factor"):
+        return _C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True)
+
+
+def _profile_rows(prices, block, arrays, columns, config, gptq):
+    """One block of rows. Each call does what the one before it does and a step more."""
+    def run(step: str, before: str | None, function: Callable):
+        start = time.process_time()
+        result = function()
+        seconds = time.process_time() - start
+        prices[step] = prices.get(step, 0.0) + seconds - last.get(before, 0.0)
+        last[step] = seconds
+        return result
+
+    last: dict[str, float] = {}
+    group = config.group_size
+    run("read and widen", None, lambda: _C.transform_weight(block))
+    run("balance", "read and widen", lambda: _C.transform_weight(block, None, columns))
+    rows = run("rotate", "balance", lambda: _C.transform_weight(block, arrays, columns))
+    if gptq is not None:
+        codes = run("GPTQ rounding", None, lambda: _C.gptq_round(rows, *gptq, 4, group, True))[0]
+        run("pack", None, lambda: _C.pack(codes))
+        return
+    run("round and pack", "rotate",
+        lambda: _C.quantize_weight(block, group, False, arrays, columns))
+    if config.weights == "mse":
+        run("clip search", "round and pack",
+            lambda: _C.quantize_weight(block, group, True, arrays, columns))
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--scheme", default="w4a4")
-    parser.add_argument("--weights", default=QuantConfig().weights)
+    parser.add_argument("--weights", nargs="+", choices=("rtn", "mse", "gptq"),
+                        default=["rtn", "mse", "gptq"])
+    parser.add_argument("--method", default=QuantConfig().method)
+    parser.add_argument("--group-size", type=int, default=0)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where the made model lies for the run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     environment = common.environment()
     common.print_environment(environment)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "made"
-        write_checkpoint(source, arguments.layers)
-        cpu = time.process_time()
-        summary = quantize_folder(source, Path(folder) / "out",
-                                  QuantConfig(scheme=arguments.scheme, weights=arguments.weights))
-    cpu = time.process_time() - cpu
-    weights = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
-    states = summary.calibration_tokens * HIDDEN * 4
-    bound = 1.5 * weights * 4 + states
-    result = {
-        "layers": arguments.layers,
-        "seconds per layer": summary.seconds / arguments.layers,
-        "CPU seconds per layer": cpu / arguments.layers,
-        "calibrate": summary.calibration_seconds,
-        "solve": summary.solve_seconds,
-        "quantize and pack": summary.quantize_seconds,
-        "peak anonymous memory, MB": summary.peak_memory / 1e6,
-        "1.5 x layer in float32 + calibration states, MB": bound / 1e6,
-    }
-    for key, value in result.items():
-        print(f"{key:<50} {value if not isinstance(value, float) else round(value, 2)}")
+    threads, rows = _C.get_num_threads(), []
+    config = QuantConfig(method=arguments.method, group_size=arguments.group_size)
+
+    def report(name: str, value: float | None, unit: str) -> None:
+        rows.append({"figure": name, "value": value, "unit": unit})
+        print(f"{name:<58} {'not measured' if value is None else f'{value:.2f} {unit}'}")
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        source, out = Path(folder) / "made", Path(folder) / "layer.safetensors"
+        write_checkpoint(source, 1)
+        weights_file, ceilings = source / "model.safetensors", Ceilings(Path(folder))
+        drop_cache(weights_file)
+        report("disk, cold file", read_speed(weights_file), "GB/s")
+        report("page cache", read_speed(weights_file), "GB/s")
+        report(f"memory, {threads} threads", ceilings.memory(threads), "GB/s")
+        for k in (HIDDEN, INTERMEDIATE):
+            peak, speed = ceilings.fma(), Rotation(k).speed()
+            peak = peak and max(peak, ceilings.fma())
+            report(f"rotation of rows of {k}, one core", speed, "GFLOP/s")
+            report("  of the FMA peak", peak and 100 * speed / peak, "%")
+
+        checkpoint = load_checkpoint(source)
+        windows = calibration_tokens(checkpoint, config)
+        scale = 1e9 / WEIGHTS
+        with Meter() as meter:
+            statistics = next(calibrate(checkpoint, windows,
+                                        keep_inputs="gptq" in arguments.weights))
+        report(f"calibration, {windows.size} tokens, per 10^9 weights", meter.wall * scale, "s")
+        report("  CPU", meter.cpu * scale, "s")
+        with Meter() as meter:
+            rotations = solve_layer(statistics, config)
+        report(f"solving rotations ({config.method}), per 10^9 weights", meter.wall * scale, "s")
+        report("  CPU", meter.cpu * scale, "s")
+        del checkpoint
+
+        print(f"\nQuantizing, {threads} threads; the target is {TARGET:.2f} s per 10^9 weights")
+        for weights in arguments.weights:
+            row = measure(source, rotations, replace(config, weights=weights), out)
+            rows.append(row | {"target, s per 10^9": TARGET})
+            print("  ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{value:<4}"
+                            for key, value in row.items()))
+        if arguments.profile:
+            for weights in arguments.weights:
+                prices = profile(source, rotations, replace(config, weights=weights), out)
+                print(f"\n{weights}: CPU ns per weight")
+                for step, seconds in prices.items():
+                    rows.append({"weights": weights, "step": step,
+                                 "CPU ns per weight": seconds / WEIGHTS * 1e9})
+                    print(f"  {step:<26} {seconds / WEIGHTS * 1e9:8.2f}")
+                print(f"  {'together':<26} {sum(prices.values()) / WEIGHTS * 1e9:8.2f}")
     if arguments.json:
-        common.write_json(arguments.json, [result], environment)
+        common.write_json(arguments.json, rows, environment)
 
 
 if __name__ == "__main__":

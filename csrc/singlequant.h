@@ -255,8 +255,8 @@ struct sq_quantizer {
 /* Ratio i of the clip search, 1.00 down to 0.20; among equals the largest wins. On Gaussian,
  * Laplace and Student (3, 4) rows and groups the error is within 0.4 % of a search in steps of 0.01
  * down to 0.05; steps of 0.04 cost up to 1.4 %, a floor of 0.40 up to 14 % (whole rows, heavy
- * tails). With 4 symmetric bits and clip 1 the errors are those of values rounded to 1 / 10150 of
- * the group's largest, in integers; otherwise they are exact. */
+ * tails). With 4 symmetric bits and clip 1 a sum of integers, of values rounded to 1 / 10150 of the
+ * group's largest, first rules out all ratios but those within 0.2 % of its least. */
 #define SQ_CLIP_RATIOS 41
 #define SQ_CLIP_RATIO(i) ((float)(100 - 2 * (i)) / 100.0f)
 

@@ -84,47 +84,67 @@ _Static_assert(SQ_FIXED_PEAK % 350 == 0, "every ratio's step is an integer");
 /* Least magnitude whose reciprocal times the peak is far from overflow. */
 static const float fixed_least = 1e-30f;
 
-/* The ratio of least squared error; the largest ratio wins ties. Ratios whose clipped values alone
- * cost more than the best so far are not tried. */
-static int
-search_fixed(const struct sq_kernels *kernels, const float *x, int64_t k, float largest, int16_t *u)
+/* What may still be the least of exact errors when `least` is the least of integer ones: rounding
+ * to 1 / SQ_FIXED_PEAK moves a ratio's error by less (4e-4 for 32 values, 1e-4 for 4096). */
+static int64_t
+nearly_least(int64_t least)
 {
-    int best = 0;
-    int64_t least = INT64_MAX;
+    return least + (least >> 9);
+}
+
+/* indices [count] <- the ratios that may have the least squared error, the largest ratio first.
+ * Ratios whose clipped values alone cost more are not tried. */
+static int
+search_fixed(const struct sq_kernels *kernels, const float *x, int64_t k, float largest, int16_t *u,
+             int *indices)
+{
+    int64_t errors[BATCHES * SQ_FIXED_BATCH], least = INT64_MAX;
+    int tried = 0, count = 0;
     kernels->fixed_point(x, k, (float)SQ_FIXED_PEAK / largest, u);
     for (int b = 0; b < BATCHES; b++) {
-        struct sq_fixed_errors errors;
-        kernels->fixed_errors(u, k, &batches[b], &errors);
+        struct sq_fixed_errors e;
+        kernels->fixed_errors(u, k, &batches[b], &e);
         for (int c = 0; c < SQ_FIXED_BATCH; c++) {
-            if (errors.error[c] < least) {
-                least = errors.error[c];
-                best = b * SQ_FIXED_BATCH + c;
-            }
+            least = sq_min_i64(least, e.error[c]);
+            errors[tried++] = e.error[c];
         }
-        if (errors.clipped >= least) {
+        if (e.clipped > nearly_least(least)) {
             break;
         }
     }
-    return best;
+    for (int i = 0; i < tried && i < SQ_CLIP_RATIOS; i++) {
+        if (errors[i] <= nearly_least(least)) {
+            indices[count++] = i;
+        }
+    }
+    return count;
 }
 
-/* The grid of least squared error among the ratios; the largest ratio wins ties. Four bits without
- * a clip of their own are searched in integers, others exactly, in float64. */
+/* The grid of least squared error among the ratios, summed in float64; the largest ratio wins ties.
+ * With four bits and no clip of their own, sums of integers leave one ratio or a few near ties. */
 static struct grid
 search_grid(const struct sq_kernels *kernels, const struct sq_quantizer *q, const float *x,
             int64_t k, float min, float max, int16_t *scratch)
 {
     const float largest = fmaxf(-min, max);
+    int indices[SQ_CLIP_RATIOS], candidates = SQ_CLIP_RATIOS;
     if (q->bits == 4 && q->symmetric && q->clip == 1.0f && largest > fixed_least) {
-        const int best = search_fixed(kernels, x, k, largest, scratch);
-        return make_grid(q, min, max, SQ_CLIP_RATIO(best));
+        candidates = search_fixed(kernels, x, k, largest, scratch, indices);
+        if (candidates == 1) {
+            return make_grid(q, min, max, SQ_CLIP_RATIO(indices[0]));
+        }
+    }
+    else {
+        for (int i = 0; i < candidates; i++) {
+            indices[i] = i;
+        }
     }
     struct grid grids[SQ_CLIP_RATIOS];
     struct sq_step steps[SQ_CLIP_RATIOS];
     double errors[SQ_CLIP_RATIOS];
     int count = 0;
-    while (count < SQ_CLIP_RATIOS) {
-        const struct grid grid = make_grid(q, min, max, q->clip * SQ_CLIP_RATIO(count));
+    while (count < candidates) {
+        const struct grid grid = make_grid(q, min, max, q->clip * SQ_CLIP_RATIO(indices[count]));
         if (grid.scale == 0.0f) { /* and so are all that follow */
             break;
         }

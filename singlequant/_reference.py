@@ -268,7 +268,7 @@ def rounded(x, scale, low, high):
 
 
 def fixed_errors(part):
-    """The integer search's squared error of each clip ratio, for one group [k] of floats.
+    """The clip search's integer squared error of each clip ratio, for one group [k] of floats.
 
     Values are rounded to 1 / 10150 of the largest magnitude: ratio (50 - i) / 50 has the integer
     step 29 (50 - i). The code's quotient is rounded to 1/256, then to a whole number.
@@ -285,7 +285,7 @@ def fixed_errors(part):
 
 
 def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False):
-    """search="exact": in float64 also where the core searches in integers."""
+    """search="exact": without the integer sums that rule out most clip ratios."""
     x = np.asarray(x, F32)
     if not np.isfinite(x).all():
         raise ValueError("x: NaN or Inf found")
@@ -300,7 +300,9 @@ def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False):
             clips = [F32(clip) * r for r in CLIP_RATIOS] if search else [clip]
             integers = bits == 4 and symmetric and clip == 1 and np.abs(part).max() > F32(1e-30)
             if search and search != "exact" and integers:
-                clips = [clips[int(np.argmin(fixed_errors(part)))]]
+                errors = fixed_errors(part)
+                bound = min(errors) + (min(errors) >> 9)
+                clips = [c for c, error in zip(clips, errors, strict=True) if error <= bound]
             best, least = grid(part, bits, symmetric, clips[0]), None
             for c in clips:
                 candidate = scale, _, low, high = grid(part, bits, symmetric, c)

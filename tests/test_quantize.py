@@ -212,13 +212,13 @@ def squared_errors(x, codes, scales):
 
 @pytest.mark.parametrize("group", [0, 128, 64, 32])
 @pytest.mark.parametrize("kind", ["gauss", "laplace", "student", "massive", "ties", "lopsided"])
-def test_search_is_within_a_thousandth_of_the_exact_one(kind, group):
+def test_search_chooses_as_the_exact_one_does(kind, group):
     x = rows_of(kind, 16, 1024)
     codes, scales, _ = _C.quantize(x, 4, group, search=True)
     exact = reference.quantize(x, 4, group, search="exact")
     found, least = squared_errors(x, codes, scales), squared_errors(x, *exact[:2])
-    assert (found <= least * 1.001 + 1e-12).all()
-    assert (scales == exact[1]).mean() > 0.9
+    assert (found <= least * 1.001).all()
+    assert (scales == exact[1]).mean() > 0.999
     assert least.sum() < squared_errors(x, *_C.quantize(x, 4, group)[:2]).sum() or kind == "ties"
 
 
