@@ -22,7 +22,7 @@
 enum {
     TILE = 256,  /* of the Gram matrix and of the factorisation */
     BLOCK = 128, /* columns between two products with all that was rounded before */
-    ROWS = 128   /* rows of weights that go through all columns together */
+    ROWS = 256   /* rows of weights that go through all columns together */
 };
 
 /* ---- Gram matrix ------------------------------------------------------------------------ */
@@ -50,6 +50,24 @@ triangle(int64_t n)
     return n * (n + 1) / 2;
 }
 
+/* The tile at (i, j) into its mirror image, or into its own upper half: squares of 16, so that both
+ * sides stay in cache. */
+static void
+mirror_tile(const struct gram_job *job, int64_t i, int64_t j)
+{
+    enum { SQUARE = 16 };
+    const int64_t k = job->k, end_i = sq_min_i64(i + TILE, k), end_j = sq_min_i64(j + TILE, k);
+    for (int64_t r0 = i; r0 < end_i; r0 += SQUARE) {
+        for (int64_t c0 = j; c0 < sq_min_i64(end_j, r0 + SQUARE); c0 += SQUARE) {
+            for (int64_t c = c0; c < sq_min_i64(c0 + SQUARE, end_j); c++) {
+                for (int64_t r = sq_max_i64(r0, c + 1); r < sq_min_i64(r0 + SQUARE, end_i); r++) {
+                    job->gram[c * k + r] = job->gram[r * k + c];
+                }
+            }
+        }
+    }
+}
+
 static void
 gram_tiles(void *context, int64_t begin, int64_t end, int thread)
 {
@@ -64,12 +82,7 @@ gram_tiles(void *context, int64_t begin, int64_t end, int thread)
         const int64_t ni = sq_min_i64(TILE, k - i), nj = sq_min_i64(TILE, k - j);
         sq_blas_gemm(1, 0, ni, nj, job->m, 1.0f, job->x + i, k, job->x + j, k, 1.0f,
                      job->gram + i * k + j, k);
-        for (int64_t r = 0; r < ni; r++) { /* the mirrored tile, or the tile's own upper half */
-            const int64_t columns = i == j ? r : nj;
-            for (int64_t c = 0; c < columns; c++) {
-                job->gram[(j + c) * k + i + r] = job->gram[(i + r) * k + j + c];
-            }
-        }
+        mirror_tile(job, i, j);
     }
 }
 
