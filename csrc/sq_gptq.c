@@ -22,7 +22,9 @@
 enum {
     TILE = 256,  /* of the Gram matrix and of the factorisation */
     BLOCK = 128, /* columns between two products with all that was rounded before */
-    ROWS = 256   /* rows of weights that go through all columns together */
+    ROWS = 256,  /* rows of weights that go through all columns together */
+    LANES = 32,  /* of these, rows whose columns are rounded side by side: their sums fit 16 KiB */
+    DELAY = 4    /* columns whose errors reach the block's other columns together */
 };
 
 /* ---- Gram matrix ------------------------------------------------------------------------ */
@@ -379,6 +381,12 @@ struct round_job {
     atomic_int status;
 };
 
+/* LANES rows side by side: a column's rounding, and what its errors do, are vectors over rows. */
+struct lanes {
+    float sums[BLOCK][LANES];   /* T of the block's columns */
+    float errors[DELAY][LANES]; /* of columns whose later columns wait for them */
+};
+
 /* What ROWS rows of weights need. Columns are in the factor's order. */
 struct round_state {
     const struct round_job *job;
@@ -388,6 +396,7 @@ struct round_state {
     float *updated;        /* [rows][group]: a group's weights as they have become */
     int8_t *scratch_codes; /* [rows][max(group, k if static)] */
     float *group_scales;   /* [rows] */
+    struct lanes *lanes;
 };
 
 /* Scales of the state's rows, as sq_quantize finds them for x [rows][length]. */
@@ -449,31 +458,93 @@ scale_group(const struct round_state *s, int64_t begin, int64_t end, int64_t blo
     return SQ_OK;
 }
 
-/* Rounds columns end - 1 down to begin of one row and feeds the errors back into its sums, which
- * reach down to column block. A NaN, possible where sums overflow, becomes the lowest code. */
+/* Rounds column j of LANES rows from r0 on (count of them exist) and leaves its errors in error. A
+ * NaN, possible where sums overflow, becomes the lowest code. */
 static void
-round_row(const struct round_state *s, int64_t r, int64_t begin, int64_t end, int64_t block)
+round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j,
+             const float *SQ_RESTRICT sums, float *SQ_RESTRICT error)
 {
     const struct round_job *job = s->job;
-    const int64_t k = job->k, group = job->q.group;
+    const int64_t k = job->k, groups = k / job->q.group, input = job->permutation[j];
     const float high = (float)((1 << (job->q.bits - 1)) - 1), low = -high - 1.0f;
-    float *SQ_RESTRICT values = s->values + r * k, *SQ_RESTRICT sums = s->sums + r * BLOCK;
-    int8_t *codes = job->codes + (s->first + r) * k;
-    const float *scales = job->scales + (s->first + r) * (k / group);
-    for (int64_t j = end - 1; j >= begin; j--) {
-        const int64_t input = job->permutation[j];
-        const float scale = scales[input / group];
-        const float inv_scale = scale > 0.0f ? 1.0f / scale : 0.0f;
-        const float value = values[j] + sums[j - block] * job->inv_diagonal[j];
-        float code = rintf(value * inv_scale);
-        code = code > low ? (code < high ? code : high) : low;
-        code = scale > 0.0f ? code : 0.0f;
-        codes[input] = (int8_t)code;
-        const float error = values[j] - scale * code;
-        values[j] = error;
-        const float *SQ_RESTRICT l = job->factor + j * k + block;
-        for (int64_t i = 0; i < j - block; i++) {
-            sums[i] += error * l[i];
+    const float rounder = 0x1.8p23f; /* added and taken away, it rounds half to even */
+    const float inv_diagonal = job->inv_diagonal[j];
+    const float *scales = job->scales + (s->first + r0) * groups + input / job->q.group;
+    float scale[LANES] = {0}, value[LANES] = {0}, codes[LANES];
+    for (int64_t r = 0; r < count; r++) {
+        scale[r] = scales[r * groups];
+        value[r] = s->values[(r0 + r) * k + j];
+    }
+    for (int64_t r = 0; r < LANES; r++) {
+        const float inv_scale = scale[r] > 0.0f ? 1.0f / scale[r] : 0.0f;
+        float code = (value[r] + sums[r] * inv_diagonal) * inv_scale;
+        code = code > low ? code : low;
+        code = code < high ? code : high;
+        code = (code + rounder) - rounder;
+        codes[r] = scale[r] > 0.0f ? code : 0.0f;
+        error[r] = value[r] - scale[r] * codes[r];
+    }
+    for (int64_t r = 0; r < count; r++) {
+        s->values[(r0 + r) * k + j] = error[r];
+        job->codes[(s->first + r0 + r) * k + input] = (int8_t)codes[r];
+    }
+}
+
+/* sums [LANES] += errors times l of columns first .. last, the last one first. */
+static void
+feed_back(int64_t count, const float (*SQ_RESTRICT errors)[LANES], const float *l, int64_t ld,
+          float *SQ_RESTRICT sums)
+{
+    if (count == DELAY) {
+        for (int64_t r = 0; r < LANES; r++) {
+            float sum = sums[r];
+            for (int64_t d = 0; d < DELAY; d++) {
+                sum += errors[d][r] * l[-d * ld];
+            }
+            sums[r] = sum;
+        }
+        return;
+    }
+    for (int64_t d = 0; d < count; d++) {
+        for (int64_t r = 0; r < LANES; r++) {
+            sums[r] += errors[d][r] * l[-d * ld];
+        }
+    }
+}
+
+/* Rounds columns end - 1 down to begin of count rows from r0 on and feeds the errors back into
+ * their sums, which reach down to column block: at once into the DELAY columns that come next, into
+ * the others together. Every sum gets its terms in the order of the columns all the same. */
+static void
+round_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t begin, int64_t end,
+            int64_t block, struct lanes *lanes)
+{
+    const int64_t k = s->job->k;
+    const float *factor = s->job->factor;
+    float *sums = s->sums + r0 * BLOCK;
+    memset(lanes, 0, sizeof *lanes);
+    for (int64_t r = 0; r < count; r++) {
+        for (int64_t i = 0; i < end - block; i++) {
+            lanes->sums[i][r] = sums[r * BLOCK + i];
+        }
+    }
+    for (int64_t stop = end, first; stop > begin; stop = first) {
+        first = sq_max_i64(begin, stop - DELAY);
+        for (int64_t j = stop - 1; j >= first; j--) {
+            round_column(s, r0, count, j, lanes->sums[j - block], lanes->errors[stop - 1 - j]);
+            for (int64_t i = first; i < j; i++) {
+                feed_back(1, (const float(*)[LANES])lanes->errors[stop - 1 - j], factor + j * k + i,
+                          k, lanes->sums[i - block]);
+            }
+        }
+        for (int64_t i = block; i < first; i++) {
+            feed_back(stop - first, (const float(*)[LANES])lanes->errors,
+                      factor + (stop - 1) * k + i, k, lanes->sums[i - block]);
+        }
+    }
+    for (int64_t r = 0; r < count; r++) {
+        for (int64_t i = 0; i < begin - block; i++) {
+            sums[r * BLOCK + i] = lanes->sums[i][r];
         }
     }
 }
@@ -508,8 +579,8 @@ round_columns(const struct round_state *s)
                     SQ_TRY(scale_group(s, group_begin, stop, block));
                 }
             }
-            for (int64_t r = 0; r < s->rows; r++) {
-                round_row(s, r, begin, stop, block);
+            for (int64_t r = 0; r < s->rows; r += LANES) {
+                round_lanes(s, r, sq_min_i64(LANES, s->rows - r), begin, stop, block, s->lanes);
             }
         }
     }
@@ -545,8 +616,9 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     s.updated = sq_alloc((size_t)(rows * job->q.group) * sizeof(float));
     s.scratch_codes = sq_alloc((size_t)(rows * length));
     s.group_scales = sq_alloc((size_t)rows * sizeof(float));
+    s.lanes = sq_alloc(sizeof *s.lanes);
     sq_status status = SQ_ERR_NOMEM;
-    if (s.values && s.sums && s.updated && s.scratch_codes && s.group_scales) {
+    if (s.values && s.sums && s.updated && s.scratch_codes && s.group_scales && s.lanes) {
         status = round_rows(&s);
     }
     if (status != SQ_OK) {
@@ -557,6 +629,7 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     free(s.updated);
     free(s.scratch_codes);
     free(s.group_scales);
+    free(s.lanes);
 }
 
 /* 1 if permutation holds each of 0 .. k - 1 once, 0 if not, -1 without memory; *reversed tells the
