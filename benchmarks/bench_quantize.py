@@ -1,7 +1,7 @@
 """Quantizing a layer of LLaMA-2-7B's shapes: seconds per 10^9 weights, beside what bounds them.
 
-    python benchmarks/bench_quantize.py [--weights rtn mse gptq] [--group-size 0] [--method balanced]
-                                        [--profile] [--folder DIR] [--json FILE]
+    python benchmarks/bench_quantize.py [--weights rtn mse gptq] [--group-size 0] [--profile]
+                                        [--method balanced] [--folder DIR] [--json FILE]
 
 The stage that the sweep calls quantize, weights read from disk and shard written, is timed with the
 file dropped from the page cache and again with it there; calibration and the solver have their own
@@ -23,21 +23,28 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import common
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from singlequant import QuantConfig, _C, bundled_model, load_checkpoint
-from singlequant.artifacts import LayerRotations
+from singlequant import _C, QuantConfig, bundled_model, load_checkpoint
+from singlequant.artifacts import LayerRotations, SiteStatistics
 from singlequant.calibrate import calibrate
 from singlequant.forward import ROWS_PER_BLOCK
 from singlequant.pack import layer_tensors, write_safetensors
-from singlequant.quantize import gptq_factor, quantize_layer, round_inputs, transform_inputs
+from singlequant.quantize import (
+    GptqFactor,
+    Rotation,
+    quantize_layer,
+    round_inputs,
+    transform_inputs,
+)
 from singlequant.rotate import solve_layer
 from singlequant.sweep import PeakMemory, calibration_tokens
 
@@ -113,7 +120,7 @@ class Ceilings:
         return best
 
 
-class Rotation:
+class RotationSpeed:
     """Share of the FMA peak that the rotation of weight rows reaches on one core."""
 
     ROWS = 64
@@ -125,8 +132,8 @@ class Rotation:
                         for n in self.sizes]
         self.x = rng.standard_normal((self.ROWS, k), np.float32)
 
-    def speed(self) -> float:
-        """GFLOP/s, best of a few."""
+    def best(self) -> float:
+        """GFLOP/s, best of a few calls."""
         best, threads = 0.0, _C.get_num_threads()
         _C.set_num_threads(1)
         for _ in range(9):
@@ -199,22 +206,21 @@ def quantize_stage(source: Path, rotations: LayerRotations, config: QuantConfig,
 
 
 def measure(source: Path, rotations: LayerRotations, config: QuantConfig, out: Path) -> dict:
-    """The stage with a cold file and, twice, with a warm one; the better of those."""
-    weights_file, row = source / "model.safetensors", {"weights": config.weights}
+    """The stage with a cold file, then the best of two with a warm one (GPTQ: the cold one only,
+    as reading is little of it)."""
+    weights_file, runs = source / "model.safetensors", []
     drop_cache(weights_file)
-    runs = []
-    for _ in range(3):
+    for _ in range(1 if config.weights == "gptq" else 3):
         with PeakMemory() as memory, Meter() as meter:
             quantize_stage(source, rotations, config, out)
         runs.append((meter, memory.peak - memory.start))
         out.unlink()
-    cold, warm = runs[0][0], min((run[0] for run in runs[1:]), key=lambda m: m.wall)
+    cold, warm = runs[0][0], min((run[0] for run in runs[1:] or runs), key=lambda m: m.wall)
     scale = 1e9 / WEIGHTS
-    row |= {"cold, s per 10^9": cold.wall * scale, "warm, s per 10^9": warm.wall * scale,
-            "CPU, s per 10^9": warm.cpu * scale, "read from disk, MB": cold.disk,
-            "peak memory, MB": max(peak for _, peak in runs) / 1e6,
+    return {"weights": config.weights, "cold, s per 10^9": cold.wall * scale,
+            "warm, s per 10^9": warm.wall * scale, "CPU, s per 10^9": warm.cpu * scale,
+            "read from disk, MB": cold.disk, "peak memory, MB": max(p for _, p in runs) / 1e6,
             "bound, MB": memory_bound(config) / 1e6}
-    return row
 
 
 def memory_bound(config: QuantConfig) -> float:
@@ -235,23 +241,22 @@ def memory_bound(config: QuantConfig) -> float:
 
 
 @contextmanager
-def charge(prices: dict[str, float], step: str, sign: int = 1) -> Iterator[None]:
-    """Add the block's CPU seconds to a step, or take them away."""
+def charge(prices: dict[str, float], step: str) -> Iterator[None]:
+    """Add the block's CPU seconds to a step."""
     start = time.process_time()
     yield
-    prices[step] = prices.get(step, 0.0) + sign * (time.process_time() - start)
+    prices[step] = prices.get(step, 0.0) + time.process_time() - start
 
 
 def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: Path) -> dict:
     """CPU seconds of each step over the layer's weights, in the order in which they happen.
 
-    The steps of the fused pass are differences of runs that go one step further.
+    The fused pass is taken apart by doing a step more each time: its steps are differences.
     """
     checkpoint, prices = load_checkpoint(source), {}
     layer = checkpoint.layer(0)
     for site, roles in checkpoint.architecture.sites.items():
         rotation = rotations.sites[site]
-        columns = np.ones(rotation.k, np.float32) if rotation.balance is None else rotation.balance
         gptq = None
         if config.weights == "gptq":
             gptq = _profile_factor(prices, rotations.statistics.sites[site], rotation, config)
@@ -259,8 +264,8 @@ def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: P
             weight = layer.linears[role].weight
             for first in range(0, len(weight), ROWS_PER_BLOCK):
                 block = weight[first : first + ROWS_PER_BLOCK]
-                _profile_rows(prices, block, rotation.arrays, columns, config, gptq)
-        gptq = None
+                _profile_rows(prices, block, rotation, config, gptq)
+        del gptq
     quantized = quantize_layer(checkpoint, rotations, replace(config, weights="rtn"))
     with charge(prices, "write and sync"):
         write_safetensors(out, layer_tensors(quantized, config))
@@ -268,43 +273,54 @@ def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: P
     return prices
 
 
-def _profile_factor(prices, statistics, rotation, config):
-    """Gram matrix and factor of a site, with a step each; the stage's own function last."""
-    x = statistics.inputs
-    with charge(prices, "inputs: rotate and round"):
-        x = transform_inputs(x, rotation)
-        if config.gptq_inputs == "quantized":
-            x = round_inputs(x, rotation, config)
-    with charge(prices, "Gram matrix"):
-        gram = _C.gram(x)
+def _profile_factor(
+    prices: dict[str, float], statistics: SiteStatistics, rotation: Rotation, config: QuantConfig
+) -> GptqFactor:
+    """What `gptq_factor` makes, block by block of inputs as there, each step charged."""
+    gram = None
+    for first in range(0, len(statistics.inputs), ROWS_PER_BLOCK):
+        with charge(prices, "inputs: rotate and round"):
+            x = transform_inputs(statistics.inputs[first : first + ROWS_PER_BLOCK], rotation)
+            if config.gptq_inputs == "quantized":
+                x = round_inputs(x, rotation, config)
+        with charge(prices, "Gram matrix"):
+            gram = _C.gram(x, gram)
     with charge(prices, "Cholesky factor"):
-        return _C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True)
+        return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True))
 
 
-def _profile_rows(prices, block, arrays, columns, config, gptq):
-    """One block of rows. Each call does what the one before it does and a step more."""
-    def run(step: str, before: str | None, function: Callable):
-        start = time.process_time()
-        result = function()
-        seconds = time.process_time() - start
-        prices[step] = prices.get(step, 0.0) + seconds - last.get(before, 0.0)
-        last[step] = seconds
-        return result
-
-    last: dict[str, float] = {}
-    group = config.group_size
-    run("read and widen", None, lambda: _C.transform_weight(block))
-    run("balance", "read and widen", lambda: _C.transform_weight(block, None, columns))
-    rows = run("rotate", "balance", lambda: _C.transform_weight(block, arrays, columns))
+def _profile_rows(
+    prices: dict[str, float], block: NDArray, rotation: Rotation, config: QuantConfig,
+    gptq: GptqFactor | None,
+) -> None:
+    """One block of a weight's rows."""
+    turn, columns, group = rotation.arrays, rotation.balance, config.group_size
+    if columns is None:
+        columns = np.ones(rotation.k, np.float32)
     if gptq is not None:
-        codes = run("GPTQ rounding", None, lambda: _C.gptq_round(rows, *gptq, 4, group, True))[0]
-        run("pack", None, lambda: _C.pack(codes))
+        with charge(prices, "read, widen, balance, rotate"):
+            rows = _C.transform_weight(block, turn, columns)
+        with charge(prices, "GPTQ rounding"):
+            codes, _ = _C.gptq_round(rows, *gptq, 4, group, True)
+        with charge(prices, "pack"):
+            _C.pack(codes)
         return
-    run("round and pack", "rotate",
-        lambda: _C.quantize_weight(block, group, False, arrays, columns))
+    steps = {"read, widen, round and pack": (block, group),
+             "balance": (block, group, False, None, columns),
+             "rotate": (block, group, False, turn, columns)}
     if config.weights == "mse":
-        run("clip search", "round and pack",
-            lambda: _C.quantize_weight(block, group, True, arrays, columns))
+        steps["clip search"] = (block, group, True, turn, columns)
+    before = 0.0
+    for step, arguments in steps.items():
+        seconds = min(_cpu_seconds(arguments) for _ in range(2))
+        prices[step] = prices.get(step, 0.0) + seconds - before
+        before = seconds
+
+
+def _cpu_seconds(arguments: tuple) -> float:
+    start = time.process_time()
+    _C.quantize_weight(*arguments)
+    return time.process_time() - start
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -338,7 +354,7 @@ def main() -> None:
         report("page cache", read_speed(weights_file), "GB/s")
         report(f"memory, {threads} threads", ceilings.memory(threads), "GB/s")
         for k in (HIDDEN, INTERMEDIATE):
-            peak, speed = ceilings.fma(), Rotation(k).speed()
+            peak, speed = ceilings.fma(), RotationSpeed(k).best()
             peak = peak and max(peak, ceilings.fma())
             report(f"rotation of rows of {k}, one core", speed, "GFLOP/s")
             report("  of the FMA peak", peak and 100 * speed / peak, "%")

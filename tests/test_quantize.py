@@ -1,12 +1,21 @@
 """Quantizers: codes, scales and zeros equal the NumPy twin's byte for byte, on every table."""
 
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from test_kernels import Guarded
 
-from singlequant import _C, _reference as reference
+from singlequant import _C, QuantConfig, _reference as reference, load_checkpoint
+from singlequant.artifacts import BlockRotation, Factor, SiteRotation
+from singlequant.calibrate import calibrate
+from singlequant.forward import ROWS_PER_BLOCK
+from singlequant.pack import ModelWriter
+from singlequant.quantize import GptqFactor, quantize_layer, quantize_linear, transform_rows
+from singlequant.rotate import solve_layer
+from singlequant.sweep import calibration_tokens, quantize_folder, read_ahead
 
 TABLES = _C.kernels()["runnable"]
 
@@ -412,3 +421,112 @@ def test_will_need_reads_a_file_ahead_and_ignores_other_memory(tmp_path):
     assert _C.will_need(np.ones(5)) is None
     assert _C.will_need(np.ones(0)) is None
     np.testing.assert_array_equal(mapped, np.arange(100_000, dtype=np.float32))
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_quantize_weight_stays_inside_its_arrays(table, dtype, at_end):
+    pages = Guarded()
+    for n, k in ((1, 1), (2, 7), (3, 17), (5, 36), (4, 129)):
+        weight = np.random.default_rng(k).standard_normal((n, k)).astype(dtype)
+        columns, rows = np.full(k, 1.5, np.float32), np.full(n, 0.5, np.float32)
+        rotation = rotation_of("dense", k)
+        expected = _C.quantize_weight(weight, 0, True, rotation, columns, rows)
+        place = [pages.place(a, at_end) for a in (weight, *rotation, columns, rows)]
+        found = _C.quantize_weight(place[0], 0, True, tuple(place[1:3]), *place[3:])
+        np.testing.assert_array_equal(found[0], expected[0])
+
+
+# ---- linears and layers -------------------------------------------------------------------------
+
+
+def identity_factor(k):
+    return GptqFactor(np.eye(k, dtype=np.float32), np.arange(k, dtype=np.int32)[::-1].copy())
+
+
+def rotations_of(k):
+    rng = np.random.default_rng(k)
+    k1, k2 = _C.factor_sizes(k)
+    pairs = np.array([[0, 1]], np.int32)
+    left, right = (Factor(n, True, pairs if n > 1 else pairs[:0], [0.3] if n > 1 else [])
+                   for n in (k1, k2))
+    balance = rng.uniform(0.5, 2, k).astype(np.float32)
+    eye = np.stack([np.eye(1, dtype=np.float32)] * k)
+    blocks = BlockRotation(eye, rng.permutation(k).astype(np.int32), -eye, balance)
+    return [None, SiteRotation(left, right), SiteRotation(left, right, balance=balance), blocks,
+            SiteRotation(Factor.identity(k1), Factor.identity(k2), balance=balance)]
+
+
+@pytest.mark.parametrize("weights", ["rtn", "mse", "gptq"])
+@pytest.mark.parametrize("index", range(5))
+def test_quantize_linear_rounds_the_transformed_rows(weights, index):
+    """Also over more rows than GPTQ takes at once; without correlations it rounds to nearest."""
+    n, k = ROWS_PER_BLOCK + 3, 24
+    rng = np.random.default_rng(index)
+    weight = rng.standard_normal((n, k)).astype(np.float16)
+    scale = rng.uniform(0.5, 2, n).astype(np.float32)
+    rotation = rotations_of(k)[index]
+    gptq = identity_factor(k) if weights == "gptq" else None
+    packed = quantize_linear(weight, rotation, QuantConfig(weights=weights), "w", gptq, scale)
+    rows = transform_rows(_C.to_float32(weight), rotation, scale)
+    codes, scales, _ = _C.quantize(rows, search=weights != "rtn")
+    np.testing.assert_array_equal(packed.words, _C.pack(codes))
+    np.testing.assert_array_equal(packed.scales, scales)
+
+
+@pytest.mark.parametrize("weights", ["rtn", "mse", "gptq"])
+def test_quantize_linear_names_the_tensor_and_rows_that_are_not_finite(weights):
+    weight, config = np.ones((ROWS_PER_BLOCK + 40, 32), np.float16), QuantConfig(weights=weights)
+    weight[ROWS_PER_BLOCK + 8, 31] = np.nan
+    gptq = identity_factor(32) if weights == "gptq" else None
+    last = len(weight) - 1
+    with pytest.raises(ValueError, match=f"^a.weight, rows {ROWS_PER_BLOCK} to {last}: x: NaN"):
+        quantize_linear(weight, None, config, "a.weight", gptq)
+    huge = SiteRotation(Factor.identity(4), Factor.identity(8),
+                        balance=np.full(32, 3e38, np.float32))
+    with pytest.raises(ValueError, match="^a.weight: weight, row 0: NaN or Inf found"):
+        quantize_linear(np.full((3, 32), 9, np.float16), huge, config, "a.weight", gptq)
+
+
+@pytest.mark.parametrize("weights", ["mse", "gptq"])
+def test_a_layer_that_is_not_finite_leaves_nothing_behind(model, tmp_path, text, weights):
+    config = QuantConfig(weights=weights, calibration_tokens=64)
+    checkpoint = load_checkpoint(model)
+    windows = calibration_tokens(checkpoint, config, text)
+    layers = [solve_layer(s, config) for s in calibrate(checkpoint, windows)]
+    info = checkpoint.tensors["model.layers.1.mlp.down_proj.weight"]
+    with info.path.open("r+b") as file:  # what was finite when it was calibrated is so no longer
+        file.seek(info.begin + info.nbytes - 2)
+        file.write(b"\xff\x7f")
+
+    def write() -> None:
+        with ModelWriter(tmp_path / "out", checkpoint, config) as writer:
+            for layer in layers:
+                writer.write_layer(quantize_layer(checkpoint, layer, config))
+
+    with pytest.raises(ValueError, match="^model.layers.1.mlp.down_proj, rows 0 to .*NaN or Inf"):
+        write()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_sweep_gives_the_same_bytes_on_any_number_of_threads(
+    make_checkpoint, tmp_path, text, dtype
+):
+    folder = make_checkpoint(tmp_path / "model", dtype=dtype)
+    config, found = QuantConfig(weights="mse", calibration_tokens=64), []
+    for threads in (1, 3):
+        _C.set_num_threads(threads)
+        quantize_folder(folder, tmp_path / f"out{threads}", config, text)
+        shards = sorted((tmp_path / f"out{threads}").glob("*.safetensors"))
+        found.append([shard.read_bytes() for shard in shards])
+    assert found[0] == found[1]
+
+
+def test_read_ahead_asks_for_one_layer_and_stops_behind_the_last(model, monkeypatch):
+    checkpoint, asked = load_checkpoint(model), []
+    monkeypatch.setattr(_C, "will_need", lambda array: asked.append(array.shape))
+    thread = read_ahead(checkpoint, 1)
+    thread.join()
+    assert sorted(asked) == sorted(v.weight.shape for v in checkpoint.layer(1).linears.values())
+    assert read_ahead(checkpoint, checkpoint.shape.layers) is None
