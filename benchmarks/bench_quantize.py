@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import resource
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -30,10 +28,10 @@ from pathlib import Path
 
 import common
 import numpy as np
+from made_model import LLAMA_2_7B, write_checkpoint
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from singlequant import _C, QuantConfig, bundled_model, load_checkpoint
+from singlequant import _C, QuantConfig, load_checkpoint
 from singlequant.artifacts import LayerRotations, SiteStatistics
 from singlequant.calibrate import calibrate
 from singlequant.forward import ROWS_PER_BLOCK
@@ -48,8 +46,8 @@ from singlequant.quantize import (
 from singlequant.rotate import solve_layer
 from singlequant.sweep import PeakMemory, calibration_tokens
 
-HIDDEN, INTERMEDIATE, HEADS, VOCAB = 4096, 11008, 32, 32000
-WEIGHTS = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE  # of one layer
+HIDDEN, INTERMEDIATE = LLAMA_2_7B.hidden, LLAMA_2_7B.intermediate
+WEIGHTS = LLAMA_2_7B.layer_weights
 TARGET = 37 / 13  # seconds per 10^9 weights: 37 s for 13 * 10^9
 BLOCK_BYTES = 1 << 24
 
@@ -147,40 +145,6 @@ class RotationSpeed:
 
 
 # ---- the layer ----------------------------------------------------------------------------------
-
-
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """A LlamaForCausalLM folder of LLaMA-2-7B's widths in float16."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-
-    def matrix(n: int, k: int) -> np.ndarray:
-        return (rng.standard_normal((n, k), np.float32) * k**-0.5).astype(np.float16)
-
-    norm = np.ones(HIDDEN, np.float16)
-    norm[rng.permutation(HIDDEN)[:8]] = 12
-    tensors = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN), "model.norm.weight": norm,
-               "lm_head.weight": matrix(VOCAB, HIDDEN)}
-    for i in range(layers):
-        prefix = f"model.layers.{i}."
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = norm
-        for name in "qkvo":
-            tensors[f"{prefix}self_attn.{name}_proj.weight"] = matrix(HIDDEN, HIDDEN)
-        tensors[f"{prefix}mlp.gate_proj.weight"] = matrix(INTERMEDIATE, HIDDEN)
-        tensors[f"{prefix}mlp.up_proj.weight"] = matrix(INTERMEDIATE, HIDDEN)
-        tensors[f"{prefix}mlp.down_proj.weight"] = matrix(HIDDEN, INTERMEDIATE)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": VOCAB,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "rope_theta": 10000.0, "tie_word_embeddings": False, "dtype": "float16",
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bundled_model() / name, folder / name)
 
 
 class Meter:

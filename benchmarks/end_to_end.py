@@ -1,0 +1,452 @@
+"""Prefill and decode in tokens per second of whole networks: ours against other engines.
+
+    python benchmarks/end_to_end.py --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
+        [--prompt 512,32] [--context 64] [--threads 2] [--engines A,B] [--seconds 240]
+        [--work DIR] [--json FILE] [--quick]
+
+A made checkpoint of LLaMA-2-7B's widths is given to every engine in the form it reads: the folder
+itself, our packed folders of it (method `balanced`, whose online transform and quantization are in
+the measured time), GGUF files. Each engine is a process of its own, pinned to the same CPUs and
+kept for the whole run, in VENV if it is another's; all take turns in each round, in a new order.
+An engine whose packages are missing is left out aloud.
+
+Prefill: from token ids to the logits behind each prompt, from empty caches; the head runs for the
+last token only. Decode: steps of one token in every sequence, each to the logits of all, behind a
+context. --prompt has a length for each batch: the larger batch has the shorter prompts, for time.
+Before anything is timed the logits of all engines on the same windows are compared with those of
+the first of REFERENCES that runs; an engine that is further off than its kind allows is an error.
+
+A made checkpoint has few layers and a whole head, so that the head weighs more than in the model it
+stands for: `head` in the settings is its share of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+from made_model import LLAMA_2_7B, TOY, Widths, write_checkpoint
+
+from singlequant import _C, QuantConfig, load_checkpoint, quantize_folder
+from singlequant.artifacts import SITES
+
+PEERS = Path(__file__).resolve().parent / "peers"
+CALIBRATION_TOKENS = 512  # only speed is asked for
+CHECK_WINDOWS = (2, 48)  # count and length of the windows whose logits are compared
+# Largest relative error |logits - reference| / |reference|; two unrelated networks have about 1.4.
+ERROR_LIMITS = {"32-bit": 0.005, "16-bit": 0.03, "int8": 0.15, "int4": 0.8, "ours": 0.8}
+LEAST_AGREEMENT = {"32-bit": 0.95, "16-bit": 0.85}  # share of equal most likely tokens
+REST = 0.02  # seconds before each measurement: idle threads of the engine before stop spinning
+AIM_16BIT, AIM_INT4 = 2.3, 1.0
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How an engine is started: its file in peers/, and KIND as that file understands it."""
+
+    label: str
+    script: str
+    variant: str
+    kind: str
+
+    @property
+    def ours(self) -> bool:
+        return self.script == "e2e_singlequant.py"
+
+
+def _specs() -> dict[str, EngineSpec]:
+    ours, llama, torch = (f"e2e_{x}.py" for x in ("singlequant", "llama_cpp", "transformers"))
+    specs = {"ours-16bit": EngineSpec("singlequant 16-bit", ours, "16-bit", "16-bit")}
+    for scheme in ("w4a16", "w4a8", "w4a4"):
+        specs[f"ours-{scheme}"] = EngineSpec(f"singlequant {scheme.upper()}", ours, scheme, "ours")
+    for variant, kind in (("F16", "16-bit"), ("BF16", "16-bit"), ("Q8_0", "int8"),
+                          ("Q4_0", "int4"), ("Q4_K_M", "int4")):
+        specs[f"llama-{variant}"] = EngineSpec(f"llama.cpp {variant}", llama, variant, kind)
+    for variant, kind in (("float32", "32-bit"), ("bfloat16", "16-bit")):
+        name = f"transformers-{variant}"
+        specs[name] = EngineSpec(name.replace("-", " "), torch, variant, kind)
+    return specs
+
+
+ENGINES = _specs()
+REFERENCES = ("transformers-float32", "ours-16bit", "llama-F16")
+DEFAULT_ENGINES = [name for name in ENGINES if name != "llama-Q4_K_M"]
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+class Missing(Exception):
+    """An engine's packages are not installed in the Python it was given."""
+
+
+class EngineError(RuntimeError):
+    """An engine ended instead of answering."""
+
+
+class Process:
+    """A running engine; `ask` sends one request and waits for its answer."""
+
+    def __init__(self, spec: EngineSpec, folder: Path, cpus: Sequence[int], python: str) -> None:
+        self.spec = spec
+        count = str(len(cpus))
+        environment = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
+                       "MKL_NUM_THREADS": count}
+        if spec.ours:
+            paths = [str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [python, str(PEERS / spec.script), str(folder), spec.variant,
+                   ",".join(map(str, cpus))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors, text=True, env=environment)
+        try:
+            hello = self._answer()
+            if "missing" in hello:
+                raise Missing(hello["missing"])
+        except BaseException:
+            self.close()
+            raise
+        self.version, self.note = hello["version"], hello["note"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            raise EngineError(f"{self.spec.label} ended with {self.process.returncode}:\n"
+                              f"{self.errors.read()[-3000:]}")
+        return json.loads(line)
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):  # the missing answer tells why
+            print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
+
+
+def start(names: Sequence[str], folders: Mapping[str, Path], cpus: Sequence[int],
+          peer_python: str, stack: contextlib.ExitStack) -> dict[str, Process]:
+    """Name -> running engine; those that are missing are named."""
+    running = {}
+    for name in names:
+        spec = ENGINES[name]
+        folder = folders[spec.variant if spec.ours else "16-bit"]
+        try:
+            engine = Process(spec, folder, cpus, sys.executable if spec.ours else peer_python)
+        except Missing as missing:
+            print(f"left out: {spec.label}: {missing}")
+            continue
+        stack.callback(engine.close)
+        running[name] = engine
+        print(f"{spec.label:<24} {engine.version}; {engine.note}", flush=True)
+    return running
+
+
+# ---- the network --------------------------------------------------------------------------------
+
+
+def make_folders(work: Path, names: Sequence[str], layers: int, widths: Widths) -> dict[str, Path]:
+    """Variant of ours -> folder, made unless it is there: the made one and packed ones of it."""
+    stem = f"made-{widths.hidden}-{layers}"
+    folders = {"16-bit": work / stem}
+    if not folders["16-bit"].exists():
+        write_checkpoint(folders["16-bit"], layers, widths)
+    for name in names:
+        spec = ENGINES[name]
+        if spec.ours and spec.variant != "16-bit":
+            out = folders[spec.variant] = work / f"{stem}-{spec.variant}"
+            if not out.exists():
+                config = QuantConfig(scheme=spec.variant, weights="rtn",
+                                     calibration_tokens=CALIBRATION_TOKENS)
+                quantize_folder(folders["16-bit"], out, config)
+            require_transform(out)
+    return folders
+
+
+def require_transform(folder: Path) -> None:
+    """ValueError unless every site of a packed folder is rotated at run time."""
+    checkpoint = load_checkpoint(folder)
+    for index in range(checkpoint.shape.layers):
+        absent = set(SITES) - set(checkpoint.layer(index).rotations)
+        if absent:
+            raise ValueError(f"{folder}: layer {index}: expected a rotation at every site, "
+                             f"found none at {', '.join(sorted(absent))}")
+
+
+def describe_transform(folder: Path) -> dict[str, str]:
+    """Site -> what its input goes through, in the first layer of a packed folder."""
+    layer = load_checkpoint(folder).layer(0)
+    return {site: f"{' and '.join(type(f).__name__ for f in layer.rotations[site])}, "
+                  f"clip {layer.clips[site]:g}, {layer.high.get(site, 0)} inputs of 8 bits"
+            for site in SITES}
+
+
+# ---- agreement ----------------------------------------------------------------------------------
+
+
+def compare_logits(engines: Mapping[str, Process], work: Path) -> dict[str, dict[str, float]]:
+    """Name -> relative error, mean KL (nats) and top-1 agreement to the reference's logits."""
+    reference = next((name for name in REFERENCES if name in engines), None)
+    if reference is None:
+        raise ValueError(f"engines: expected one of {', '.join(REFERENCES)} to compare with")
+    count, length = CHECK_WINDOWS
+    found = {}
+    path = work / "logits.npy"
+    for name in (reference, *(n for n in engines if n != reference)):
+        engines[name].ask("logits", count=count, length=length, file=str(path))
+        logits = np.load(path).reshape(count * length, -1)
+        path.unlink()
+        if name == reference:
+            expected = logits
+        divergence, agrees = _C.kl_divergence(expected, logits)
+        found[name] = {
+            "relative_error": float(np.linalg.norm(logits - expected) / np.linalg.norm(expected)),
+            "kl_mean": float(divergence.mean()), "top1_agreement": float(agrees.mean()),
+            "reference": ENGINES[reference].label,
+        }
+    return found
+
+
+def check_logits(agreement: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError when an engine does not compute the network it was given."""
+    for name, values in agreement.items():
+        spec = ENGINES[name]
+        limit, least = ERROR_LIMITS[spec.kind], LEAST_AGREEMENT.get(spec.kind, 0)
+        if not (values["relative_error"] <= limit and values["top1_agreement"] >= least):
+            raise ValueError(
+                f"{spec.label}: expected logits within {limit:g} of {values['reference']}'s and "
+                f"{least:.0%} equal most likely tokens, found {values['relative_error']:.4f} and "
+                f"{values['top1_agreement']:.0%}")
+
+
+# ---- timing -------------------------------------------------------------------------------------
+
+
+def measure(engines: Mapping[str, Process], requests: Mapping[tuple[str, int], dict[str, Any]],
+            seconds: float, min_rounds: int) -> dict[tuple[str, str, int], list[float]]:
+    """(name, phase, batch) -> tokens per second of each round; seconds is the aim for all."""
+    rates: dict[tuple[str, str, int], list[float]] = {}
+    shuffle = random.Random(0).shuffle
+    order = list(engines)
+    for (phase, batch), request in requests.items():
+        begin = None
+        for round_number in range(1000):
+            if begin is not None and round_number > min_rounds and (
+                time.perf_counter() - begin > seconds / len(requests)
+            ):
+                break
+            shuffle(order)
+            for name in order:
+                time.sleep(REST)
+                answer = engines[name].ask(phase, batch=batch, **request)
+                if not answer["finite"]:
+                    raise ValueError(f"{ENGINES[name].label}, {phase}, batch {batch}: expected "
+                                     "finite logits, found NaN or Inf")
+                if round_number > 0:  # the first round warms up and fills the caches
+                    rates.setdefault((name, phase, batch), []).append(
+                        answer["tokens"] / answer["seconds"])
+            begin = begin or time.perf_counter()
+        for engine in engines.values():
+            engine.ask("close")
+        print_phase(phase, batch, rates)
+    return rates
+
+
+def print_phase(phase: str, batch: int, rates: Mapping[tuple[str, str, int], list]) -> None:
+    print(f"\n{phase}, batch {batch}: tokens/s (quartiles, rounds)")
+    for (name, p, b), values in rates.items():
+        if (p, b) == (phase, batch):
+            low, median, high = np.percentile(values, [25, 50, 75])
+            print(f"  {ENGINES[name].label:<24} {median:9.1f}  ({low:.1f} to {high:.1f}, "
+                  f"{len(values)})", flush=True)
+
+
+def rows_of(engines: Mapping[str, Process], rates: Mapping, agreement: Mapping) -> list[dict]:
+    """The JSON's rows."""
+    rows = []
+    for (name, phase, batch), values in rates.items():
+        low, median, high = np.percentile(values, [25, 50, 75])
+        rows.append({
+            "engine": ENGINES[name].label, "version": engines[name].version,
+            "kind": ENGINES[name].kind, "phase": phase, "batch": batch,
+            "tokens_per_s": {"median": float(median), "low": float(low), "high": float(high),
+                             "rounds": len(values)},
+            "agreement": agreement[name], "note": engines[name].note,
+        })
+    return rows
+
+
+def ratios_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Ours, scheme by scheme, over the fastest engine of 16 bits and of INT4, where there is one.
+
+    Q8_0's 8-bit weights are no INT4 engine; our own 16-bit path is one of 16 bits.
+    """
+    found = []
+    for phase, batch in dict.fromkeys((r["phase"], r["batch"]) for r in rows):
+        here = [r for r in rows if (r["phase"], r["batch"]) == (phase, batch)]
+        for row in (r for r in here if r["kind"] == "ours"):
+            entry = {"engine": row["engine"], "phase": phase, "batch": batch}
+            for kind, aim in (("16-bit", AIM_16BIT), ("int4", AIM_INT4)):
+                peers = [r for r in here if r["kind"] == kind]
+                if peers:
+                    best = max(peers, key=lambda r: r["tokens_per_s"]["median"])
+                    entry[kind] = {
+                        "peer": best["engine"], "aim": aim,
+                        "ratio": row["tokens_per_s"]["median"] / best["tokens_per_s"]["median"],
+                    }
+            found.append(entry)
+    return found
+
+
+def print_ratios(ratios: Sequence[Mapping[str, Any]]) -> None:
+    print("\nours over the fastest peer: ratio (aim), * where the aim is met")
+    for r in ratios:
+        text = f"  {r['phase']:<8} batch {r['batch']:<4} {r['engine']:<20}"
+        for kind in ("16-bit", "int4"):
+            if kind in r:
+                one = r[kind]
+                star = "*" if one["ratio"] >= one["aim"] else " "
+                text += f" {kind}: {one['ratio']:5.2f} ({one['aim']:g}){star} {one['peer']:<24}"
+        print(text.rstrip())
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--layers", type=int, default=2, metavar="N")
+    p.add_argument("--batch", type=numbers, default=[1, 64], metavar="A,B")
+    p.add_argument("--prompt", type=numbers, metavar="A,B",
+                   help="tokens of a prompt, for each batch (default 512,32)")
+    p.add_argument("--context", type=int, default=64, metavar="N",
+                   help="tokens that a sequence holds before it is decoded (default 64)")
+    p.add_argument("--steps", type=numbers, metavar="A,B",
+                   help="decoded tokens of one measurement, for each batch (default 16,4)")
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    p.add_argument("--engines", type=lambda text: text.split(","), default=DEFAULT_ENGINES,
+                   metavar="A,B", help=f"of {', '.join(ENGINES)} (default: all but llama-Q4_K_M)")
+    p.add_argument("--peer-python", default=sys.executable, metavar="FILE",
+                   help="the Python that has transformers and llama-cpp-python (default: this)")
+    p.add_argument("--seconds", type=float, default=200, help="aim for the timed rounds together")
+    p.add_argument("--rounds", type=int, default=3, metavar="N", help="at least (default 3)")
+    p.add_argument("--work", type=Path, metavar="DIR",
+                   help="where the networks are made and kept (default: a temporary folder)")
+    p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--quick", action="store_true",
+                   help="a toy network in seconds, to see that the engines run")
+    a = p.parse_args(argv)
+    if a.quick:
+        a.prompt, a.steps, a.context, a.seconds = [16] * len(a.batch), [2] * len(a.batch), 8, 0
+    a.prompt = a.prompt or [512 if batch == 1 else 32 for batch in a.batch]
+    a.steps = a.steps or [16 if batch == 1 else 4 for batch in a.batch]
+    check_options(p, a)
+    return a
+
+
+def check_options(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Exit with the option, the expected and the found."""
+    cpus = len(os.sched_getaffinity(0))
+    for name in ("batch", "prompt", "steps"):
+        values = getattr(a, name)
+        if min(values) < 1 or len(values) != len(a.batch):
+            p.error(f"--{name}: expected {len(a.batch)} numbers of at least 1, found {values}")
+    for name in ("layers", "context", "rounds"):
+        if getattr(a, name) < 1:
+            p.error(f"--{name}: expected at least 1, found {getattr(a, name)}")
+    if not 1 <= a.threads <= cpus:
+        p.error(f"--threads: expected 1 to {cpus}, the CPUs here, found {a.threads}")
+    unknown = [name for name in a.engines if name not in ENGINES]
+    if unknown:
+        p.error(f"--engines: expected {', '.join(ENGINES)}, found {', '.join(unknown)}")
+
+
+def settings_of(a: argparse.Namespace, widths: Widths, cpus: Sequence[int]) -> dict[str, Any]:
+    weights = a.layers * widths.layer_weights + widths.head_weights
+    return {
+        "widths": vars(widths), "layers": a.layers, "head": widths.head_weights / weights,
+        "batch": a.batch, "prompt": a.prompt, "context": a.context, "steps": a.steps,
+        "threads": a.threads, "cpus": list(cpus), "quick": a.quick,
+        "prefill": "from token ids to the logits of each prompt's last token, empty caches",
+        "decode": "one token in every sequence per step, to the logits of all",
+    }
+
+
+def run(a: argparse.Namespace, work: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Make, start, compare, measure; the JSON's contents."""
+    begin = time.perf_counter()
+    environment = common.environment()
+    common.print_environment(environment)
+    widths = TOY if a.quick else LLAMA_2_7B
+    cpus = sorted(os.sched_getaffinity(0))[: a.threads]
+    settings = settings_of(a, widths, cpus)
+    folders = make_folders(work, a.engines, a.layers, widths)
+    packed = next((folders[s] for s in ("w4a4", "w4a8", "w4a16") if s in folders), None)
+    if packed:
+        settings["transform"] = describe_transform(packed)
+        print(f"{packed.name}: " + "; ".join(f"{k}: {v}" for k, v in settings["transform"].items()))
+    engines = start(a.engines, folders, cpus, a.peer_python, stack)
+    print(f"ready after {time.perf_counter() - begin:.0f} s")
+    agreement = compare_logits(engines, work)
+    for name, values in agreement.items():
+        print(f"  {ENGINES[name].label:<24} relative error {values['relative_error']:.5f}, KL "
+              f"{values['kl_mean']:.5f}, top-1 {values['top1_agreement']:.1%}", flush=True)
+    check_logits(agreement)
+    requests = {}
+    for batch, prompt, steps in zip(a.batch, a.prompt, a.steps, strict=True):
+        requests["prefill", batch] = {"length": prompt}
+        requests["decode", batch] = {"context": a.context, "steps": steps}
+    rates = measure(engines, requests, a.seconds, a.rounds)
+    rows = rows_of(engines, rates, agreement)
+    ratios = ratios_of(rows)
+    print_ratios(ratios)
+    print(f"took {time.perf_counter() - begin:.0f} s")
+    return {"environment": environment, "settings": settings, "rows": rows, "ratios": ratios}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    a = parse(argv)
+    with contextlib.ExitStack() as stack:
+        if a.work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="end-to-end-")))
+        else:
+            work = a.work
+            work.mkdir(parents=True, exist_ok=True)
+        try:
+            result = run(a, work, stack)
+        except (ValueError, EngineError) as error:
+            sys.exit(f"end_to_end: {error}")
+    if a.json:
+        a.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
