@@ -200,9 +200,13 @@ def require_transform(folder: Path) -> None:
 def describe_transform(folder: Path) -> dict[str, str]:
     """Site -> what its input goes through, in the first layer of a packed folder."""
     layer = load_checkpoint(folder).layer(0)
-    return {site: f"{' and '.join(type(f).__name__ for f in layer.rotations[site])}, "
-                  f"clip {layer.clips[site]:g}, {layer.high.get(site, 0)} inputs of 8 bits"
-            for site in SITES}
+
+    def factor(value: Any) -> str:
+        dense = isinstance(value, np.ndarray)
+        return f"dense {len(value)}" if dense else f"chain of order {value[0]}"
+
+    return {site: f"{' x '.join(map(factor, layer.rotations[site]))}, clip {layer.clips[site]:g}, "
+                  f"{layer.high.get(site, 0)} inputs of 8 bits" for site in SITES}
 
 
 # ---- agreement ----------------------------------------------------------------------------------
