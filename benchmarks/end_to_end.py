@@ -1,7 +1,7 @@
 """Prefill and decode in tokens per second of whole networks: ours against other engines.
 
     python benchmarks/end_to_end.py --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
-        [--prompt 512,32] [--context 64] [--threads 2] [--engines A,B] [--seconds 240]
+        [--prompt 512,16] [--context 128] [--threads 2] [--engines A,B] [--seconds 240]
         [--work DIR] [--json FILE] [--quick]
 
 A made checkpoint of LLaMA-2-7B's widths is given to every engine in the form it reads: the folder
@@ -257,11 +257,10 @@ def measure(engines: Mapping[str, Process], requests: Mapping[tuple[str, int], d
     shuffle = random.Random(0).shuffle
     order = list(engines)
     for (phase, batch), request in requests.items():
-        begin = None
+        begin = time.perf_counter()
         for round_number in range(1000):
-            if begin is not None and round_number > min_rounds and (
-                time.perf_counter() - begin > seconds / len(requests)
-            ):
+            spent = time.perf_counter() - begin
+            if round_number >= min_rounds and spent > seconds / len(requests):
                 break
             shuffle(order)
             for name in order:
@@ -270,10 +269,8 @@ def measure(engines: Mapping[str, Process], requests: Mapping[tuple[str, int], d
                 if not answer["finite"]:
                     raise ValueError(f"{ENGINES[name].label}, {phase}, batch {batch}: expected "
                                      "finite logits, found NaN or Inf")
-                if round_number > 0:  # the first round warms up and fills the caches
-                    rates.setdefault((name, phase, batch), []).append(
-                        answer["tokens"] / answer["seconds"])
-            begin = begin or time.perf_counter()
+                rate = answer["tokens"] / answer["seconds"]
+                rates.setdefault((name, phase, batch), []).append(rate)
         for engine in engines.values():
             engine.ask("close")
         print_phase(phase, batch, rates)
@@ -350,11 +347,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--layers", type=int, default=2, metavar="N")
     p.add_argument("--batch", type=numbers, default=[1, 64], metavar="A,B")
     p.add_argument("--prompt", type=numbers, metavar="A,B",
-                   help="tokens of a prompt, for each batch (default 512,32)")
-    p.add_argument("--context", type=int, default=64, metavar="N",
-                   help="tokens that a sequence holds before it is decoded (default 64)")
+                   help="tokens of a prompt, for each batch (default 512,16)")
+    p.add_argument("--context", type=int, default=128, metavar="N",
+                   help="tokens that a sequence holds before it is decoded (default 128)")
     p.add_argument("--steps", type=numbers, metavar="A,B",
-                   help="decoded tokens of one measurement, for each batch (default 16,4)")
+                   help="decoded tokens of one measurement, for each batch (default 16,2)")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     p.add_argument("--engines", type=lambda text: text.split(","), default=DEFAULT_ENGINES,
                    metavar="A,B", help=f"of {', '.join(ENGINES)} (default: all but llama-Q4_K_M)")
@@ -370,8 +367,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     a = p.parse_args(argv)
     if a.quick:
         a.prompt, a.steps, a.context, a.seconds = [16] * len(a.batch), [2] * len(a.batch), 8, 0
-    a.prompt = a.prompt or [512 if batch == 1 else 32 for batch in a.batch]
-    a.steps = a.steps or [16 if batch == 1 else 4 for batch in a.batch]
+    a.prompt = a.prompt or [512 if batch == 1 else 16 for batch in a.batch]
+    a.steps = a.steps or [16 if batch == 1 else 2 for batch in a.batch]
     check_options(p, a)
     return a
 

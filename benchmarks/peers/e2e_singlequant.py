@@ -7,20 +7,24 @@ from pathlib import Path
 import numpy as np
 from e2e_worker import serve
 
+import singlequant as sq
+from singlequant import _C
+from singlequant.artifacts import SITES
+from singlequant.forward import architecture_row, flat_positions
+
 TOKENS_PER_CALL = 2048  # as generation cuts its prompts
+NARROW = 32  # hidden width of the network that fills a cache
 
 
 class SingleQuant:
     """KIND is ignored: the folder says what it holds."""
 
     def __init__(self, folder: Path, kind: str, threads: int) -> None:
-        import singlequant as sq
-
         sq.set_num_threads(threads)
         self.model = sq.load(folder)
         self.vocab = self.model.shape.vocab
         self.version = sq.__version__
-        self.note = f"kernels {sq._C.kernels()['active']}"
+        self.note = f"kernels {_C.kernels()['active']}"
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return self.model.forward(tokens)
@@ -45,7 +49,24 @@ class SingleQuant:
         self.session.lengths[:] = length
 
     def fill(self, tokens: np.ndarray) -> None:
-        self.prefill(tokens)
+        """Keys and values of a network so narrow that a long context costs little."""
+        count, length = tokens.shape
+        local, positions = flat_positions(np.full(count, length))
+        row = architecture_row(self.model.shape) | {"hidden": NARROW, "intermediate": NARROW}
+        inner, kv = (row[n] * row["head_dim"] for n in ("heads", "kv_heads"))
+        rng = np.random.default_rng(0)
+
+        def matrix(n: int, k: int) -> tuple[np.ndarray, None]:
+            return rng.standard_normal((n, k), np.float32) * np.float32(k**-0.5), None
+
+        linears = [matrix(n, NARROW) for n in (inner, kv, kv)] + [matrix(NARROW, inner)]
+        linears += [matrix(NARROW, NARROW) for _ in range(3)]
+        norm = np.ones(NARROW, np.float32)
+        layer = _C.DecoderLayer(row, (norm, norm), linears, [None] * len(SITES))
+        for index in range(self.model.shape.layers):
+            hidden = matrix(count * length, NARROW)[0]
+            layer.forward(hidden, local, positions, self.session._cache, index)
+        self.session.lengths[:] = length
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+WARM_UP = 4  # tokens of the short prompts before the first that are timed
+
 
 class Engine(Protocol):
     """One loaded model. Tokens are [count, length]; every call ends with the logits in memory.
@@ -76,6 +78,7 @@ class Timer:
         tokens = random_tokens(batch, length, self.engine.vocab)
         if self.opened != ("prefill", batch, length):
             self.engine.open(batch, length)
+            self.engine.prefill(tokens[:, :WARM_UP])
             self.opened = ("prefill", batch, length)
         self.engine.rewind(0)
         start = time.perf_counter()
@@ -85,13 +88,13 @@ class Timer:
 
     def decode(self, batch: int, context: int, steps: int) -> dict:
         """Seconds of so many steps of one token per sequence, behind a context."""
+        tokens = random_tokens(steps, batch, self.engine.vocab)
         if self.opened != ("decode", batch, context, steps):
             self.engine.open(batch, context + steps)
             self.engine.fill(random_tokens(batch, context, self.engine.vocab))
+            self.engine.decode(tokens[0])
             self.opened = ("decode", batch, context, steps)
-        else:
-            self.engine.rewind(context)
-        tokens = random_tokens(steps, batch, self.engine.vocab)
+        self.engine.rewind(context)
         start = time.perf_counter()
         for row in tokens:
             logits = self.engine.decode(row)
