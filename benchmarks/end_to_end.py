@@ -1,8 +1,8 @@
 """Prefill and decode in tokens per second of whole networks: ours against other engines.
 
     python benchmarks/end_to_end.py --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
-        [--prompt 512,16] [--context 128] [--threads 2] [--engines A,B] [--seconds 240]
-        [--work DIR] [--json FILE] [--quick]
+        [--prompt 512,16] [--context 128] [--threads 2] [--engines A,B] [--seconds 200]
+        [--isa native|avx2] [--work DIR] [--json FILE] [--quick]
 
 A made checkpoint of LLaMA-2-7B's widths is given to every engine in the form it reads: the folder
 itself, our packed folders of it (method `balanced`, whose online transform and quantization are in
@@ -13,6 +13,7 @@ An engine whose packages are missing is left out aloud.
 Prefill: from token ids to the logits behind each prompt, from empty caches; the head runs for the
 last token only. Decode: steps of one token in every sequence, each to the logits of all, behind a
 context. --prompt has a length for each batch: the larger batch has the shorter prompts, for time.
+--isa avx2 holds all engines to AVX2; llama.cpp must have been built for it in VENV.
 Before anything is timed the logits of all engines on the same windows are compared with those of
 the first of REFERENCES that runs; an engine that is further off than its kind allows is an error.
 
@@ -51,6 +52,11 @@ ERROR_LIMITS = {"32-bit": 0.005, "16-bit": 0.03, "int8": 0.15, "int4": 0.8, "our
 LEAST_AGREEMENT = {"32-bit": 0.95, "16-bit": 0.85}  # share of equal most likely tokens
 REST = 0.02  # seconds before each measurement: idle threads of the engine before stop spinning
 AIM_16BIT, AIM_INT4 = 2.3, 1.0
+
+
+# What holds PyTorch, oneDNN, MKL and OpenBLAS to AVX2.
+AVX2_ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+                    "MKL_ENABLE_INSTRUCTIONS": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,12 @@ class EngineError(RuntimeError):
 class Process:
     """A running engine; `ask` sends one request and waits for its answer."""
 
-    def __init__(self, spec: EngineSpec, folder: Path, cpus: Sequence[int], python: str) -> None:
+    def __init__(self, spec: EngineSpec, folder: Path, cpus: Sequence[int], python: str,
+                 isa: str = "native") -> None:
         self.spec = spec
         count = str(len(cpus))
-        environment = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
-                       "MKL_NUM_THREADS": count}
+        environment = {**os.environ, **isa_environment(isa), "OMP_NUM_THREADS": count,
+                       "OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count}
         if spec.ours:
             paths = [str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -148,21 +155,36 @@ class Process:
         self.errors.close()
 
 
+def isa_environment(isa: str) -> dict[str, str]:
+    """Environment variables that hold an engine to an instruction set."""
+    if isa == "native":
+        return {}
+    wider = [name for name in _C.kernels()["compiled"] if name not in ("avx2", "generic")]
+    off = list(filter(None, [os.environ.get("SINGLEQUANT_DISABLE_CPU"), *wider]))
+    return {**AVX2_ENVIRONMENT, "SINGLEQUANT_DISABLE_CPU": ",".join(off)}
+
+
 def start(names: Sequence[str], folders: Mapping[str, Path], cpus: Sequence[int],
-          peer_python: str, stack: contextlib.ExitStack) -> dict[str, Process]:
-    """Name -> running engine; those that are missing are named."""
+          peer_python: str, isa: str, stack: contextlib.ExitStack) -> dict[str, Process]:
+    """Name -> running engine; those that are missing are named.
+
+    ValueError when an engine that is to be held to AVX2 says that it uses more.
+    """
     running = {}
     for name in names:
         spec = ENGINES[name]
         folder = folders[spec.variant if spec.ours else "16-bit"]
         try:
-            engine = Process(spec, folder, cpus, sys.executable if spec.ours else peer_python)
+            python = sys.executable if spec.ours else peer_python
+            engine = Process(spec, folder, cpus, python, isa)
         except Missing as missing:
             print(f"left out: {spec.label}: {missing}")
             continue
         stack.callback(engine.close)
         running[name] = engine
         print(f"{spec.label:<24} {engine.version}; {engine.note}", flush=True)
+        if isa == "avx2" and "AVX512" in engine.note.upper():
+            raise ValueError(f"--isa: expected {spec.label} to use AVX2 only, found {engine.note}")
     return running
 
 
@@ -357,6 +379,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    metavar="A,B", help=f"of {', '.join(ENGINES)} (default: all but llama-Q4_K_M)")
     p.add_argument("--peer-python", default=sys.executable, metavar="FILE",
                    help="the Python that has transformers and llama-cpp-python (default: this)")
+    p.add_argument("--isa", choices=("native", "avx2"), default="native")
     p.add_argument("--seconds", type=float, default=200, help="aim for the timed rounds together")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="at least (default 3)")
     p.add_argument("--work", type=Path, metavar="DIR",
@@ -395,7 +418,7 @@ def settings_of(a: argparse.Namespace, widths: Widths, cpus: Sequence[int]) -> d
     return {
         "widths": vars(widths), "layers": a.layers, "head": widths.head_weights / weights,
         "batch": a.batch, "prompt": a.prompt, "context": a.context, "steps": a.steps,
-        "threads": a.threads, "cpus": list(cpus), "quick": a.quick,
+        "threads": a.threads, "cpus": list(cpus), "isa": a.isa, "quick": a.quick,
         "prefill": "from token ids to the logits of each prompt's last token, empty caches",
         "decode": "one token in every sequence per step, to the logits of all",
     }
@@ -414,7 +437,7 @@ def run(a: argparse.Namespace, work: Path, stack: contextlib.ExitStack) -> dict[
     if packed:
         settings["transform"] = describe_transform(packed)
         print(f"{packed.name}: " + "; ".join(f"{k}: {v}" for k, v in settings["transform"].items()))
-    engines = start(a.engines, folders, cpus, a.peer_python, stack)
+    engines = start(a.engines, folders, cpus, a.peer_python, a.isa, stack)
     print(f"ready after {time.perf_counter() - begin:.0f} s")
     agreement = compare_logits(engines, work)
     for name, values in agreement.items():

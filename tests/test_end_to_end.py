@@ -57,7 +57,7 @@ def row(engine, kind, rate, phase="decode", batch=1):
 
 def test_end_to_end_writes_a_row_per_engine_phase_and_batch(tmp_path):
     out = tmp_path / "out.json"
-    done = run("--engines", ",".join(OURS), "--batch", "1,3", "--json", out)
+    done = run("--engines", ",".join(OURS), "--batch", "1,3", "--json", out, "--isa", "avx2")
     whole = json.loads(out.read_text())
     assert whole["environment"]["cpu"]
     assert whole["settings"]["transform"]["down"].startswith("dense 16 x dense 32")
@@ -68,6 +68,7 @@ def test_end_to_end_writes_a_row_per_engine_phase_and_batch(tmp_path):
         rate = r["tokens_per_s"]
         assert 0 < rate["low"] <= rate["median"] <= rate["high"]
         assert r["version"] == sq.__version__
+        assert r["note"] in ("kernels avx2", "kernels generic")
     error = {r["engine"]: r["agreement"]["relative_error"] for r in whole["rows"]}
     assert error["singlequant 16-bit"] == 0 < error["singlequant W4A8"] < error["singlequant W4A4"]
     assert len(whole["ratios"]) == 3 * 2 * 2
