@@ -115,6 +115,8 @@ class Process:
         if spec.ours:
             paths = [str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
+        elif python != sys.executable:  # another Python must not find this one's packages
+            environment.pop("PYTHONPATH", None)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [python, str(PEERS / spec.script), str(folder), spec.variant,
                    ",".join(map(str, cpus))]
