@@ -212,13 +212,17 @@ def make_folders(work: Path, names: Sequence[str], layers: int, widths: Widths) 
 
 
 def require_transform(folder: Path) -> None:
-    """ValueError unless every site of a packed folder is rotated at run time."""
+    """ValueError unless every site is rotated at run time, and in W4A4 has its 8-bit inputs."""
     checkpoint = load_checkpoint(folder)
+    mixed = checkpoint.quant_config.activation_bits == 4
     for index in range(checkpoint.shape.layers):
-        absent = set(SITES) - set(checkpoint.layer(index).rotations)
+        layer = checkpoint.layer(index)
+        absent = [site for site in SITES
+                  if site not in layer.rotations or mixed and not layer.high.get(site)]
         if absent:
-            raise ValueError(f"{folder}: layer {index}: expected a rotation at every site, "
-                             f"found none at {', '.join(sorted(absent))}")
+            raise ValueError(f"{folder}: layer {index}: expected every site rotated"
+                             f"{', some inputs of 8 bits' if mixed else ''}, "
+                             f"found otherwise: {', '.join(absent)}")
 
 
 def describe_transform(folder: Path) -> dict[str, str]:

@@ -150,12 +150,13 @@ def test_check_logits_refuses_another_network(bench):
         bench.check_logits({"llama-Q4_0": good | {"relative_error": float("nan")}})
 
 
-def test_require_transform_refuses_a_folder_without_rotations(bench, tmp_path):
+@pytest.mark.parametrize("method", ["none", "hadamard"])
+def test_require_transform_refuses_a_folder_that_does_less(bench, tmp_path, method):
     source, out = tmp_path / "made", tmp_path / "out"
     bench.write_checkpoint(source, 1, bench.TOY)
-    config = sq.QuantConfig(method="none", weights="rtn", calibration_tokens=64)
+    config = sq.QuantConfig(method=method, weights="rtn", calibration_tokens=64)
     sq.quantize_folder(source, out, config)
-    with pytest.raises(ValueError, match="layer 0: expected a rotation at every site"):
+    with pytest.raises(ValueError, match="every site rotated, some inputs of 8 bits, found other"):
         bench.require_transform(out)
 
 
