@@ -18,7 +18,7 @@ enum {
     OUTPUTS_PER_BLOCK_STEP = 16,
     BLOCKS_WANTED = 16,       /* enough to share a small linear between threads */
     BLOCK_ELEMENTS = 1 << 20, /* of converted weights: 4 MiB of scratch per thread */
-    FEW_TOKENS = 8, /* up to here 16-bit weights are widened in registers, not in memory */
+    FEW_TOKENS = 64, /* up to here 16-bit weights are widened in registers, not in memory */
     FEW_CHUNK_ELEMENTS = 1 << 17, /* of weights, of such a product: 256 KiB */
     CONVERT_GRAIN = 1 << 15,      /* elements of one chunk of a conversion */
 };

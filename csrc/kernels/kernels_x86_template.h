@@ -583,7 +583,8 @@ gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const fl
 
 /* ---- float32 x 16-bit floats ------------------------------------------------------------ */
 
-enum { HALF_ROWS = 4, HALF_TOKENS = 2 }; /* of w and of x: 8 accumulators */
+/* Of w and of x: 12 or 24 accumulators, and each widened weight meets all tokens of a tile. */
+enum { HALF_ROWS = 4, HALF_TOKENS = TILE_BITS == 256 ? 3 : 6 };
 
 /* LANES 16-bit floats, of which count exist; the others are 0. */
 static ALWAYS_INLINE vec_f
@@ -675,36 +676,50 @@ tile_half(const struct half_args *s, const int tokens, const int rows, const int
     }
 }
 
+#define TOKENS_CASE(tokens)                        \
+    case tokens:                                   \
+        tile_half(&s, tokens, HALF_ROWS, is_bf16); \
+        break;
+
+/* HALF_ROWS outputs of all tokens. */
+static ALWAYS_INLINE void
+rows_half(struct half_args s, int64_t m, const int is_bf16)
+{
+    for (int64_t i = 0; i < m; i += HALF_TOKENS) {
+        switch (sq_min_i64(HALF_TOKENS, m - i)) {
+            TOKENS_CASE(1)
+            TOKENS_CASE(2)
+            TOKENS_CASE(3)
+#if TILE_BITS == 512
+            TOKENS_CASE(4)
+            TOKENS_CASE(5)
+            TOKENS_CASE(6)
+#endif
+        }
+        s.x += HALF_TOKENS * s.ld_x;
+        s.y += HALF_TOKENS * s.ld_y;
+    }
+}
+#undef TOKENS_CASE
+
 /* Rows of w outside, so that they stay in the cache while all tokens meet them. */
 static ALWAYS_INLINE void
 gemm_half_of(const int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
              const uint16_t *w, float *y, int64_t ld_y)
 {
-    for (int64_t j = 0; j < n;) {
-        const int rows = n - j >= HALF_ROWS ? HALF_ROWS : 1;
-        for (int64_t i = 0; i < m;) {
-            const int tokens = m - i >= HALF_TOKENS ? HALF_TOKENS : 1;
-            const struct half_args s = {.k = k,
-                                        .x = x + i * ld_x,
-                                        .w = w + j * k,
-                                        .y = y + i * ld_y + j,
-                                        .ld_x = ld_x,
-                                        .ld_y = ld_y};
-            if (rows == HALF_ROWS && tokens == HALF_TOKENS) {
-                tile_half(&s, HALF_TOKENS, HALF_ROWS, is_bf16);
-            }
-            else if (rows == HALF_ROWS) {
-                tile_half(&s, 1, HALF_ROWS, is_bf16);
-            }
-            else if (tokens == HALF_TOKENS) {
-                tile_half(&s, HALF_TOKENS, 1, is_bf16);
-            }
-            else {
-                tile_half(&s, 1, 1, is_bf16);
-            }
-            i += tokens;
+    struct half_args s = {.k = k, .x = x, .w = w, .y = y, .ld_x = ld_x, .ld_y = ld_y};
+    int64_t j = 0;
+    for (; j + HALF_ROWS <= n; j += HALF_ROWS) {
+        rows_half(s, m, is_bf16);
+        s.w += HALF_ROWS * k;
+        s.y += HALF_ROWS;
+    }
+    for (; j < n; j++) {
+        for (int64_t i = 0; i < m; i++) {
+            const struct half_args one = {
+                .k = k, .x = x + i * ld_x, .w = w + j * k, .y = y + i * ld_y + j};
+            tile_half(&one, 1, 1, is_bf16);
         }
-        j += rows;
     }
 }
 
