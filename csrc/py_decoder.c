@@ -4,78 +4,120 @@
 
 #include <math.h>
 #include <stddef.h>
-#include <structmember.h>
 
 #include "py_factor.h"
 
 /* ---- KVCache ---------------------------------------------------------------------------- */
 
 typedef struct {
-    PyObject_HEAD long long layers, sequences, kv_heads, head_dim, capacity, nbytes;
-    int64_t layer_floats; /* of the keys of one layer; as many values follow them */
-    float *memory;        /* owned, [layers][keys, values] */
+    PyObject_HEAD sq_kv_cache_t *cache; /* owned */
+    PyThread_type_lock lock;            /* held by the call that uses cache */
 } KVCache;
 
 PyDoc_STRVAR(
     cache_doc,
-    "KVCache(layers, sequences, kv_heads, head_dim, capacity)\n--\n\n"
-    "Zeroed float32 keys and values of every layer: capacity positions for each sequence.\n\n"
-    "Memory is taken by the system as positions are first written. One call at a time may "
-    "write a\nlayer's part. MemoryError if there is not enough.");
+    "KVCache(layers, sequences, kv_heads, head_dim, capacity, bits=32, hadamard=True, limit=0)\n"
+    "--\n\n"
+    "Keys and values of every layer: at most capacity positions for each of the sequences.\n\n"
+    "bits: 32, 16 (floats; the latter clamped to finite values), 8 or 4 (codes without sign, with "
+    "a\n    float16 scale and minimum per token and head).\n"
+    "hadamard: with 8 and 4 bits queries and keys take a Hadamard after the rotary embedding.\n"
+    "limit: bytes of pages that may be held, 0 for no limit.\n\n"
+    "A page is page_tokens positions of one sequence in one layer. It is taken, as zeros, when a\n"
+    "position is first written, and given back by release(); nbytes counts the pages in memory: "
+    "those of\nsequences and at most as many free ones. May be shared between threads: calls that "
+    "use one cache\nwait for each other, whatever their layers are.\n"
+    "ValueError names a size that is out of range; MemoryError if there is not enough.");
+
+static void
+cache_lock(const KVCache *self)
+{
+    if (!PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) {
+        Py_BEGIN_ALLOW_THREADS;
+        PyThread_acquire_lock(self->lock, WAIT_LOCK);
+        Py_END_ALLOW_THREADS;
+    }
+}
+
+static void
+cache_unlock(const KVCache *self)
+{
+    PyThread_release_lock(self->lock);
+}
+
+/* 0, or -1 with ValueError. */
+static int
+check_sizes(const long long sizes[5], const char *const *names, int bits, long long limit)
+{
+    for (int i = 4; i >= 0; i--) {
+        if (sizes[i] < 1) {
+            PyErr_Format(PyExc_ValueError, "%s: expected at least 1, got %lld", names[i], sizes[i]);
+            return -1;
+        }
+    }
+    if (bits != 4 && bits != 8 && bits != 16 && bits != 32) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 4, 8, 16 or 32, got %d", bits);
+        return -1;
+    }
+    if (limit < 0) {
+        PyErr_Format(PyExc_ValueError, "limit: expected at least 0, got %lld", limit);
+        return -1;
+    }
+    return 0;
+}
 
 static PyObject *
 cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"layers", "sequences", "kv_heads", "head_dim", "capacity", NULL};
-    long long sizes[5];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLLLL:KVCache", names, &sizes[0], &sizes[1],
-                                     &sizes[2], &sizes[3], &sizes[4])) {
+    static char *names[] = {"layers", "sequences", "kv_heads", "head_dim", "capacity",
+                            "bits",   "hadamard",  "limit",    NULL};
+    long long sizes[5], limit = 0;
+    int bits = 32, hadamard = 1;
+    PyObject *module = PyType_GetModule(type);
+    if (!module ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "LLLLL|ipL:KVCache", names, &sizes[0], &sizes[1],
+                                     &sizes[2], &sizes[3], &sizes[4], &bits, &hadamard, &limit)) {
         return NULL;
     }
-    int64_t floats = 1, bytes;
-    for (int i = 4; i >= 0; i--) {
-        if (sizes[i] < 1) {
-            return PyErr_Format(PyExc_ValueError, "%s: expected at least 1, got %lld", names[i],
-                                sizes[i]);
-        }
-        if (i > 0 && !sq_product(floats, sizes[i], &floats)) {
-            return PyErr_NoMemory();
-        }
+    if (check_sizes(sizes, (const char *const *)names, bits, limit)) {
+        return NULL;
     }
-    if (sizes[1] > INT32_MAX || sizes[4] > (int64_t)1 << 31) {
-        return PyErr_Format(
-            PyExc_ValueError,
-            "expected at most 2^31 - 1 sequences and 2^31 positions, got %lld and %lld", sizes[1],
-            sizes[4]);
-    }
-    if (!sq_product(floats, sizes[0], &bytes) ||
-        !sq_product(bytes, 2 * (int64_t)sizeof(float), &bytes)) {
-        return PyErr_NoMemory();
-    }
+    const struct sq_kv_shape shape = {.layers = sizes[0],
+                                      .sequences = sizes[1],
+                                      .kv_heads = sizes[2],
+                                      .head_dim = sizes[3],
+                                      .capacity = sizes[4],
+                                      .limit_bytes = limit,
+                                      .bits = bits,
+                                      .hadamard = hadamard};
     KVCache *self = (KVCache *)type->tp_alloc(type, 0);
     if (!self) {
         return NULL;
     }
-    self->memory = calloc((size_t)bytes, 1);
-    if (!self->memory) {
-        Py_DECREF(self);
-        return PyErr_NoMemory();
+    self->lock = PyThread_allocate_lock();
+    const sq_status status = self->lock ? sq_kv_cache_create(&shape, &self->cache) : SQ_ERR_NOMEM;
+    if (status == SQ_OK) {
+        return (PyObject *)self;
     }
-    self->layers = sizes[0];
-    self->sequences = sizes[1];
-    self->kv_heads = sizes[2];
-    self->head_dim = sizes[3];
-    self->capacity = sizes[4];
-    self->nbytes = bytes;
-    self->layer_floats = floats;
-    return (PyObject *)self;
+    Py_DECREF(self);
+    if (status == SQ_ERR_RANGE) {
+        return PyErr_Format(PyExc_ValueError,
+                            "expected at most 2^31 - 1 sequences, 2^31 positions and a head_dim of "
+                            "2^24, got %lld, %lld and %lld",
+                            sizes[1], sizes[4], sizes[3]);
+    }
+    return status == SQ_ERR_NOMEM ? PyErr_NoMemory() : sq_py_raise(module, status, "KVCache");
 }
 
 static void
 cache_dealloc(PyObject *object)
 {
+    KVCache *self = (KVCache *)object;
     PyTypeObject *type = Py_TYPE(object);
-    free(((KVCache *)object)->memory);
+    sq_kv_cache_destroy(self->cache);
+    if (self->lock) {
+        PyThread_free_lock(self->lock);
+    }
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -83,38 +125,284 @@ cache_dealloc(PyObject *object)
 static PyObject *
 cache_repr(PyObject *object)
 {
-    const KVCache *c = (const KVCache *)object;
+    const struct sq_kv_shape *s = sq_kv_cache_shape(((const KVCache *)object)->cache);
     return PyUnicode_FromFormat(
-        "KVCache(layers=%lld, sequences=%lld, kv_heads=%lld, head_dim=%lld, capacity=%lld)",
-        c->layers, c->sequences, c->kv_heads, c->head_dim, c->capacity);
+        "KVCache(layers=%lld, sequences=%lld, kv_heads=%lld, head_dim=%lld, capacity=%lld, "
+        "bits=%d%s)",
+        (long long)s->layers, (long long)s->sequences, (long long)s->kv_heads,
+        (long long)s->head_dim, (long long)s->capacity, s->bits, s->hadamard ? ", hadamard" : "");
 }
 
-static struct sq_kv_cache
-cache_layer(const KVCache *c, int64_t layer)
+/* A field of struct sq_kv_shape, at the offset that the closure is. */
+static PyObject *
+cache_get_size(PyObject *object, void *closure)
 {
-    float *keys = c->memory + layer * 2 * c->layer_floats;
-    return (struct sq_kv_cache){.sequences = c->sequences,
-                                .kv_heads = c->kv_heads,
-                                .head_dim = c->head_dim,
-                                .capacity = c->capacity,
-                                .keys = keys,
-                                .values = keys + c->layer_floats};
+    const struct sq_kv_shape *s = sq_kv_cache_shape(((const KVCache *)object)->cache);
+    return PyLong_FromLongLong(
+        *(const int64_t *)(const void *)((const char *)s + (intptr_t)closure));
 }
 
-static PyMemberDef cache_members[] = {
-    {"layers", T_LONGLONG, offsetof(KVCache, layers), READONLY, "number of layers"},
-    {"sequences", T_LONGLONG, offsetof(KVCache, sequences), READONLY, "number of sequences"},
-    {"kv_heads", T_LONGLONG, offsetof(KVCache, kv_heads), READONLY, "key and value heads"},
-    {"head_dim", T_LONGLONG, offsetof(KVCache, head_dim), READONLY, "width of a head"},
-    {"capacity", T_LONGLONG, offsetof(KVCache, capacity), READONLY, "positions per sequence"},
-    {"nbytes", T_LONGLONG, offsetof(KVCache, nbytes), READONLY,
-     "bytes when every position is written"},
-    {NULL, 0, 0, 0, NULL},
+static PyObject *
+cache_get_bits(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(sq_kv_cache_shape(((const KVCache *)object)->cache)->bits);
+}
+
+static PyObject *
+cache_get_hadamard(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(sq_kv_cache_shape(((const KVCache *)object)->cache)->hadamard);
+}
+
+static PyObject *
+cache_get_nbytes(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(sq_kv_cache_bytes(((const KVCache *)object)->cache));
+}
+
+static PyObject *
+cache_get_page_bytes(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(sq_kv_cache_page_bytes(((const KVCache *)object)->cache));
+}
+
+static PyObject *
+cache_get_page_tokens(PyObject *Py_UNUSED(object), void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(SQ_PAGE_TOKENS);
+}
+
+#define SIZE_OF(field) (void *)(intptr_t)offsetof(struct sq_kv_shape, field)
+static PyGetSetDef cache_attributes[] = {
+    {"layers", cache_get_size, NULL, "number of layers", SIZE_OF(layers)},
+    {"sequences", cache_get_size, NULL, "number of sequences", SIZE_OF(sequences)},
+    {"kv_heads", cache_get_size, NULL, "key and value heads", SIZE_OF(kv_heads)},
+    {"head_dim", cache_get_size, NULL, "width of a head", SIZE_OF(head_dim)},
+    {"capacity", cache_get_size, NULL, "positions per sequence", SIZE_OF(capacity)},
+    {"limit", cache_get_size, NULL, "bytes of pages that may be held, 0: any",
+     SIZE_OF(limit_bytes)},
+    {"bits", cache_get_bits, NULL, "32, 16, 8 or 4", NULL},
+    {"hadamard", cache_get_hadamard, NULL, "whether queries and keys are rotated", NULL},
+    {"nbytes", cache_get_nbytes, NULL, "bytes of the pages in memory", NULL},
+    {"page_bytes", cache_get_page_bytes, NULL, "bytes of one page", NULL},
+    {"page_tokens", cache_get_page_tokens, NULL, "positions of one page", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+/* ---- the tokens of a call --------------------------------------------------------------- */
+
+/* Copies, as the arrays may change while the GIL is free. */
+struct tokens {
+    int64_t m, length; /* length: one more than the largest position */
+    int32_t *sequence; /* owned */
+    int64_t *position; /* owned */
+};
+
+/* o as an int64 array [m] with entries in 0 .. limit - 1; m < 0: of any length. */
+static PyArrayObject *
+index_array(PyObject *o, int64_t m, int64_t limit, const char *name)
+{
+    PyArrayObject *array = sq_py_array(o, NPY_INT64, 1, name);
+    if (!array || (m >= 0 && sq_py_check_dim(array, 0, m, name))) {
+        Py_XDECREF(array);
+        return NULL;
+    }
+    const int64_t *p = PyArray_DATA(array);
+    for (int64_t i = 0; i < PyArray_DIM(array, 0); i++) {
+        if (p[i] < 0 || p[i] >= limit) {
+            PyErr_Format(PyExc_ValueError, "%s[%lld]: expected 0 to %lld, got %lld", name,
+                         (long long)i, (long long)limit - 1, (long long)p[i]);
+            Py_DECREF(array);
+            return NULL;
+        }
+    }
+    return array;
+}
+
+/* 0, or -1 with an exception that names the argument. */
+static int
+parse_tokens(const KVCache *self, PyObject *sequence_object, PyObject *position_object, int64_t m,
+             struct tokens *tokens)
+{
+    const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
+    PyArrayObject *position = NULL;
+    PyArrayObject *sequence = index_array(sequence_object, m, shape->sequences, "sequence");
+    int result = -1;
+    *tokens = (struct tokens){.m = sequence ? PyArray_DIM(sequence, 0) : 0};
+    position =
+        sequence ? index_array(position_object, tokens->m, shape->capacity, "position") : NULL;
+    if (!position) {
+        goto done;
+    }
+    tokens->sequence = sq_alloc((size_t)tokens->m * sizeof *tokens->sequence);
+    tokens->position = sq_alloc((size_t)tokens->m * sizeof *tokens->position);
+    if (!tokens->sequence || !tokens->position) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (int64_t t = 0; t < tokens->m; t++) {
+        tokens->sequence[t] = (int32_t)((const int64_t *)PyArray_DATA(sequence))[t];
+        tokens->position[t] = ((const int64_t *)PyArray_DATA(position))[t];
+        tokens->length = sq_max_i64(tokens->length, tokens->position[t] + 1);
+    }
+    result = 0;
+done:
+    Py_XDECREF(sequence);
+    Py_XDECREF(position);
+    return result;
+}
+
+static void
+free_tokens(struct tokens *tokens)
+{
+    free(tokens->sequence);
+    free(tokens->position);
+}
+
+/* The exception of a status that a cache gave; returns NULL. */
+static PyObject *
+raise_cache(PyObject *module, const KVCache *self, sq_status status, const char *context)
+{
+    const long long limit = sq_kv_cache_shape(self->cache)->limit_bytes;
+    if (status == SQ_ERR_NOMEM && limit) {
+        return PyErr_Format(PyExc_MemoryError,
+                            "%s: expected pages of at most %lld bytes (limit) and that many free, "
+                            "found %lld held in pages of %lld",
+                            context, limit, (long long)sq_kv_cache_bytes(self->cache),
+                            (long long)sq_kv_cache_page_bytes(self->cache));
+    }
+    return sq_py_raise(module, status, context);
+}
+
+/* ---- KVCache: methods ------------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    reserve_doc,
+    "reserve($self, /, sequence, position)\n--\n\n"
+    "Take the pages that tokens at (sequence[t], position[t]) need, in all layers.\n\n"
+    "forward() takes those of its layer by itself; after reserve() it cannot fail for want "
+    "of them.\nValueError names what is out of range; MemoryError at the limit: nothing is "
+    "taken then.");
+
+static PyObject *
+cache_reserve(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"sequence", "position", NULL};
+    const KVCache *self = (const KVCache *)object;
+    PyObject *module = PyType_GetModule(Py_TYPE(object)), *sequence, *position;
+    struct tokens tokens;
+    if (!module ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO:reserve", names, &sequence, &position)) {
+        return NULL;
+    }
+    if (parse_tokens(self, sequence, position, -1, &tokens)) {
+        free_tokens(&tokens);
+        return NULL;
+    }
+    sq_status status;
+    cache_lock(self);
+    SQ_BEGIN_NOGIL(SQ_GIL_THRESHOLD)
+    status = sq_kv_cache_reserve(self->cache, 0, sq_kv_cache_shape(self->cache)->layers,
+                                 tokens.sequence, tokens.position, tokens.m);
+    SQ_END_NOGIL;
+    cache_unlock(self);
+    free_tokens(&tokens);
+    return status == SQ_OK ? Py_NewRef(Py_None) : raise_cache(module, self, status, "reserve");
+}
+
+PyDoc_STRVAR(release_doc,
+             "release($self, sequence, /)\n--\n\n"
+             "Give the pages of a sequence back, in all layers; its positions hold zeros again.\n\n"
+             "ValueError when there is no such sequence.");
+
+static PyObject *
+cache_release(PyObject *object, PyObject *arg)
+{
+    const KVCache *self = (const KVCache *)object;
+    const long long sequences = sq_kv_cache_shape(self->cache)->sequences;
+    const long long sequence = PyLong_AsLongLong(arg);
+    if (sequence == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (sequence < 0 || sequence >= sequences) {
+        return PyErr_Format(PyExc_ValueError, "sequence: expected 0 to %lld, got %lld",
+                            sequences - 1, sequence);
+    }
+    cache_lock(self);
+    const sq_status status = sq_kv_cache_release(self->cache, sequence);
+    cache_unlock(self);
+    if (status != SQ_OK) {
+        return sq_py_raise(PyType_GetModule(Py_TYPE(object)), status, "release");
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(read_doc,
+             "read($self, /, layer, sequence, count)\n--\n\n"
+             "Positions 0 to count - 1 of a sequence as a layer's attention sees them: keys (after "
+             "the rotary\nembedding and the Hadamard) and values, float32 [count, kv_heads, "
+             "head_dim] each.\n\n"
+             "ValueError names what is out of range.");
+
+static PyObject *
+cache_read(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"layer", "sequence", "count", NULL};
+    const KVCache *self = (const KVCache *)object;
+    const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
+    const long long most[3] = {shape->layers - 1, shape->sequences - 1, shape->capacity};
+    long long found[3];
+    PyObject *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL:read", names, &found[0], &found[1],
+                                     &found[2])) {
+        return NULL;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (found[i] < 0 || found[i] > most[i]) {
+            return PyErr_Format(PyExc_ValueError, "%s: expected 0 to %lld, got %lld", names[i],
+                                most[i], found[i]);
+        }
+    }
+    const npy_intp dims[3] = {found[2], shape->kv_heads, shape->head_dim};
+    PyArrayObject *keys = sq_py_empty(3, dims, NPY_FLOAT);
+    PyArrayObject *values = keys ? sq_py_empty(3, dims, NPY_FLOAT) : NULL;
+    if (!values) {
+        goto done;
+    }
+    sq_status status;
+    cache_lock(self);
+    SQ_BEGIN_NOGIL(PyArray_SIZE(keys))
+    status = sq_kv_cache_read(self->cache, found[0], found[1], found[2], PyArray_DATA(keys),
+                              PyArray_DATA(values));
+    SQ_END_NOGIL;
+    cache_unlock(self);
+    if (status != SQ_OK) {
+        sq_py_raise(PyType_GetModule(Py_TYPE(object)), status, "read");
+        goto done;
+    }
+    result = PyTuple_Pack(2, keys, values);
+done:
+    Py_XDECREF(keys);
+    Py_XDECREF(values);
+    return result;
+}
+
+static PyMethodDef cache_methods[] = {
+    {"reserve", (PyCFunction)(void (*)(void))cache_reserve, METH_VARARGS | METH_KEYWORDS,
+     reserve_doc},
+    {"release", cache_release, METH_O, release_doc},
+    {"read", (PyCFunction)(void (*)(void))cache_read, METH_VARARGS | METH_KEYWORDS, read_doc},
+    {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot cache_slots[] = {
-    {Py_tp_new, cache_new},         {Py_tp_dealloc, cache_dealloc}, {Py_tp_repr, cache_repr},
-    {Py_tp_members, cache_members}, {Py_tp_doc, (void *)cache_doc}, {0, NULL},
+    {Py_tp_new, cache_new},
+    {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_repr, cache_repr},
+    {Py_tp_getset, cache_attributes},
+    {Py_tp_methods, cache_methods},
+    {Py_tp_doc, (void *)cache_doc},
+    {0, NULL},
 };
 
 static PyType_Spec cache_spec = {.name = "singlequant._C.KVCache",
@@ -579,42 +867,21 @@ writable_hidden(PyObject *o, int64_t width)
 }
 
 static int
-check_cache(const struct sq_architecture *a, const KVCache *cache, long long layer)
+check_cache(const struct sq_architecture *a, const struct sq_kv_shape *cache, long long layer)
 {
     if (cache->kv_heads != a->kv_heads || cache->head_dim != a->head_dim) {
         PyErr_Format(PyExc_ValueError,
                      "cache: expected (kv_heads, head_dim) = (%lld, %lld), got (%lld, %lld)",
-                     (long long)a->kv_heads, (long long)a->head_dim, cache->kv_heads,
-                     cache->head_dim);
+                     (long long)a->kv_heads, (long long)a->head_dim, (long long)cache->kv_heads,
+                     (long long)cache->head_dim);
         return -1;
     }
     if (layer < 0 || layer >= cache->layers) {
-        PyErr_Format(PyExc_ValueError, "layer: expected 0 to %lld, got %lld", cache->layers - 1,
-                     layer);
+        PyErr_Format(PyExc_ValueError, "layer: expected 0 to %lld, got %lld",
+                     (long long)cache->layers - 1, layer);
         return -1;
     }
     return 0;
-}
-
-/* o as an int64 array [m] with entries in 0 .. limit - 1. */
-static PyArrayObject *
-index_array(PyObject *o, int64_t m, int64_t limit, const char *name)
-{
-    PyArrayObject *array = sq_py_array(o, NPY_INT64, 1, name);
-    if (!array || sq_py_check_dim(array, 0, m, name)) {
-        Py_XDECREF(array);
-        return NULL;
-    }
-    const int64_t *p = PyArray_DATA(array);
-    for (int64_t i = 0; i < m; i++) {
-        if (p[i] < 0 || p[i] >= limit) {
-            PyErr_Format(PyExc_ValueError, "%s[%lld]: expected 0 to %lld, got %lld", name,
-                         (long long)i, (long long)limit - 1, (long long)p[i]);
-            Py_DECREF(array);
-            return NULL;
-        }
-    }
-    return array;
 }
 
 /* New tuple of the arrays that receive the sites' inputs. */
@@ -647,8 +914,8 @@ PyDoc_STRVAR(
     "to token. With record, returns the four\nsites' inputs [m, k] (qkv, o, gate_up, down) "
     "before any rotation, otherwise None.\n\n"
     "ValueError if hidden is not C-contiguous and writable, or a shape, sequence or position "
-    "does not fit;\nTypeError if hidden is not float32. After an error hidden and cache may be "
-    "partly updated.");
+    "does not fit;\nTypeError if hidden is not float32; MemoryError at the cache's limit, with "
+    "nothing updated. After\nanother error hidden and cache may be partly updated.");
 
 static PyObject *
 layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -660,10 +927,8 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     const struct sq_module_state *state = module ? PyModule_GetState(module) : NULL;
     PyObject *hidden_object, *sequence_object, *position_object, *cache_object;
     PyObject *recorded = NULL, *result = NULL;
-    PyArrayObject *sequence = NULL, *position = NULL;
     struct sq_record record = {{NULL}};
-    int32_t *sequence32 = NULL;
-    int64_t *position64 = NULL; /* copies: the arrays may change while the GIL is free */
+    struct tokens tokens;
     void *workspace = NULL;
     long long layer;
     int wants_record = 0;
@@ -674,48 +939,38 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     }
     const KVCache *cache = (const KVCache *)cache_object;
     PyArrayObject *hidden = writable_hidden(hidden_object, a->hidden);
-    if (!hidden || check_cache(a, cache, layer)) {
+    if (!hidden || check_cache(a, sq_kv_cache_shape(cache->cache), layer)) {
         return NULL;
     }
     const int64_t m = PyArray_DIM(hidden, 0);
-    sequence = index_array(sequence_object, m, cache->sequences, "sequence");
-    position = sequence ? index_array(position_object, m, cache->capacity, "position") : NULL;
-    if (!position) {
+    if (parse_tokens(cache, sequence_object, position_object, m, &tokens)) {
         goto done;
     }
-    sequence32 = sq_alloc((size_t)m * sizeof *sequence32);
-    position64 = sq_alloc((size_t)m * sizeof *position64);
-    workspace = sq_alloc(sq_layer_workspace_bytes(a, &self->layer, m, cache->capacity));
-    if (!sequence32 || !position64 || !workspace) {
+    workspace = sq_alloc(sq_layer_workspace_bytes(a, &self->layer, m, tokens.length));
+    if (!workspace) {
         PyErr_NoMemory();
         goto done;
-    }
-    for (int64_t t = 0; t < m; t++) {
-        sequence32[t] = (int32_t)((const int64_t *)PyArray_DATA(sequence))[t];
-        position64[t] = ((const int64_t *)PyArray_DATA(position))[t];
     }
     if (wants_record && !(recorded = new_record(&self->layer, m, &record))) {
         goto done;
     }
-    struct sq_kv_cache view = cache_layer(cache, layer);
     sq_status status;
+    cache_lock(cache);
     SQ_BEGIN_NOGIL(SQ_GIL_THRESHOLD) /* a layer is always work enough */
-    status = sq_layer_forward(a, &self->layer, &view, sequence32, position64, m,
-                              PyArray_DATA(hidden), &record, workspace);
+    status = sq_layer_forward(a, &self->layer, cache->cache, layer, tokens.sequence,
+                              tokens.position, m, PyArray_DATA(hidden), &record, workspace);
     SQ_END_NOGIL;
+    cache_unlock(cache);
     if (status != SQ_OK) {
-        sq_py_raise(module, status, "forward");
+        raise_cache(module, cache, status, "forward");
         goto done;
     }
     result = recorded ? recorded : Py_None;
     Py_INCREF(result);
 done:
     free(workspace);
-    free(sequence32);
-    free(position64);
+    free_tokens(&tokens);
     Py_XDECREF(recorded);
-    Py_XDECREF(sequence);
-    Py_XDECREF(position);
     return result;
 }
 

@@ -211,6 +211,91 @@ kernel_fixed_errors(PyObject *Py_UNUSED(module), PyObject *args)
                          (long long)e.error[2], (long long)e.error[3], (long long)e.clipped);
 }
 
+/* The same for uint16. */
+static uint16_t *
+writable_bits(PyObject *o, const char *name)
+{
+    PyArrayObject *a = (PyArrayObject *)o;
+    if (!PyArray_Check(o) || PyArray_TYPE(a) != NPY_UINT16 || PyArray_NDIM(a) != 1 ||
+        !PyArray_ISCARRAY(a)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected a writable C-contiguous uint16 array of 1 dimension", name);
+        return NULL;
+    }
+    return PyArray_DATA(a);
+}
+
+PyDoc_STRVAR(
+    narrow_doc,
+    "kernel_narrow(x, out)\n--\n\n"
+    "out [n] uint16, bits of float16 <- the active table's f32_to_f16 of x [n] (for tests).");
+
+static PyObject *
+kernel_narrow(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *x_object, *out, *result = NULL;
+    PyArrayObject *x = NULL;
+    if (!PyArg_ParseTuple(args, "OO:kernel_narrow", &x_object, &out)) {
+        return NULL;
+    }
+    uint16_t *y = writable_bits(out, "out");
+    x = y ? sq_py_array(x_object, NPY_FLOAT32, 1, "x") : NULL;
+    if (!x || sq_py_check_dim((PyArrayObject *)out, 0, PyArray_DIM(x, 0), "out")) {
+        goto done;
+    }
+    sq_kernels_active()->f32_to_f16(PyArray_DATA(x), PyArray_DIM(x, 0), y);
+    result = Py_NewRef(Py_None);
+done:
+    Py_XDECREF(x);
+    return result;
+}
+
+PyDoc_STRVAR(kv_doc,
+             "kernel_kv(codes, scales, minima, bits, by_row, out)\n--\n\n"
+             "out [rows, n] <- the active table's kv8_to_f32 or kv4_to_f32 (for tests).\n\n"
+             "codes: uint8 [rows, 8 ceil(n / group)], in groups of 8 codes (8 bits) or 16 (4 bits: "
+             "number j in\n    the low nibble of byte j, j + 8 in the high one).\n"
+             "scales, minima: uint16, bits of float16, [rows] with by_row, otherwise [n].");
+
+static PyObject *
+kernel_kv(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *codes_object, *scales_object, *minima_object, *out, *result = NULL;
+    PyArrayObject *codes = NULL, *scales = NULL, *minima = NULL;
+    int bits, by_row;
+    if (!PyArg_ParseTuple(args, "OOOipO:kernel_kv", &codes_object, &scales_object, &minima_object,
+                          &bits, &by_row, &out)) {
+        return NULL;
+    }
+    if (bits != 8 && bits != 4) {
+        return PyErr_Format(PyExc_ValueError, "bits: expected 8 or 4, got %d", bits);
+    }
+    float *y = writable(out, 2, "out");
+    codes = y ? sq_py_bits_array(codes_object, NPY_UINT8, 2, "codes") : NULL;
+    scales = codes ? sq_py_bits_array(scales_object, NPY_UINT16, 1, "scales") : NULL;
+    minima = scales ? sq_py_bits_array(minima_object, NPY_UINT16, 1, "minima") : NULL;
+    if (!minima) {
+        goto done;
+    }
+    const int64_t rows = PyArray_DIM((PyArrayObject *)out, 0);
+    const int64_t n = PyArray_DIM((PyArrayObject *)out, 1), group = 64 / bits;
+    if (sq_py_check_dim(codes, 0, rows, "codes") ||
+        sq_py_check_dim(codes, 1, (n + group - 1) / group * 8, "codes") ||
+        sq_py_check_dim(scales, 0, by_row ? rows : n, "scales") ||
+        sq_py_check_dim(minima, 0, by_row ? rows : n, "minima")) {
+        goto done;
+    }
+    const struct sq_kernels *kernels = sq_kernels_active();
+    (bits == 8 ? kernels->kv8_to_f32 : kernels->kv4_to_f32)(
+        PyArray_DATA(codes), PyArray_DATA(scales), PyArray_DATA(minima), by_row, rows, n, y);
+    result = Py_NewRef(Py_None);
+done:
+    Py_XDECREF(codes);
+    Py_XDECREF(scales);
+    Py_XDECREF(minima);
+    return result;
+}
+
 PyMethodDef sq_py_kernels_methods[] = {
     {"kernel_fixed_errors", kernel_fixed_errors, METH_VARARGS, fixed_errors_doc},
     {"kernel_gemm_f32", kernel_gemm_f32, METH_VARARGS, gemm_f32_doc},
@@ -218,5 +303,7 @@ PyMethodDef sq_py_kernels_methods[] = {
     {"kernel_silu_mul", kernel_silu_mul, METH_VARARGS, silu_mul_doc},
     {"kernel_softmax", kernel_softmax, METH_VARARGS, softmax_doc},
     {"kernel_widen", kernel_widen, METH_VARARGS, widen_doc},
+    {"kernel_narrow", kernel_narrow, METH_VARARGS, narrow_doc},
+    {"kernel_kv", kernel_kv, METH_VARARGS, kv_doc},
     {NULL, NULL, 0, NULL},
 };

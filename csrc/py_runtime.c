@@ -391,6 +391,58 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(
+    kv_quantize_doc,
+    "kv_quantize(x, bits=4)\n--\n\n"
+    "(codes uint8 [m, n], scales float16 [m], minima float16 [m]) of heads x [m, n], as the KV "
+    "cache\nrounds them: x is about scale * code + minimum.\n\n"
+    "bits: 8 or 4, codes 0 to 2^bits - 1. The minimum is rounded down and the scale up, so that "
+    "every x\nwithin +-65504 is off by half a scale at most. A row with NaN or Inf gets NaN for "
+    "both.\n"
+    "ValueError for other bits or rows without elements.");
+
+static PyObject *
+kv_quantize(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "bits", NULL};
+    PyObject *x_object, *result = NULL;
+    PyArrayObject *codes = NULL, *scales = NULL, *minima = NULL;
+    int bits = 4;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|i:kv_quantize", names, &x_object, &bits)) {
+        return NULL;
+    }
+    if (bits != 8 && bits != 4) {
+        return PyErr_Format(PyExc_ValueError, "bits: expected 8 or 4, got %d", bits);
+    }
+    PyArrayObject *x = sq_py_array(x_object, NPY_FLOAT, 2, "x");
+    if (!x) {
+        return NULL;
+    }
+    if (PyArray_DIM(x, 1) < 1) {
+        PyErr_SetString(PyExc_ValueError, "x: expected rows of at least one element, got none");
+        goto done;
+    }
+    codes = sq_py_empty(2, PyArray_DIMS(x), NPY_UINT8);
+    scales = sq_py_empty(1, PyArray_DIMS(x), NPY_HALF);
+    minima = sq_py_empty(1, PyArray_DIMS(x), NPY_HALF);
+    if (!codes || !scales || !minima) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(x))
+    status = sq_kv_quantize(bits, PyArray_DATA(x), PyArray_DIM(x, 0), PyArray_DIM(x, 1),
+                            PyArray_DATA(codes), PyArray_DATA(scales), PyArray_DATA(minima));
+    SQ_END_NOGIL;
+    result = status == SQ_OK ? PyTuple_Pack(3, codes, scales, minima)
+                             : sq_py_raise(module, status, "kv_quantize");
+done:
+    Py_XDECREF(x);
+    Py_XDECREF(codes);
+    Py_XDECREF(scales);
+    Py_XDECREF(minima);
+    return result;
+}
+
 #define SQ_METHOD(name, doc)                                                        \
     {                                                                               \
 #name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, doc \
@@ -401,6 +453,7 @@ PyMethodDef sq_py_runtime_methods[] = {
     SQ_METHOD(to_float32, to_float32_doc),
     SQ_METHOD(gather_rows, gather_rows_doc),
     SQ_METHOD(rms_norm, rms_norm_doc),
+    SQ_METHOD(kv_quantize, kv_quantize_doc),
     SQ_METHOD(sample, sample_doc),
     SQ_METHOD(negative_log_likelihood, nll_doc),
     SQ_METHOD(kl_divergence, kl_doc),

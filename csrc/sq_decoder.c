@@ -8,15 +8,15 @@
 #include "sq_threads.h"
 
 /* Limits within which no size below can overflow 63 bits. The largest are a row per token, and the
- * attention scratch: per lane at most MAX_HEADS rows of a position's score for each of the capacity
- * and of a query and an output of one head. */
+ * attention scratch: per lane at most MAX_HEADS rows of a score for each position and of a query
+ * and two outputs of one head, and a page of that head. */
 #define MAX_TOKENS ((int64_t)1 << 24)
 #define MAX_WIDTH ((int64_t)1 << 24)
 #define MAX_HEADS ((int64_t)1 << 16)
-#define MAX_CAPACITY ((int64_t)1 << 31)
+#define MAX_LENGTH ((int64_t)1 << 31)
 _Static_assert(MAX_TOKENS <= INT64_MAX / 16 / (int64_t)sizeof(float) / MAX_WIDTH,
                "sixteen buffers of a row per token");
-_Static_assert(MAX_CAPACITY + 2 * MAX_WIDTH + 2 * SQ_ALIGN_BYTES <=
+_Static_assert(MAX_LENGTH + 4 * MAX_WIDTH + 4 * SQ_PAGE_TOKENS <=
                    INT64_MAX / SQ_ATTENTION_LANES / MAX_HEADS / (int64_t)sizeof(float),
                "the attention scratch");
 
@@ -120,6 +120,7 @@ struct layer_scratch {
     float *k, *v;        /* [chunk][kv_heads * head_dim] */
     float *normed, *out; /* [chunk][hidden] */
     float *gate, *up;    /* [chunk][intermediate] */
+    float *turned;       /* [chunk][heads * head_dim] scratch of the cache's Hadamard */
     void *activations, *rotation, *attention;
 };
 
@@ -146,7 +147,7 @@ take(char *base, size_t *used, size_t bytes)
 
 /* Sizes of everything, and the pointers into base unless it is NULL. */
 static size_t
-lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m, int64_t capacity,
+lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m, int64_t length,
         char *base, struct layer_scratch *s)
 {
     const int64_t chunk = sq_min_i64(m, CHUNK_TOKENS), kv = a->kv_heads * a->head_dim;
@@ -170,9 +171,10 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
     s->out = take(base, &used, chunk_floats * (size_t)a->hidden);
     s->gate = take(base, &used, chunk_floats * (size_t)a->intermediate);
     s->up = take(base, &used, chunk_floats * (size_t)a->intermediate);
+    s->turned = take(base, &used, chunk_floats * (size_t)(a->heads * a->head_dim));
     s->activations = take(base, &used, activations);
     s->rotation = take(base, &used, rotation);
-    s->attention = take(base, &used, sq_attention_workspace_bytes(a, m, capacity));
+    s->attention = take(base, &used, sq_attention_workspace_bytes(a, m, length));
     return used;
 }
 
@@ -254,14 +256,14 @@ check_layer(const struct sq_architecture *a, const struct sq_layer *layer)
 /* Sizes that cannot be asked for: more than any allocation can give. */
 size_t
 sq_layer_workspace_bytes(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m,
-                         int64_t capacity)
+                         int64_t length)
 {
     struct layer_scratch s;
     if (!a || !layer || check_architecture(a) || check_layer(a, layer) || m < 0 || m > MAX_TOKENS ||
-        capacity < 0 || capacity > MAX_CAPACITY) {
+        length < 0 || length > MAX_LENGTH) {
         return SIZE_MAX / 2;
     }
-    return lay_out(a, layer, m, capacity, NULL, &s);
+    return lay_out(a, layer, m, length, NULL, &s);
 }
 
 /* ---- sites ------------------------------------------------------------------------------ */
@@ -323,7 +325,8 @@ record_input(const struct sq_record *record, int site, int64_t begin, int64_t m,
 struct layer_call {
     const struct sq_architecture *a;
     const struct sq_layer *layer;
-    struct sq_kv_cache *cache;
+    sq_kv_cache_t *cache;
+    int64_t index; /* of the layer in the cache */
     const int32_t *sequence;
     const int64_t *position;
     float *hidden;
@@ -349,7 +352,7 @@ project_chunk(const struct layer_call *c, int64_t begin, int64_t m)
     SQ_TRY(apply_linear(&l[SQ_V], &input, s->v));
     sq_rotary_table(a, c->position + begin, m, s->table);
     sq_rotate_and_store(a, s->table, q, s->k, s->v, c->sequence + begin, c->position + begin, m,
-                        c->cache);
+                        c->cache, c->index, s->turned);
     return SQ_OK;
 }
 
@@ -384,50 +387,48 @@ finish_chunk(const struct layer_call *c, int64_t begin, int64_t m)
 }
 
 static sq_status
-check_cache(const struct sq_architecture *a, const struct sq_kv_cache *cache,
-            const int32_t *sequence, const int64_t *position, int64_t m)
+check_cache(const struct sq_architecture *a, const sq_kv_cache_t *cache, int64_t index, int64_t m)
 {
-    if (!cache->keys || !cache->values) {
-        return SQ_ERR_NULL;
-    }
-    if (cache->kv_heads != a->kv_heads || cache->head_dim != a->head_dim || m < 0) {
+    const struct sq_kv_shape *shape = sq_kv_cache_shape(cache);
+    if (shape->kv_heads != a->kv_heads || shape->head_dim != a->head_dim || m < 0) {
         return SQ_ERR_SHAPE;
     }
-    if (m > MAX_TOKENS || cache->capacity > MAX_CAPACITY) {
+    if (m > MAX_TOKENS || index < 0 || index >= shape->layers) {
         return SQ_ERR_RANGE;
-    }
-    for (int64_t t = 0; t < m; t++) {
-        if (sequence[t] < 0 || sequence[t] >= cache->sequences || position[t] < 0 ||
-            position[t] >= cache->capacity) {
-            return SQ_ERR_RANGE;
-        }
     }
     return SQ_OK;
 }
 
 sq_status
 sq_layer_forward(const struct sq_architecture *a, const struct sq_layer *layer,
-                 struct sq_kv_cache *cache, const int32_t *sequence, const int64_t *position,
-                 int64_t m, float *hidden, const struct sq_record *record, void *workspace)
+                 sq_kv_cache_t *cache, int64_t index, const int32_t *sequence,
+                 const int64_t *position, int64_t m, float *hidden, const struct sq_record *record,
+                 void *workspace)
 {
     if (!a || !layer || !cache || !sequence || !position || !hidden || !workspace) {
         return SQ_ERR_NULL;
     }
     SQ_TRY(check_architecture(a));
     SQ_TRY(check_layer(a, layer));
-    SQ_TRY(check_cache(a, cache, sequence, position, m));
+    SQ_TRY(check_cache(a, cache, index, m));
+    SQ_TRY(sq_kv_cache_reserve(cache, index, index + 1, sequence, position, m));
     struct layer_call c = {.a = a,
                            .layer = layer,
                            .cache = cache,
+                           .index = index,
                            .sequence = sequence,
                            .position = position,
                            .hidden = hidden,
                            .record = record};
-    lay_out(a, layer, m, cache->capacity, workspace, &c.s);
+    int64_t length = 0;
+    for (int64_t t = 0; t < m; t++) {
+        length = sq_max_i64(length, position[t] + 1);
+    }
+    lay_out(a, layer, m, length, workspace, &c.s);
     for (int64_t begin = 0; begin < m; begin += CHUNK_TOKENS) {
         SQ_TRY(project_chunk(&c, begin, sq_min_i64(CHUNK_TOKENS, m - begin)));
     }
-    sq_attention(a, cache, sequence, position, m, c.s.q, c.s.attention);
+    sq_attention(a, cache, index, sequence, position, m, length, c.s.q, c.s.attention);
     for (int64_t begin = 0; begin < m; begin += CHUNK_TOKENS) {
         SQ_TRY(finish_chunk(&c, begin, sq_min_i64(CHUNK_TOKENS, m - begin)));
     }

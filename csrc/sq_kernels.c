@@ -68,6 +68,9 @@ merged(const struct sq_kernels *own)
     SQ_TAKE(softmax_row)
     SQ_TAKE(f16_to_f32)
     SQ_TAKE(bf16_to_f32)
+    SQ_TAKE(f32_to_f16)
+    SQ_TAKE(kv8_to_f32)
+    SQ_TAKE(kv4_to_f32)
 #undef SQ_TAKE
     return t;
 }

@@ -56,6 +56,14 @@ struct sq_fixed_errors {
     int64_t clipped; /* sum max(0, |u| - 8 or 7 steps)^2 for the last step */
 };
 
+/* A block of the quantized KV cache: rows of n codes without sign to out [rows][n] = scale * code +
+ * minimum. A row has its codes in groups of 8 bytes: with 8 bits a group is 8 codes, with 4 bits
+ * 16, number j in the low nibble of byte j and number j + 8 in the high one; what lies behind n is
+ * read, not used. scales and minima are float16, [rows] when by_row and [n] otherwise. A product of
+ * 8 and 11 significant bits is exact in float32, so that every table gives the same bits. */
+typedef void (*sq_kv_kernel)(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+                             int by_row, int64_t rows, int64_t n, float *out);
+
 struct sq_kernels {
     const char *name;
     uint32_t required_features;
@@ -105,6 +113,10 @@ struct sq_kernels {
     /* 16-bit to float32; 1 is returned if all are finite. */
     int (*f16_to_f32)(const uint16_t *in, int64_t count, float *out);
     int (*bf16_to_f32)(const uint16_t *in, int64_t count, float *out);
+    /* float32 to float16, halves to even; beyond +-65504 becomes that, NaN stays NaN. Equal bits
+     * on every table. */
+    void (*f32_to_f16)(const float *in, int64_t count, uint16_t *out);
+    sq_kv_kernel kv8_to_f32, kv4_to_f32;
 };
 
 #define SQ_NR_MAX 64

@@ -11,6 +11,8 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Int8 = NDArray[np.int8]
+UInt8 = NDArray[np.uint8]
+Float16 = NDArray[np.float16]
 # Order of application: pairs [steps, 2] int32 and angles [steps] float64.
 Chain = tuple[Int32, Float64]
 
@@ -122,16 +124,36 @@ def to_float32(x: Any, reject: bool = False) -> Float32: ...
 def gather_rows(table: Any, index: ArrayLike) -> Float32: ...
 def rms_norm(x: ArrayLike, weight: ArrayLike, eps: float) -> Float32: ...
 
+def kv_quantize(
+    x: ArrayLike, bits: int = 4
+) -> tuple[UInt8, Float16, Float16]: ...
+
 class KVCache:
     def __init__(
-        self, layers: int, sequences: int, kv_heads: int, head_dim: int, capacity: int
+        self,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        bits: int = 32,
+        hadamard: bool = True,
+        limit: int = 0,
     ) -> None: ...
     layers: Final[int]
     sequences: Final[int]
     kv_heads: Final[int]
     head_dim: Final[int]
     capacity: Final[int]
+    limit: Final[int]
+    bits: Final[int]
+    hadamard: Final[bool]
     nbytes: Final[int]
+    page_bytes: Final[int]
+    page_tokens: Final[int]
+    def reserve(self, sequence: ArrayLike, position: ArrayLike) -> None: ...
+    def release(self, sequence: int, /) -> None: ...
+    def read(self, layer: int, sequence: int, count: int) -> tuple[Float32, Float32]: ...
 
 class DecoderLayer:
     def __init__(
@@ -164,3 +186,13 @@ def kernel_silu_mul(gate: ArrayLike, up: ArrayLike, out: Float32, /) -> None: ..
 def kernel_softmax(x: Float32, n: int, scale: float, /) -> None: ...
 def kernel_widen(x: ArrayLike, bfloat16: bool, out: Float32, /) -> bool: ...
 def kernel_fixed_errors(u: ArrayLike, index: int, /) -> tuple[list[int], int]: ...
+def kernel_narrow(x: ArrayLike, out: NDArray[np.uint16], /) -> None: ...
+def kernel_kv(
+    codes: ArrayLike,
+    scales: ArrayLike,
+    minima: ArrayLike,
+    bits: int,
+    by_row: bool,
+    out: Float32,
+    /,
+) -> None: ...

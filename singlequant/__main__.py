@@ -15,6 +15,7 @@ from . import _C, __version__
 from .artifacts import (
     BALANCED_SITES,
     GPTQ_INPUTS,
+    KV_BITS,
     METHODS,
     RESIDUAL_METHODS,
     SCHEMES,
@@ -78,6 +79,9 @@ def _add_quantize(commands) -> None:
     c.add_argument("--group-size", type=int, metavar="G",
                    help="inputs that share a weight scale, a multiple of 32 (default 0: the whole "
                         "output channel)")
+    c.add_argument("--kv-bits", type=int, choices=KV_BITS,
+                   help="bits of cached keys and values when the model runs; 8 and 4 also rotate "
+                        f"the value heads (default {defaults.kv_bits})")
     c.add_argument("--clip", type=float, metavar="R",
                    help="share of a token's largest activation that the codes reach (default: the "
                         "scheme's)")
@@ -114,7 +118,14 @@ def _add_eval(commands) -> None:
     c.add_argument("--task-folder", type=Path, metavar="DIR",
                    help="YAML task files of your own, with local data")
     c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    _add_kv_bits(c)
     c.add_argument("--json", action="store_true", help="print JSON alone")
+
+
+def _add_kv_bits(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--kv-bits", type=int, choices=(*KV_BITS, 32),
+                         help="bits of cached keys and values (default: the folder's, 32 if it is "
+                              "not quantized)")
 
 
 def _add_compare(commands) -> None:
@@ -182,6 +193,7 @@ def _add_generate(commands) -> None:
     c.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default): off")
     c.add_argument("--seed", type=int, default=0, metavar="N")
     c.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    _add_kv_bits(c)
 
 
 def _add_inspect(commands) -> None:
@@ -249,7 +261,7 @@ def config_from(arguments: argparse.Namespace) -> QuantConfig:
     """The recipe file's values, overwritten by the options given."""
     recipe = QuantConfig.from_file(arguments.recipe) if arguments.recipe else QuantConfig()
     names = ("scheme", "method", "weights", "group_size", "clip", "calibration_tokens", "seed",
-             "ignore", "gptq_inputs", "gptq_order", "learned")
+             "ignore", "gptq_inputs", "gptq_order", "learned", "kv_bits")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     return QuantConfig.from_json({**recipe.to_json(), **given})
 
@@ -278,7 +290,7 @@ def print_summary(summary) -> None:
     if summary.calibration_tokens != config.calibration_tokens:
         tokens += f", {config.calibration_tokens} asked"
     print(f"{summary.out}: {config.scheme}, method {config.method}, weights {config.weights}, "
-          f"activation clip {config.activation_clip:g}")
+          f"activation clip {config.activation_clip:g}, kv bits {config.kv_bits}")
     print(f"size        {megabytes(summary.bytes_before)} -> {megabytes(summary.bytes_after)}")
     print(f"time        {summary.seconds:.1f} s: calibrate {summary.calibration_seconds:.1f} "
           f"({tokens}), solve {summary.solve_seconds:.1f}, "
@@ -315,7 +327,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from .sweep import load
 
     check_eval(arguments)
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.kv_bits)
     result = evaluate_text(model, arguments) if arguments.text else None
     tasks = evaluate_named_tasks(model, arguments) if arguments.tasks is not None else None
     if arguments.json:
@@ -437,7 +449,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed,
     }
     check_sampling(**sampling)
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.kv_bits)
     if arguments.chat:
         prompts = [model.chat_tokens([{"role": "user", "content": p}]) for p in arguments.prompt]
         shown = [""] * len(prompts)

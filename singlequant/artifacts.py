@@ -25,6 +25,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GPTQ_INPUTS",
     "HIGH_STEP",
+    "KV_BITS",
     "METHODS",
     "QUANT_METHOD",
     "RESIDUAL_METHODS",
@@ -57,6 +58,7 @@ __all__ = [
 
 QUANT_METHOD = "singlequant"  # quantization_config.quant_method
 FORMAT_VERSION = 1  # quantization_config.format_version; docs/format.md
+KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
 FACTOR_DENSE_MAX = 512  # SQ_FACTOR_DENSE_MAX of the core: larger factors stay chains
 HIGH_STEP = 32  # SQ_K_ALIGN of the core: inputs with 8 bits come in whole blocks
 MAX_JSON_BYTES = 100_000_000
@@ -136,6 +138,7 @@ class QuantConfig:
     gptq_order: bool = False  # GPTQ rounds inputs by falling diagonal of it
     gptq_damping: float = 0.1  # share of the diagonal's mean that is added to it
     learned: str | None = None  # spinquant's rotations, a file of `spinquant.save_learned`
+    kv_bits: int = 16  # of cached keys and values; below 16 the value heads are rotated as well
 
     def __post_init__(self) -> None:
         for name, allowed in (("scheme", SCHEMES), ("method", METHODS), ("weights", WEIGHTS),
@@ -165,6 +168,9 @@ class QuantConfig:
         ):
             raise ValueError(f"learned: expected a file's name, with method 'spinquant' alone, "
                              f"found {self.learned!r} with {self.method!r}")
+        if type(self.kv_bits) is not int or self.kv_bits not in KV_BITS:
+            raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, "
+                             f"found {self.kv_bits!r}")
         _check_damping(self.gptq_damping)
         object.__setattr__(self, "gptq_damping", float(self.gptq_damping))
 

@@ -681,6 +681,7 @@ def parse_quantization(values: Any, source: str) -> QuantConfig | None:
             group_size=weights.get("group_size", -1),
             clip=activations.get("clip", 0),
             ignore=tuple(ignore) if isinstance(ignore, list) else ignore,
+            kv_bits=values.get("kv_bits"),
         )
     except (ValueError, TypeError) as error:
         raise FormatError(f"{source}: quantization_config: {error}") from None
@@ -690,7 +691,6 @@ def parse_quantization(values: Any, source: str) -> QuantConfig | None:
         ("activations.bits", config.activation_bits, activations.get("bits")),
         ("activations.symmetric", True, activations.get("symmetric")),
         ("activations.per", "token", activations.get("per")),
-        ("kv_bits", 16, values.get("kv_bits")),
     ):
         if type(found) is not type(expected) or found != expected:
             raise FormatError(

@@ -138,7 +138,7 @@ def quantization_json(config: QuantConfig) -> dict[str, Any]:
             "clip": config.activation_clip,
         },
         "ignore": list(config.ignore),
-        "kv_bits": 16,
+        "kv_bits": config.kv_bits,
     }
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "DenseRotation",
     "RandomizedHadamard",
     "ResidualCheckpoint",
+    "ValueCheckpoint",
     "online_rotations",
     "quarot_checkpoint",
     "spinquant_checkpoint",
@@ -101,11 +102,68 @@ def _orthogonal(matrix: NDArray[np.floating], name: str) -> NDArray[np.float64]:
     return matrix
 
 
-# ---- the view -----------------------------------------------------------------------------------
+# ---- the views ----------------------------------------------------------------------------------
+
+
+class _View:
+    """What the views of an unquantized Checkpoint, `source`, share."""
+
+    source: Any
+    quant_config = None
+    quantized = False
+
+    @property
+    def path(self):
+        """The source's folder: tokenizer and other files are copied from there."""
+        return self.source.path
+
+    @property
+    def architecture(self) -> Architecture:
+        """The source's row of the architecture table."""
+        return self.source.architecture
+
+    def linear_name(self, layer: int, role: str) -> str:
+        """Name of a linear without .weight, as `ignore` patterns see it."""
+        return self.source.linear_name(layer, role)
+
+    def require_unquantized(self) -> None:
+        """Does nothing: the source is not packed."""
+
+    def require_finite(self, i: int) -> None:
+        """ValueError with the name of the source's tensor of layer i that has NaN or Inf."""
+        self.source.require_finite(i)
+
+    @property
+    def tokenizer(self):
+        """The source's tokenizer."""
+        return self.source.tokenizer
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The source's tokenizer_config.json."""
+        return self.source.tokenizer_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The source's generation_config.json."""
+        return self.source.generation_config
+
+    def encode(self, text: str, special: bool = True) -> NDArray[np.int64]:
+        """Token ids [count] of a text, by the source's tokenizer."""
+        return self.source.encode(text, special)
+
+    def layer(self, i: int) -> LayerWeights:
+        """Layer i by role, rotated. IndexError beyond the last."""
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept.index != i:
+            self.__dict__.pop("_kept", None)  # one layer in memory at a time
+            kept = self._layer(i)
+            self.__dict__["_kept"] = kept
+        return kept
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ResidualCheckpoint:
+class ResidualCheckpoint(_View):
     """An unquantized Checkpoint seen through a rotation of its residual stream.
 
     It takes a Checkpoint's place in calibrate, quantize, ModelWriter and Model. Tensors are float32
@@ -135,15 +193,7 @@ class ResidualCheckpoint:
 
     # what it is
 
-    @property
-    def path(self):
-        """The source's folder: tokenizer and other files are copied from there."""
-        return self.source.path
-
-    @property
-    def architecture(self) -> Architecture:
-        """The source's row of the architecture table."""
-        return self.source.architecture
+    dtype = "float32"
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -155,10 +205,6 @@ class ResidualCheckpoint:
         """config.json as it describes the rotated weights."""
         config = {**self.source.config, "tie_word_embeddings": False}
         return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-
-    quant_config = None
-    quantized = False
-    dtype = "float32"
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
@@ -193,38 +239,6 @@ class ResidualCheckpoint:
         digest.update(b"" if self.values is None else self.values.tobytes())
         return digest.hexdigest()
 
-    def linear_name(self, layer: int, role: str) -> str:
-        """Name of a linear without .weight, as `ignore` patterns see it."""
-        return self.source.linear_name(layer, role)
-
-    def require_unquantized(self) -> None:
-        """Does nothing: the source is not packed."""
-
-    def require_finite(self, i: int) -> None:
-        """ValueError with the name of the source's tensor of layer i that has NaN or Inf."""
-        self.source.require_finite(i)
-
-    # text
-
-    @property
-    def tokenizer(self):
-        """The source's tokenizer."""
-        return self.source.tokenizer
-
-    @property
-    def tokenizer_config(self) -> dict[str, Any]:
-        """The source's tokenizer_config.json."""
-        return self.source.tokenizer_config
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """The source's generation_config.json."""
-        return self.source.generation_config
-
-    def encode(self, text: str, special: bool = True) -> NDArray[np.int64]:
-        """Token ids [count] of a text, by the source's tokenizer."""
-        return self.source.encode(text, special)
-
     # weights
 
     def tensor(self, name: str) -> NDArray[np.float32]:
@@ -255,15 +269,6 @@ class ResidualCheckpoint:
     def final_norm(self) -> NDArray[np.float32]:
         """[hidden] ones: folded into the head."""
         return _frozen(np.ones(self.shape.hidden, np.float32))
-
-    def layer(self, i: int) -> LayerWeights:
-        """Layer i by role, rotated. IndexError beyond the last."""
-        kept = self.__dict__.get("_kept")
-        if kept is None or kept.index != i:
-            self.__dict__.pop("_kept", None)  # one layer in memory at a time
-            kept = self._layer(i)
-            self.__dict__["_kept"] = kept
-        return kept
 
     def _layer(self, i: int) -> LayerWeights:
         source = self.source.layer(i)
@@ -317,12 +322,129 @@ class ResidualCheckpoint:
 
     def _heads(self, x: NDArray, i: int) -> NDArray[np.float64]:
         """x [..., heads * head_dim] with layer i's value rotation applied to every head."""
-        r = self.values[i]
-        return (x.reshape(-1, len(r)).astype(np.float64) @ r).reshape(x.shape)
+        return _rotate_heads(x, self.values[i])
 
     def __repr__(self) -> str:
         values = "" if self.values is None else ", values"
         return f"ResidualCheckpoint({self.source!r}, {type(self.residual).__name__}{values})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ValueCheckpoint(_View):
+    """An unquantized Checkpoint whose value heads are rotated by a Hadamard, and nothing else.
+
+    v becomes v H head by head, and o's columns take it back: what the cache holds of a value then
+    has no outlying channels (QuaRot, arXiv 2404.00456, stage 1b). It takes a Checkpoint's place as
+    `ResidualCheckpoint` does; v and o are float32, computed when they are read, all else is the
+    source's. ValueError when the checkpoint is packed.
+    """
+
+    source: Any  # the Checkpoint
+
+    def __post_init__(self) -> None:
+        self.source.require_unquantized()
+
+    @property
+    def shape(self) -> ModelShape:
+        """The source's shape."""
+        return self.source.shape
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's config.json."""
+        return self.source.config
+
+    @property
+    def dtype(self) -> str:
+        """The source's element type."""
+        return self.source.dtype
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """The source's tensors, those of v and o in float32."""
+        infos = dict(self.source.tensors)
+        for name in self._rotated:
+            infos[name] = replace(infos[name], dtype="F32", nbytes=4 * prod(infos[name].shape))
+        return infos
+
+    @cached_property
+    def _rotated(self) -> dict[str, tuple[int, str]]:
+        """(layer, role) of the tensors that differ from the source's."""
+        names = {}
+        for i in range(self.shape.layers):
+            names[f"{self.linear_name(i, 'v')}.weight"] = i, "v"
+            names[f"{self.linear_name(i, 'o')}.weight"] = i, "o"
+            if self.shape.bias("v"):
+                names[f"{self.linear_name(i, 'v')}.bias"] = i, "v"
+        return names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the source's fingerprint and what is done to it."""
+        return hashlib.sha256(self.source.fingerprint.encode() + b"hadamard values").hexdigest()
+
+    @property
+    def embedding(self) -> NDArray[Any]:
+        """The source's embedding [vocab, hidden]."""
+        return self.source.embedding
+
+    @property
+    def head(self) -> NDArray[Any]:
+        """The source's head [vocab, hidden]."""
+        return self.source.head
+
+    @property
+    def final_norm(self) -> NDArray[Any]:
+        """The source's last norm [hidden]."""
+        return self.source.final_norm
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A tensor by name. KeyError if unknown; ValueError names one that holds NaN or Inf."""
+        if name not in self._rotated:
+            return self.source.tensor(name)
+        layer, role = self._rotated[name]
+        linear = self.layer(layer).linears[role]
+        return linear.bias if name.endswith(".bias") else linear.weight
+
+    def _layer(self, i: int) -> LayerWeights:
+        source = self.source.layer(i)
+        hadamard = _C.hadamard_transform(np.eye(self.shape.head_dim))
+        v, o = source.linears["v"], source.linears["o"]
+        bias = v.bias
+        if bias is not None:
+            bias = _frozen(_rotate_heads(_float64(bias, f"{v.name}.bias"), hadamard))
+        turned = {
+            "v": Linear(v.name, self._rows(v, hadamard), bias),
+            "o": Linear(o.name, self._columns(o, hadamard), o.bias),
+        }
+        linears = {role: turned.get(role, linear) for role, linear in source.linears.items()}
+        return replace(source, linears=linears)
+
+    @staticmethod
+    def _rows(linear: Linear, r: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Rows of v, head by head: v R is (R^T W) x."""
+        out, d = np.empty(linear.weight.shape, np.float32), len(r)
+        require_finite(linear.weight, f"{linear.name}.weight")
+        for first in range(0, len(out), d):
+            block = _C.to_float32(linear.weight[first : first + d]).astype(np.float64)
+            out[first : first + d] = r.T @ block
+        return _frozen(out)
+
+    @staticmethod
+    def _columns(linear: Linear, r: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Columns of o, head by head."""
+        out = np.empty(linear.weight.shape, np.float32)
+        for rows, block in float32_blocks(linear.weight, f"{linear.name}.weight"):
+            out[rows] = _rotate_heads(block, r)
+        return _frozen(out)
+
+    def __repr__(self) -> str:
+        return f"ValueCheckpoint({self.source!r})"
+
+
+def _rotate_heads(x: NDArray, r: NDArray[np.float64]) -> NDArray[np.float64]:
+    """x [..., heads * head_dim] with r [head_dim, head_dim] applied to every head."""
+    return (x.reshape(-1, len(r)).astype(np.float64) @ r).reshape(x.shape)
 
 
 def _float64(stored: NDArray, name: str) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from ._C import FormatError
+from .artifacts import KV_BITS, FormatError
 from .forward import build_layer, flat_positions
 
 PREFILL_TOKENS = 2048  # prompt tokens per call
@@ -20,11 +20,19 @@ STREAM_CONTEXT = 16  # prompt tokens decoded with new ones: spaces depend on wha
 class Model:
     """A decoder ready to run: packed int4 linears, or 16- and 32-bit ones through OpenBLAS.
 
-    Made by `load`. The weights stay memory-mapped, apart from the packed panels.
+    Made by `load`. The weights stay memory-mapped, apart from the packed panels. kv_bits: 32, 16, 8
+    or 4 bits for cached keys and values (default: the folder's; 32 if it is not quantized), which
+    hidden_states keeps to as well. kv_hadamard: below 16 bits, queries and keys take a Hadamard
+    after the rotary embedding. ValueError for other bits.
     """
 
-    def __init__(self, checkpoint) -> None:
+    def __init__(self, checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True) -> None:
         self.checkpoint = checkpoint
+        self.kv_bits = own_kv_bits(checkpoint) if kv_bits is None else kv_bits
+        if self.kv_bits not in (*KV_BITS, 32):
+            raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, 32, "
+                             f"found {kv_bits!r}")
+        self.kv_hadamard = kv_hadamard
         self.shape = checkpoint.shape
         self._embedding = checkpoint.embedding
         self._head = checkpoint.head
@@ -35,7 +43,7 @@ class Model:
         kind = "quantized" if self.checkpoint.quantized else "unquantized"
         return (
             f"Model({self.checkpoint.path.name!r}, {kind}, layers={self.shape.layers}, "
-            f"hidden={self.shape.hidden}, vocab={self.shape.vocab})"
+            f"hidden={self.shape.hidden}, vocab={self.shape.vocab}, kv_bits={self.kv_bits})"
         )
 
     @property
@@ -64,7 +72,7 @@ class Model:
         sequence, position = flat_positions(np.full(count, length))
         hidden = _C.gather_rows(self._embedding, windows.reshape(-1))
         # one layer's keys and values at a time: nothing is decoded after these windows
-        cache = _C.KVCache(1, count, self.shape.kv_heads, self.shape.head_dim, length)
+        cache = self.new_cache(count, length, layers=1)
         for layer in self._layers:
             layer.forward(hidden, sequence, position, cache, 0)
         return self._normalized(hidden).reshape(count, length, -1)
@@ -80,9 +88,20 @@ class Model:
     def _normalized(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         return _C.rms_norm(hidden, self._norm, self.shape.rms_eps)
 
-    def new_session(self, sequences: int, capacity: int) -> Session:
-        """A KV cache for so many sequences of at most `capacity` tokens, and their lengths."""
-        return Session(self, sequences, capacity)
+    def new_cache(
+        self, sequences: int, capacity: int, limit: int = 0, layers: int | None = None
+    ) -> _C.KVCache:
+        """An empty cache of the model's kv_bits, for all layers by default; see `Session`."""
+        shape = self.shape
+        return _C.KVCache(shape.layers if layers is None else layers, sequences, shape.kv_heads,
+                          shape.head_dim, capacity, self.kv_bits, self.kv_hadamard, limit)
+
+    def new_session(self, sequences: int, capacity: int, limit: int = 0) -> Session:
+        """A KV cache for so many sequences of at most `capacity` tokens, and their lengths.
+
+        limit: bytes that its pages may take, 0 for any number.
+        """
+        return Session(self, sequences, capacity, limit)
 
     def generate(
         self,
@@ -141,25 +160,46 @@ class Model:
 
 
 class Session:
-    """Sequences being decoded: their KV cache and how many tokens each holds."""
+    """Sequences being decoded: their KV cache and how many tokens each holds.
 
-    def __init__(self, model: Model, sequences: int, capacity: int) -> None:
+    The cache grows page by page with what is appended; `end` gives a sequence's pages back, and
+    another one may start in its place. One thread at a time.
+    """
+
+    def __init__(self, model: Model, sequences: int, capacity: int, limit: int = 0) -> None:
         self.model = model
         self.capacity = capacity
         self.lengths = np.zeros(sequences, np.int64)
-        shape = model.shape
-        self._cache = _C.KVCache(
-            shape.layers, sequences, shape.kv_heads, shape.head_dim, capacity
-        )
+        self._cache = model.new_cache(sequences, capacity, limit)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in memory."""
+        return self._cache.nbytes
+
+    def end(self, sequence: int) -> None:
+        """Forget a sequence and free its pages. ValueError when there is no such sequence."""
+        self._cache.release(sequence)
+        self.lengths[sequence] = 0
 
     def append(
         self, tokens: Sequence[NDArray[np.int64]], sequences: Sequence[int] | None = None
     ) -> NDArray[np.float32]:
         """Feed tokens[i] to sequence sequences[i]; final hidden states [total, hidden] in order.
 
-        The number of tokens may differ from sequence to sequence. ValueError past the capacity.
+        The number of tokens may differ from sequence to sequence. ValueError past the capacity or
+        for a sequence that does not exist or stands twice, MemoryError past the cache's limit: the
+        session is as it was then.
         """
-        chosen = np.arange(len(tokens)) if sequences is None else np.asarray(sequences)
+        chosen = np.arange(len(tokens)) if sequences is None else np.asarray(sequences, np.int64)
+        if len(chosen) != len(tokens):
+            raise ValueError(f"sequences: expected {len(tokens)}, one for each of tokens, "
+                             f"got {len(chosen)}")
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self.lengths):
+            raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, "
+                             f"got {chosen.tolist()}")
+        if len(set(chosen.tolist())) < len(chosen):
+            raise ValueError(f"sequences: expected each once, got {chosen.tolist()}")
         lengths = np.array([len(t) for t in tokens], np.int64)
         if np.any(self.lengths[chosen] + lengths > self.capacity):
             raise ValueError(
@@ -170,10 +210,17 @@ class Session:
         sequence = chosen[local].astype(np.int32)
         position += self.lengths[chosen][local]
         hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
+        self._cache.reserve(sequence, position)  # all layers' pages or none
         for index, layer in enumerate(self.model._layers):
             layer.forward(hidden, sequence, position, self._cache, index)
         self.lengths[chosen] += lengths
         return self.model._normalized(hidden)
+
+
+def own_kv_bits(checkpoint) -> int:
+    """Bits of cached keys and values that a folder asks for: 32 when it is not quantized."""
+    config = checkpoint.quant_config
+    return 32 if config is None else config.kv_bits
 
 
 def generate(
@@ -216,6 +263,8 @@ def generate(
             if session.lengths[index] < session.capacity:
                 remaining.append(index)
                 fed.append(np.array([token], np.int64))
+        for index in set(alive) - set(remaining):
+            session.end(index)
         alive = remaining
         if not alive or step + 1 == max_new_tokens:
             break

@@ -32,12 +32,15 @@ from .pack import ModelWriter, check_run, estimate_size
 from .quantize import quantize_layer
 from .residual import (
     ResidualCheckpoint,
+    ValueCheckpoint,
     online_rotations,
     quarot_checkpoint,
     spinquant_checkpoint,
 )
 from .rotate import solve_layer
 from .runtime import Model
+
+View = Checkpoint | ResidualCheckpoint | ValueCheckpoint
 
 BUNDLED_MODEL = "stdlib-llama"
 SPINQUANT_STEPS = 100  # as published
@@ -157,18 +160,17 @@ class _Clock:
         self.seconds[stage] += time.perf_counter() - start
 
 
-def prepare(
-    checkpoint: Checkpoint, config: QuantConfig, windows: np.ndarray
-) -> Checkpoint | ResidualCheckpoint:
-    """The checkpoint as config's method sees it: with its residual stream rotated, or as it is.
+def prepare(checkpoint: Checkpoint, config: QuantConfig, windows: np.ndarray) -> View:
+    """The checkpoint as config sees it: with its residual stream rotated, or as it is.
 
+    With kv_bits below 16 its value heads are rotated in any case: by the method, or by a Hadamard.
     spinquant learns its rotations here on the calibration windows, with torch, unless
     config.learned names a file of them. ValueError when that file is of another model.
     """
     if config.method == "quarot":
         return quarot_checkpoint(checkpoint, config.seed)
     if config.method != "spinquant":
-        return checkpoint
+        return checkpoint if config.kv_bits == 16 else ValueCheckpoint(checkpoint)
     from . import spinquant  # imports torch only to learn
 
     if config.learned is not None:
@@ -188,9 +190,7 @@ def prepare(
         raise ValueError(f"{config.learned or 'learned rotations'}: {error}") from None
 
 
-def solve(
-    view: Checkpoint | ResidualCheckpoint, statistics: LayerStatistics, config: QuantConfig
-) -> LayerRotations:
+def solve(view: View, statistics: LayerStatistics, config: QuantConfig) -> LayerRotations:
     """One layer's transformations under config, for what `prepare` returned."""
     if config.method in RESIDUAL_METHODS:
         rotations = online_rotations(view.shape, statistics.index, config.method)
@@ -380,9 +380,12 @@ def dry_run(
                     prepared - start + layers, memory.peak)
 
 
-def load(path: str | Path) -> Model:
-    """A folder, quantized or not, ready to run. FormatError names what is wrong with it."""
-    return Model(load_checkpoint(path))
+def load(path: str | Path, kv_bits: int | None = None) -> Model:
+    """A folder, quantized or not, ready to run. FormatError names what is wrong with it.
+
+    kv_bits: bits of cached keys and values in place of the folder's own; see `Model`.
+    """
+    return Model(load_checkpoint(path), kv_bits)
 
 
 def default_seq_len(model: Model) -> int:

@@ -455,6 +455,118 @@ sq_bf16_to_f32__avx2(const uint16_t *in, int64_t count, float *out)
     return halves_to_f32(in, count, out, 0);
 }
 
+static void
+sq_f32_to_f16__avx2(const float *in, int64_t count, uint16_t *out)
+{
+    const __m256 low = _mm256_set1_ps(-65504.0f), high = _mm256_set1_ps(65504.0f);
+    for (int64_t i = 0; i < count; i += 8) {
+        const __m256 v = count - i >= 8 ? _mm256_loadu_ps(in + i)
+                                        : _mm256_maskload_ps(in + i, lane_mask(count - i));
+        /* of max and min the second operand stays where one is NaN */
+        const __m256 clamped = _mm256_min_ps(high, _mm256_max_ps(low, v));
+        const __m128i halves = _mm256_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT);
+        memcpy(out + i, &halves, (size_t)sq_min_i64(count - i, 8) * sizeof *out);
+    }
+}
+
+/* ---- KV cache --------------------------------------------------------------------------- */
+
+/* scale * code + minimum of the 8 codes in the low bytes of 32-bit lanes. */
+static ALWAYS_INLINE __m256
+kv_values(__m256i codes, __m256 scale, __m256 minimum)
+{
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, minimum);
+}
+
+/* The first count floats, of 8 or more that there are, at out. */
+static ALWAYS_INLINE void
+store_f32(float *out, int64_t count, __m256 values)
+{
+    if (count >= 8) {
+        _mm256_storeu_ps(out, values);
+    }
+    else {
+        _mm256_maskstore_ps(out, lane_mask(count), values);
+    }
+}
+
+/* One group of 8 bytes, of which count codes are wanted. */
+static ALWAYS_INLINE void
+kv_group(const int bits, const uint8_t *codes, const __m256 scale[2], const __m256 minimum[2],
+         int64_t count, float *out)
+{
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    if (bits == 8) {
+        store_f32(out, count, kv_values(bytes, scale[0], minimum[0]));
+        return;
+    }
+    const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+    store_f32(out, count, kv_values(low, scale[0], minimum[0]));
+    if (count > 8) {
+        store_f32(out + 8, count - 8, kv_values(_mm256_srli_epi32(bytes, 4), scale[1], minimum[1]));
+    }
+}
+
+/* Rows one after the other where each has its scale, otherwise groups of columns, whose scales
+ * stay in registers from row to row. */
+static ALWAYS_INLINE void
+kv_to_f32(const int bits, const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+          int by_row, int64_t rows, int64_t n, float *out)
+{
+    const int64_t group = 64 / bits, row_bytes = sq_ceil_div(n, group) * 8;
+    __m256 scale[2], minimum[2];
+    if (by_row) {
+        for (int64_t r = 0; r < rows; r++) {
+            scale[0] = scale[1] = _mm256_set1_ps(_cvtsh_ss(scales[r]));
+            minimum[0] = minimum[1] = _mm256_set1_ps(_cvtsh_ss(minima[r]));
+            int64_t i = 0;
+            for (; i + group <= n; i += group) {
+                kv_group(bits, codes + r * row_bytes + i / group * 8, scale, minimum, group,
+                         out + r * n + i);
+            }
+            if (i < n) {
+                kv_group(bits, codes + r * row_bytes + i / group * 8, scale, minimum, n - i,
+                         out + r * n + i);
+            }
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; i += group) {
+        const int64_t count = sq_min_i64(group, n - i);
+        for (int64_t h = 0; h < group / 8; h++) {
+            const int64_t left = sq_max_i64(0, count - 8 * h);
+            scale[h] = _mm256_cvtph_ps(load_halves(left ? scales + i + 8 * h : scales, left));
+            minimum[h] = _mm256_cvtph_ps(load_halves(left ? minima + i + 8 * h : minima, left));
+        }
+        if (count == group) {
+            for (int64_t r = 0; r < rows; r++) {
+                kv_group(bits, codes + r * row_bytes + i / group * 8, scale, minimum, group,
+                         out + r * n + i);
+            }
+        }
+        else {
+            for (int64_t r = 0; r < rows; r++) {
+                kv_group(bits, codes + r * row_bytes + i / group * 8, scale, minimum, count,
+                         out + r * n + i);
+            }
+        }
+    }
+}
+
+static void
+sq_kv8_to_f32__avx2(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+                    int by_row, int64_t rows, int64_t n, float *out)
+{
+    kv_to_f32(8, codes, scales, minima, by_row, rows, n, out);
+}
+
+static void
+sq_kv4_to_f32__avx2(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+                    int by_row, int64_t rows, int64_t n, float *out)
+{
+    kv_to_f32(4, codes, scales, minima, by_row, rows, n, out);
+}
+
 const struct sq_kernels sq_kernels_avx2 = {
     .name = "avx2",
     .required_features = SQ_CPU_AVX2,
@@ -477,4 +589,7 @@ const struct sq_kernels sq_kernels_avx2 = {
     .softmax_row = sq_softmax_row__avx2,
     .f16_to_f32 = sq_f16_to_f32__avx2,
     .bf16_to_f32 = sq_bf16_to_f32__avx2,
+    .f32_to_f16 = sq_f32_to_f16__avx2,
+    .kv8_to_f32 = sq_kv8_to_f32__avx2,
+    .kv4_to_f32 = sq_kv4_to_f32__avx2,
 };

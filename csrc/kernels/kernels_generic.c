@@ -293,6 +293,68 @@ sq_bf16_to_f32__generic(const uint16_t *in, int64_t count, float *out)
     return finite;
 }
 
+/* To nearest, halves to even: beyond the normal range by adding a number whose last place is
+ * float16's smallest step, within it by adding half a step less one, and the odd bit. */
+static uint16_t
+f16_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) { /* NaN, made quiet */
+        return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+    }
+    if (magnitude >= 0x477fe000) { /* 65504 */
+        return (uint16_t)(sign | 0x7bff);
+    }
+    if (magnitude < 0x38800000) { /* below 2^-14: a multiple of 2^-24 */
+        const float shifted = float_of_bits(magnitude) + 0.5f;
+        memcpy(&bits, &shifted, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    const uint32_t rounded_up = magnitude + 0xfff + (magnitude >> 13 & 1);
+    return (uint16_t)(sign | ((rounded_up >> 13) - ((127 - 15) << 10)));
+}
+
+static void
+sq_f32_to_f16__generic(const float *in, int64_t count, uint16_t *out)
+{
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = f16_of_float(in[i]);
+    }
+}
+
+/* ---- KV cache --------------------------------------------------------------------------- */
+
+static void
+kv_to_f32(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima, int by_row,
+          int64_t rows, int64_t n, float *out, int bits)
+{
+    const int64_t group = 64 / bits, row_bytes = sq_ceil_div(n, group) * 8;
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < n; i++) {
+            const int byte = codes[r * row_bytes + i / group * 8 + i % 8];
+            const int code = bits == 8 ? byte : i % group < 8 ? byte & 15 : byte >> 4;
+            const int64_t of = by_row ? r : i;
+            out[r * n + i] = float_of_f16(scales[of]) * (float)code + float_of_f16(minima[of]);
+        }
+    }
+}
+
+static void
+sq_kv8_to_f32__generic(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+                       int by_row, int64_t rows, int64_t n, float *out)
+{
+    kv_to_f32(codes, scales, minima, by_row, rows, n, out, 8);
+}
+
+static void
+sq_kv4_to_f32__generic(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+                       int by_row, int64_t rows, int64_t n, float *out)
+{
+    kv_to_f32(codes, scales, minima, by_row, rows, n, out, 4);
+}
+
 const struct sq_kernels sq_kernels_generic = {
     .name = "generic",
     .required_features = 0,
@@ -315,6 +377,9 @@ const struct sq_kernels sq_kernels_generic = {
     .softmax_row = sq_softmax_row__generic,
     .f16_to_f32 = sq_f16_to_f32__generic,
     .bf16_to_f32 = sq_bf16_to_f32__generic,
+    .f32_to_f16 = sq_f32_to_f16__generic,
+    .kv8_to_f32 = sq_kv8_to_f32__generic,
+    .kv4_to_f32 = sq_kv4_to_f32__generic,
 };
 _Static_assert(NR <= SQ_NR_MAX, "the tail panel's buffer");
 _Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
