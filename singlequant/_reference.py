@@ -450,13 +450,27 @@ def attention(q, keys, values, position, sliding_window=0):
 
 
 class KVCache:
-    """keys and values [layers, sequences, kv_heads, capacity, head_dim]."""
+    """keys and values [layers, sequences, kv_heads, capacity, head_dim], rounded when stored."""
 
-    def __init__(self, layers, sequences, kv_heads, head_dim, capacity):
+    def __init__(
+        self, layers, sequences, kv_heads, head_dim, capacity, bits=32, hadamard=True, limit=0
+    ):
         self.layers, self.sequences, self.capacity = layers, sequences, capacity
+        self.bits, self.hadamard = bits, hadamard and bits < 16
         self.keys = np.zeros((layers, sequences, kv_heads, capacity, head_dim))
         self.values = np.zeros_like(self.keys)
-        self.nbytes = 2 * self.keys.size * 4
+
+    def turn(self, x):
+        """x [heads, head_dim] as the cache's Hadamard turns it."""
+        return x @ hadamard_matrix(x.shape[-1]).T if self.hadamard else x
+
+    def store(self, layer, sequence, position, key, value):
+        """key, already turned, and value [kv_heads, head_dim]."""
+        where = layer, sequence, slice(None), position
+        self.keys[where], self.values[where] = kv_round(key, self.bits), kv_round(value, self.bits)
+
+    def release(self, sequence):
+        self.keys[:, sequence] = self.values[:, sequence] = 0
 
 
 class DecoderLayer:
@@ -481,12 +495,11 @@ class DecoderLayer:
         normed = rms_norm_float64(hidden, self.norms[0], a["rms_eps"])
         q, k, v = (self.linear(i, normed).reshape(m, -1, d) for i in range(3))
         for t in range(m):
-            where = layer, sequence[t], slice(None), position[t]
-            cache.keys[where] = rotary(k[t], position[t], a["inv_freq"], a["rope_scale"])
-            cache.values[where] = v[t]
+            turned = cache.turn(rotary(k[t], position[t], a["inv_freq"], a["rope_scale"]))
+            cache.store(layer, sequence[t], position[t], turned, v[t])
         attended = np.empty((m, a["heads"] * d))
         for t in range(m):
-            turned = rotary(q[t], position[t], a["inv_freq"], a["rope_scale"])
+            turned = cache.turn(rotary(q[t], position[t], a["inv_freq"], a["rope_scale"]))
             of = layer, sequence[t]
             attended[t] = attention(
                 turned, cache.keys[of], cache.values[of], position[t], a["sliding_window"]
@@ -729,3 +742,56 @@ def quantize_weight(weight, group=0, search=False, rotation=None, columns=None, 
     x = transform_weight(weight, rotation, columns, rows)
     codes, scales, _ = quantize(x, 4, group, True, 1.0, search)
     return pack(codes), scales
+
+
+# ---- KV cache ----
+
+
+def float16_toward(x, direction):
+    """x [m] in float16, rounded to nearest, then moved on to the next one where that is short of x
+    in direction (-1: down, 1: up). Finite: at most 65504."""
+    largest = np.float32(65504)
+    half = np.clip(x, -largest, largest).astype(np.float16)
+    short = (half.astype(np.float32) - x) * direction < 0
+    with np.errstate(over="ignore"):
+        moved = np.nextafter(half, np.float16(direction * np.inf))
+    return np.where(short & np.isfinite(moved), moved, half)
+
+
+def kv_quantize(x, bits=4):
+    """Codes [m, n], scales and minima [m]: the steps of the core, in float32."""
+    x = np.asarray(x, np.float32)
+    finite = np.isfinite(x).all(axis=1)
+    safe = np.where(finite[:, None], x, 0)
+    high = np.float32(2**bits - 1)
+    minima = float16_toward(safe.min(axis=1), -1)
+    scales = float16_toward((safe.max(axis=1) - minima.astype(np.float32)) / high, 1)
+    steps = scales.astype(np.float32)
+    inverse = np.divide(1, steps, where=steps > 0, out=np.zeros_like(steps))
+    above = (safe - minima.astype(np.float32)[:, None]) * inverse[:, None]
+    codes = np.rint(np.clip(above, 0, high)).astype(np.uint8)
+    nan = np.float16(np.nan)
+    return codes * finite[:, None], np.where(finite, scales, nan), np.where(finite, minima, nan)
+
+
+def kv_round(x, bits):
+    """x [m, n] as the cache gives it back."""
+    x = np.asarray(x)
+    if bits == 32:
+        return x.astype(np.float32)
+    if bits == 16:
+        return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
+    codes, scales, minima = (a.astype(np.float32) for a in kv_quantize(x, bits))
+    return scales[:, None] * codes + minima[:, None]
+
+
+def walsh_hadamard(x):
+    """x [..., n], n a power of two, through the butterflies of the core in x's own precision."""
+    shape, n = x.shape, x.shape[-1]
+    width = 1
+    while width < n:
+        pairs = x.reshape(-1, n // (2 * width), 2, width)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        x = np.stack([a + b, a - b], axis=2)
+        width *= 2
+    return x.reshape(shape) * x.dtype.type(1 / np.sqrt(n))

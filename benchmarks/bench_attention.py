@@ -1,0 +1,121 @@
+"""Decode of one layer's attention over a long context, by bits of the KV cache, one thread.
+
+    python benchmarks/bench_attention.py [--quick] [--threads 1] [--json FILE]
+
+Heads of LLaMA-2-7B (32 of 128) and LLaMA-3-8B (32 of 128 that share 8 key and value heads). The
+layer's linears are a sliver (a hidden size of 32, intermediate 8), so that what is timed is the
+rotary embedding, the Hadamard, the cache and the attention; their share is measured at a context
+of one and printed. GB/s counts the bytes of the pages' whole tokens that a step reads. Each width
+has a cache of its own and the widths take turns.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+import numpy as np
+
+HEADS = {"LLaMA-2-7B": (32, 32, 128), "LLaMA-3-8B": (32, 8, 128)}
+BITS = (32, 16, 8, 4)
+HIDDEN = 32
+
+
+def make_layer(heads, kv_heads, head_dim):
+    from singlequant import _C
+
+    rng = np.random.default_rng(0)
+    q, kv = heads * head_dim, kv_heads * head_dim
+    shapes = [(q, HIDDEN), (kv, HIDDEN), (kv, HIDDEN), (HIDDEN, q), (8, HIDDEN), (8, HIDDEN),
+              (HIDDEN, 8)]
+    linears = [(rng.standard_normal(shape).astype(np.float32) / 6, None) for shape in shapes]
+    architecture = {
+        "hidden": HIDDEN, "intermediate": 8, "heads": heads, "kv_heads": kv_heads,
+        "head_dim": head_dim, "rms_eps": 1e-6, "sliding_window": 0, "rope_scale": 1.0,
+        "inv_freq": (10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32),
+    }
+    return _C.DecoderLayer(architecture, (np.ones(HIDDEN),) * 2, linears, [None] * 4)
+
+
+def step(layer, cache, hidden, position):
+    """Every sequence's token at position: one decode step of a batch."""
+    batch = len(hidden)
+    layer.forward(hidden.copy(), np.arange(batch), np.full(batch, position), cache, 0)
+
+
+def filled_cache(layer, bits, batch, kv_heads, head_dim, context):
+    from singlequant import _C
+
+    rng = np.random.default_rng(1)
+    cache = _C.KVCache(1, batch, kv_heads, head_dim, context, bits)
+    for sequence in range(batch):
+        for first in range(0, context - 1, 64):  # a page at a time
+            m = min(64, context - 1 - first)
+            hidden = rng.standard_normal((m, HIDDEN)).astype(np.float32)
+            layer.forward(hidden, np.full(m, sequence), np.arange(first, first + m), cache, 0)
+    return cache
+
+
+def bench(name, batch, context, seconds):
+    """Rows of one shape, batch and context."""
+    import common
+
+    heads, kv_heads, head_dim = HEADS[name]
+    layer = make_layer(heads, kv_heads, head_dim)
+    hidden = np.random.default_rng(2).standard_normal((batch, HIDDEN)).astype(np.float32)
+    caches = {bits: filled_cache(layer, bits, batch, kv_heads, head_dim, context) for bits in BITS}
+    functions = {}
+    for bits, cache in caches.items():
+        functions[bits] = partial(step, layer, cache, hidden, context - 1)
+        one = filled_cache(layer, bits, batch, kv_heads, head_dim, 1)
+        functions[f"{bits} alone"] = partial(step, layer, one, hidden, 0)
+    times = common.interleave(functions, seconds, min_repeats=7)
+    rows = []
+    for bits, cache in caches.items():
+        stored = batch * context * cache.page_bytes / cache.page_tokens
+        rows.append({"model": name, "kv_bits": bits, "batch": batch, "context": context,
+                     "microseconds_per_token": times[bits]["median"] * 1e6 / batch,
+                     "without_context": times[f"{bits} alone"]["median"] * 1e6 / batch,
+                     "stored_bytes": stored, "gb_per_second": stored / times[bits]["median"] * 1e-9,
+                     "speedup": times[32]["median"] / times[bits]["median"], **times[bits]})
+    return rows
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="half a second each")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batches", default="1,16", help="comma separated")
+    parser.add_argument("--contexts", default="512,2048", help="comma separated")
+    parser.add_argument("--json", help="write environment and rows to this file")
+    return parser.parse_args(argv)
+
+
+def main():
+    import common
+
+    from singlequant import _C
+
+    arguments = parse(sys.argv[1:])
+    _C.set_num_threads(arguments.threads)
+    values = common.environment()
+    common.print_environment(values)
+    print("microseconds per token of one layer (at a context of one), GB/s of stored cache, times "
+          "the speed of float32")
+    rows = []
+    for name in HEADS:
+        for batch in map(int, arguments.batches.split(",")):
+            for context in map(int, arguments.contexts.split(",")):
+                found = bench(name, batch, context, 0.5 if arguments.quick else 4.0)
+                rows += found
+                text = "".join(
+                    f"  kv{r['kv_bits']:<2} {r['microseconds_per_token']:7.0f} "
+                    f"({r['without_context']:4.0f}) {r['gb_per_second']:5.1f} {r['speedup']:4.2f}x"
+                    for r in found
+                )
+                print(f"{name} batch {batch:<3} context {context:<5}{text}", flush=True)
+    if arguments.json:
+        common.write_json(arguments.json, rows, values)
+
+
+if __name__ == "__main__":
+    main()
