@@ -265,7 +265,8 @@ def test_cache_attributes_and_limits():
     cache = _C.KVCache(2, 3, 4, 8, 100)
     assert (cache.layers, cache.sequences, cache.capacity) == (2, 3, 100)
     assert (cache.kv_heads, cache.head_dim) == (4, 8)
-    assert cache.nbytes == 2 * 2 * 3 * 4 * 8 * 100 * 4
+    assert cache.nbytes == 0  # pages are taken as they are needed
+    assert cache.page_bytes == 2 * 4 * 8 * cache.page_tokens * 4
     assert "capacity=100" in repr(cache)
     with pytest.raises(ValueError, match="kv_heads: expected at least 1, got 0"):
         _C.KVCache(1, 1, 0, 8, 100)

@@ -46,6 +46,25 @@ def test_quantize_eval_and_generate(model, tmp_path, text, capsys):
     assert capsys.readouterr().out.startswith("the quick")
 
 
+def test_kv_bits_from_the_folder_or_the_option(model, tmp_path, text, capsys):
+    out = tmp_path / "out"
+    assert quantize(model, out, text, "--scheme", "w4a16", "--kv-bits", "4") == 0
+    assert "kv bits 4" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["kv_bits"] == 4
+    options = ["--text", str(text), "--seq-len", "32", "--reference", str(model), "--json"]
+    found = {}
+    for bits in ("folder", "4", "8", "16", "32"):
+        given = [] if bits == "folder" else ["--kv-bits", bits]
+        assert main(["eval", str(out), *options, *given]) == 0
+        found[bits] = json.loads(capsys.readouterr().out)["perplexity"]
+    assert found["folder"] == found["4"]
+    assert len(set(found.values())) == 4
+    for bits in ("4", "32"):
+        assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3",
+                     "--kv-bits", bits]) == 0
+        assert capsys.readouterr().out.startswith("the")
+
+
 def test_eval_prints_what_json_says(model, text, capsys):
     assert main(["eval", str(model), "--text", str(text), "--seq-len", "32", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -87,15 +87,20 @@ CALLS = {
     "kernel_softmax": (f32(9), 5, 0.5),
     "kernel_widen": (np.arange(9, dtype=np.uint16), True, f32(9)),
     "kernel_fixed_errors": (np.arange(-9, 9, dtype=np.int16), 7),
+    "kernel_narrow": (f32(9), np.zeros(9, np.uint16)),
+    "kernel_kv": (RNG.integers(0, 256, (3, 16)).astype(np.uint8), np.arange(20, dtype=np.uint16),
+                  np.arange(20, dtype=np.uint16), 4, False, f32(3, 20)),
+    "kv_quantize": (f32(3, 40), 4),
     "DecoderLayer": (ARCHITECTURE, (f32(16), f32(16)), LINEARS, SITES),
 }
 # Position of the argument that is the output.
 OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "kernel_softmax": 0,
-          "kernel_widen": 2}
+          "kernel_widen": 2, "kernel_narrow": 1, "kernel_kv": 5}
 # Arguments whose dtype says what the bits are, so that a list (float64, int64) will not do.
 TYPED = {"column_moments": {0}, "dequantize": {0}, "unpack": {0}, "PackedWeight": {0},
          "linear_dense": {1}, "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0},
-         "DecoderLayer": {2}, "quantize_weight": {0}, "transform_weight": {0}}
+         "kernel_kv": {0, 1, 2}, "DecoderLayer": {2}, "quantize_weight": {0},
+         "transform_weight": {0}}
 NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
              "duquant_steps", "KVCache", "FormatError", "will_need"}

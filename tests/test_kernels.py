@@ -353,6 +353,62 @@ def test_widening_finds_nonfinite_values_anywhere(table, guarded, n, bfloat16):
         assert _C.kernel_widen(guarded(largest), bfloat16, out)
 
 
+@pytest.mark.parametrize("n", SIZES)
+def test_narrowing_equals_numpy_and_stays_finite(table, guarded, n):
+    rng = np.random.default_rng(n)
+    scale = np.float32(10.0) ** rng.uniform(-9, 6, n).astype(np.float32)
+    x = rng.standard_normal(n).astype(np.float32) * scale
+    out = guarded(np.zeros(n, np.uint16))
+    _C.kernel_narrow(guarded(x), out)
+    expected = np.clip(x, -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(out, expected.view(np.uint16))
+
+
+def test_narrowing_rounds_at_every_boundary(table):
+    """Every float16, the middle to the next one (to even), and its neighbours in float32."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16)
+    middle = ((halves[:-1].astype(np.float64) + halves[1:]) / 2).astype(np.float32)
+    x = np.concatenate([halves.astype(np.float32), middle,
+                        np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9)),
+                        np.float32([65519, 65520, 1e30, np.inf, np.nan, 1e-40])])
+    x = np.concatenate([x, -x])
+    out = np.empty(len(x), np.uint16)
+    _C.kernel_narrow(x, out)
+    got, expected = out.view(np.float16), np.clip(x, -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(expected))
+
+
+def packed_codes(codes, bits):
+    """codes [rows, n] in the cache's groups of 8 bytes; what is behind n is random."""
+    rows, n = codes.shape
+    group = 64 // bits
+    padded = np.random.default_rng(n).integers(0, 2**bits, (rows, -(-n // group) * group))
+    padded[:, :n] = codes
+    if bits == 8:
+        return padded.astype(np.uint8)
+    halves = padded.reshape(rows, -1, 2, 8)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("by_row", [True, False], ids=["row", "column"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", SIZES)
+def test_kv_blocks_are_widened_exactly(table, guarded, n, bits, by_row):
+    rng = np.random.default_rng(n)
+    for rows in (1, 5):
+        codes = rng.integers(0, 2**bits, (rows, n))
+        scales, minima = rng.uniform(-3, 3, (2, rows if by_row else n)).astype(np.float16)
+        scales = np.abs(scales)
+        out = guarded(np.empty((rows, n), np.float32))
+        _C.kernel_kv(guarded(packed_codes(codes, bits)), guarded(scales.view(np.uint16)),
+                     guarded(minima.view(np.uint16)), bits, by_row, out)
+        s, m = (a.astype(np.float32) for a in (scales, minima))
+        if by_row:
+            s, m = s[:, None], m[:, None]
+        np.testing.assert_array_equal(out, s * codes.astype(np.float32) + m)
+
+
 def test_hooks_refuse_what_they_cannot_write():
     x = np.ones((2, 3), np.float32)
     for out in (np.ones((2, 2)), np.ones((2, 4), np.float32)[:, ::2], [[0.0] * 2] * 2):
@@ -362,3 +418,12 @@ def test_hooks_refuse_what_they_cannot_write():
         _C.kernel_gemm_f32(x, np.ones((3, 2)), np.empty((2, 3), np.float32))
     with pytest.raises(ValueError, match="n: expected 1 to 3, got 4"):
         _C.kernel_softmax(np.ones(3, np.float32), 4, 1.0)
+    with pytest.raises(TypeError, match="out: expected a writable C-contiguous uint16 array"):
+        _C.kernel_narrow(np.ones(3), np.ones(3, np.int16))
+    codes, halves = np.zeros((2, 8), np.uint8), np.zeros(2, np.uint16)
+    with pytest.raises(ValueError, match=r"codes: expected shape\[1\] = 16, got 8"):
+        _C.kernel_kv(codes, halves, halves, 8, True, np.empty((2, 9), np.float32))
+    with pytest.raises(ValueError, match=r"scales: expected shape\[0\] = 3, got 2"):
+        _C.kernel_kv(codes, halves, halves, 8, False, np.empty((2, 3), np.float32))
+    with pytest.raises(ValueError, match="bits: expected 8 or 4, got 16"):
+        _C.kernel_kv(codes, halves, halves, 16, True, np.empty((2, 3), np.float32))

@@ -11,7 +11,11 @@ import threading
 import numpy as np
 import pytest
 
+import singlequant as sq
 from singlequant import _C, _reference as reference
+from singlequant.residual import ValueCheckpoint
+from singlequant.runtime import Model
+from singlequant.sweep import prepare
 
 PAGE = _C.KVCache(1, 1, 1, 2, 1).page_tokens
 TOLERANCE = 2e-5  # absolute, of values of order 1, as in test_attention.py
@@ -39,8 +43,9 @@ class Attention:
         weights[2] *= np.float32(value_scale)
         weights += [np.zeros(s, np.float32)
                     for s in [(24, heads * head_dim), (8, 24), (8, 24), (24, 8)]]
-        self.layer = _C.DecoderLayer(architecture, (np.ones(24),) * 2, [(w, None) for w in weights],
-                                     [None] * 4)
+        linears = [(w, None) for w in weights]
+        self.parts = architecture, (np.ones(24),) * 2, linears, [None] * 4
+        self.layer = _C.DecoderLayer(*self.parts)
         self.architecture, self.query = architecture, weights[0]
 
     def cache(self, sequences=1, capacity=300, bits=32, layers=1, **options):
@@ -300,6 +305,22 @@ def test_nan_before_the_window_is_not_seen(rng, bits):
     assert nan == [2 <= t < 6 for t in range(12)]
 
 
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_layer_equals_its_twin(rng, bits, head_dim):
+    """A code near a boundary may differ by one: few values may, and by little."""
+    attention = Attention(rng, 4, 2, head_dim)
+    hidden, where = hiddens(rng, 90), tokens(90)
+    got = attention.run(hidden, *where, attention.cache(bits=bits))
+    twin = reference.DecoderLayer(*attention.parts)
+    cache = reference.KVCache(1, 1, 2, head_dim, 90, bits)
+    expected = twin.forward(hidden.astype(np.float64), *where, cache, 0, record=True)[1]
+    error = np.abs(got - expected).max(axis=1)
+    assert np.median(error) < TOLERANCE
+    assert error.max() < {32: TOLERANCE, 16: 3e-3, 8: 0.05, 4: 0.5}[bits]
+
+
 # ---- invariance ---------------------------------------------------------------------------------
 
 
@@ -522,3 +543,96 @@ def test_cache_says_what_it_is():
     assert not _C.KVCache(1, 1, 1, 8, 9, 16).hadamard  # floats are not rotated
     with pytest.raises(AttributeError):
         cache.bits = 8
+
+
+# ---- a quantized model --------------------------------------------------------------------------
+
+
+def folder(make_checkpoint, tmp_path, **options):
+    return make_checkpoint(tmp_path / "model", hidden=96, heads=6, kv_heads=2, intermediate=128,
+                           layers=2, **options)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"bias": True, "tie": False}, {"head_dim": 24}, {"kv_heads": 6, "dtype": "bfloat16"},
+    {"architecture": "MistralForCausalLM"},
+])
+def test_rotated_value_heads_leave_the_model_as_it_is(make_checkpoint, tmp_path, options):
+    sizes = {"hidden": 96, "heads": 6, "kv_heads": 2} | options
+    checkpoint = sq.load_checkpoint(make_checkpoint(tmp_path / "m", **sizes))
+    view = ValueCheckpoint(checkpoint)
+    tokens = np.random.default_rng(0).integers(0, 320, (2, 80))
+    expected, found = Model(checkpoint).forward(tokens), Model(view).forward(tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    changed = {name for name in checkpoint.tensors
+               if not np.array_equal(checkpoint.tensor(name), view.tensor(name))}
+    assert changed == {name for name in checkpoint.tensors
+                       if "v_proj" in name or "o_proj.weight" in name}
+    assert view.fingerprint != checkpoint.fingerprint
+    for name, info in view.tensors.items():
+        assert view.tensor(name).nbytes == info.nbytes, name
+
+
+@pytest.mark.parametrize("method", ["balanced", "quarot", "duquant", "singlequant", "none"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_method_quantizes_with_kv_bits(make_checkpoint, tmp_path, text, method, bits):
+    model = folder(make_checkpoint, tmp_path, bias=True)
+    config = sq.QuantConfig(scheme="w4a8", method=method, kv_bits=bits, calibration_tokens=128)
+    sq.quantize_folder(model, tmp_path / "out", config, text)
+    loaded = sq.load(tmp_path / "out")
+    assert loaded.checkpoint.quant_config.kv_bits == bits
+    assert loaded.kv_bits == bits
+    assert loaded.new_session(1, 8)._cache.bits == bits
+    tokens = np.random.default_rng(1).integers(0, 320, (2, 80))
+    original, found = sq.load(model).forward(tokens), loaded.forward(tokens)
+    plain = sq.load(tmp_path / "out", 32).forward(tokens)
+    scale = np.abs(original).max()
+    assert np.abs(plain - original).mean() < 0.05 * scale
+    assert 0 < np.abs(found - plain).mean() < (0.05 if bits == 4 else 0.01) * scale
+
+
+def test_values_are_rotated_once(make_checkpoint, tmp_path, text):
+    """The view stands before every method but those that rotate value heads themselves."""
+    checkpoint = sq.load_checkpoint(folder(make_checkpoint, tmp_path))
+    windows = np.arange(64).reshape(2, 32)
+    for method, bits, kind in (("balanced", 4, "ValueCheckpoint"), ("balanced", 16, "Checkpoint"),
+                               ("duquant", 8, "ValueCheckpoint"), ("quarot", 4, "Residual")):
+        view = prepare(checkpoint, sq.QuantConfig(method=method, kv_bits=bits), windows)
+        assert type(view).__name__.startswith(kind)
+        if method == "quarot":
+            assert view.source is checkpoint
+
+
+def test_recipes_with_other_kv_bits_do_not_resume_each_other(make_checkpoint, tmp_path, text):
+    model = folder(make_checkpoint, tmp_path)
+    config = {"scheme": "w4a8", "weights": "rtn", "calibration_tokens": 64}
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sq.quantize_folder(model, tmp_path / "out", sq.QuantConfig(kv_bits=4, **config), text,
+                           resume=True, progress=stop)
+    with pytest.raises(ValueError, match=r"config\.kv_bits: expected 8, found 4"):
+        sq.quantize_folder(model, tmp_path / "out", sq.QuantConfig(kv_bits=8, **config), text,
+                           resume=True)
+
+
+def test_dry_run_and_ignored_value_linears_take_kv_bits(make_checkpoint, tmp_path, text):
+    model = folder(make_checkpoint, tmp_path)
+    config = sq.QuantConfig(kv_bits=4, calibration_tokens=64, weights="rtn",
+                            ignore=("*.v_proj", "*.o_proj"))
+    estimate = sq.dry_run(model, config, text)
+    sq.quantize_folder(model, tmp_path / "out", config, text)
+    size = sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    assert abs(estimate.bytes_after / size - 1) < 0.05
+    out = sq.load(tmp_path / "out", 32)
+    tokens = np.random.default_rng(1).integers(0, 320, (1, 60))
+    expected = sq.load(model).forward(tokens)
+    assert np.abs(out.forward(tokens) - expected).mean() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [0, 2, 32, 4.0, True, "8", None])
+def test_config_refuses_other_kv_bits(bits):
+    with pytest.raises(ValueError, match="kv_bits: expected one of 4, 8, 16, found"):
+        sq.QuantConfig(kv_bits=bits)

@@ -669,7 +669,10 @@ def test_tail_that_is_not_zero_is_refused(make_checkpoint, tmp_path, out):
         ("activations", None, "quantization_config: clip: expected a number"),
         ("ignore", 3, "ignore: expected a list of patterns, found 3"),
         ("ignore", "*", "ignore: expected a list"),
-        ("kv_bits", 4, "kv_bits: expected 16, found 4"),
+        ("kv_bits", 3, "kv_bits: expected one of 4, 8, 16, found 3"),
+        ("kv_bits", 32, "kv_bits: expected one of 4, 8, 16, found 32"),
+        ("kv_bits", True, "kv_bits: expected one of 4, 8, 16, found True"),
+        ("kv_bits", None, "kv_bits: expected one of 4, 8, 16, found None"),
     ],
 )
 def test_quantization_config_that_lies_is_refused(packed, key, value, message):

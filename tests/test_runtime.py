@@ -209,4 +209,110 @@ def test_divergence_from_itself_is_zero(model):
 
 
 def test_model_repr_says_what_it_is(model):
-    assert repr(model) == "Model('out', quantized, layers=3, hidden=96, vocab=320)"
+    assert repr(model) == "Model('out', quantized, layers=3, hidden=96, vocab=320, kv_bits=16)"
+
+
+# ---- the KV cache -------------------------------------------------------------------------------
+
+KV_BITS = [32, 16, 8, 4]
+
+
+@pytest.fixture(scope="module", params=KV_BITS)
+def kv_model(request, model):
+    return sq.load(model.checkpoint.path, request.param)
+
+
+def test_cache_of_any_width_gives_the_same_bits_however_tokens_come(kv_model):
+    """Prefill, pieces, single steps, a batch of unequal length and windows."""
+    batch = [np.concatenate([p, p, p]) for p in prompts(4, seed=6)]  # over one page
+    together = kv_model.new_session(4, 128).append(batch)
+    alone = [kv_model.new_session(1, 128).append([tokens]) for tokens in batch]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    tokens = batch[int(np.argmax([len(t) for t in batch]))]
+    assert len(tokens) > 64
+    whole = kv_model.new_session(1, 128).append([tokens])
+    for size in (1, 7, 63, 64, 65):
+        session = kv_model.new_session(1, 128)
+        pieces = [session.append([tokens[i : i + size]]) for i in range(0, len(tokens), size)]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    np.testing.assert_array_equal(kv_model.hidden_states(tokens[None])[0], whole)
+
+
+def test_sequences_that_end_and_start_give_the_bits_of_each_alone(kv_model):
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(2, 320, n) for n in (90, 20, 70, 66, 5)]
+    alone = [kv_model.new_session(1, 128).append([t]) for t in texts]
+    session = kv_model.new_session(3, 128)
+    waiting, slots, found = list(range(5)), {}, {}
+    while waiting or slots:
+        for slot in range(3):
+            if slot not in slots and waiting:
+                slots[slot] = waiting.pop(0)
+        fed = {s: texts[i][session.lengths[s] : session.lengths[s] + 9] for s, i in slots.items()}
+        hidden = np.split(session.append(list(fed.values()), list(fed)),
+                          np.cumsum([len(f) for f in fed.values()])[:-1])
+        for slot, states in zip(fed, hidden, strict=True):
+            found.setdefault(slots[slot], []).append(states)
+        for slot in fed:
+            if session.lengths[slot] == len(texts[slots[slot]]):
+                session.end(slot)
+                del slots[slot]
+    for i, expected in enumerate(alone):
+        np.testing.assert_array_equal(np.concatenate(found[i]), expected)
+    assert session.nbytes == 0
+
+
+def test_fewer_bits_are_further_from_the_float_cache(model):
+    windows = np.random.default_rng(0).integers(2, 320, (2, 100))
+    exact = sq.load(model.checkpoint.path, 32).hidden_states(windows)
+    errors = [np.abs(sq.load(model.checkpoint.path, bits).hidden_states(windows) - exact).mean()
+              for bits in KV_BITS]
+    assert errors[0] == 0
+    assert errors[3] > 0
+    if model.checkpoint.quant_config.scheme == "w4a16":  # codes of activations add their own noise
+        assert errors[1] < errors[2] < errors[3]
+
+
+def test_session_memory_follows_the_tokens_it_holds(model):
+    session = model.new_session(2, 10_000)
+    assert session.nbytes == 0
+    session.append([np.arange(2, 66)])
+    one = session.nbytes
+    assert one == 3 * 2 * 2 * 64 * 16 * 2  # layers, key and value, heads, tokens, head_dim, float16
+    session.append([np.arange(2, 67)], [1])
+    assert session.nbytes == 3 * one
+    session.end(1)
+    assert session.lengths.tolist() == [64, 0]
+    assert session.nbytes <= 2 * one
+
+
+def test_session_at_its_limit_is_as_it_was(model):
+    page = model.new_cache(1, 64).page_bytes
+    session = model.new_session(2, 300, limit=3 * page)
+    session.append([np.arange(2, 62)])
+    with pytest.raises(MemoryError, match="limit"):
+        session.append([np.arange(2, 12)])
+    assert session.lengths.tolist() == [60, 0]
+    tokens = np.arange(2, 6)
+    expected = hidden_alone(model, np.concatenate([np.arange(2, 62), tokens]))[60:]
+    np.testing.assert_array_equal(session.append([tokens]), expected)
+
+
+@pytest.mark.parametrize(("sequences", "message"), [
+    ([2], r"sequences: expected 0 to 1, got \[2\]"), ([-1], "sequences: expected 0 to 1"),
+    ([0, 1], "sequences: expected 1, one for each of tokens, got 2"),
+])
+def test_session_names_a_bad_sequence(model, sequences, message):
+    session = model.new_session(2, 8)
+    with pytest.raises(ValueError, match=message):
+        session.append([np.arange(2, 4)], sequences)
+    with pytest.raises(ValueError, match="sequences: expected each once"):
+        session.append([np.arange(2, 4)] * 2, [1, 1])
+    with pytest.raises(ValueError, match="sequence: expected 0 to 1, got 2"):
+        session.end(2)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 64, "4"])
+def test_model_refuses_other_kv_bits(model, bits):
+    with pytest.raises(ValueError, match="kv_bits: expected one of 4, 8, 16, 32"):
+        sq.load(model.checkpoint.path, bits)
