@@ -44,9 +44,11 @@ struct sq_kv_cache_t {
     _Atomic int64_t bytes;
 };
 
-/* Scales and minima stand behind the codes, [TOKENS] each. They are float16: against float32 that
- * is 4.25 instead of 4.5 bits a number at 4 bits and head_dim 128, and no measurable loss, because
- * the codes are those of the rounded scale and minimum (docs/architecture.md has the figures). */
+/* Scales and minima stand behind the codes, [TOKENS] each. They are float16, 4.25 bits a number at
+ * 4 bits and head_dim 128 where float32 would be 4.5: rounding keys and values of a 25.7M-parameter
+ * LLaMA (head_dim 64) alone gives a KL of 0.00255 against 0.00250 with float32 at 4 bits, of
+ * 0.0000084 against 0.0000082 at 8. So little, because the codes are those of the rounded scale and
+ * minimum. */
 enum { KEY_SCALES, KEY_MINIMA, VALUE_SCALES, VALUE_MINIMA, META };
 
 /* ---- making it -------------------------------------------------------------------------- */

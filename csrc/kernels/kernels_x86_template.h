@@ -371,7 +371,9 @@ enum {
     NR_F32 = 2 * LANES,                 /* its columns */
     GEMM_KC = 256,
     GEMM_COPY_ROWS = 4 * MR_F32,
-    STREAM_ROWS = 8
+    STREAM_ROWS = 8,
+    ROW_VECS = 64 / LANES, /* 64 columns */
+    NARROW = 256
 };
 
 #if TILE_BITS == 256
@@ -526,18 +528,45 @@ continue_row_f32(const int count, int64_t columns, const float *a, const float *
     }
 }
 
-/* One row: b is streamed STREAM_ROWS rows at a time. Returns the number of columns done. */
+/* One row times ROW_VECS vectors of columns of b: the chains stay in registers. */
+static ALWAYS_INLINE void
+narrow_row_f32(int64_t k, const float *a, const float *b, int64_t ld_b, float *c)
+{
+    vec_f acc[ROW_VECS];
+    UNROLL
+    for (int v = 0; v < ROW_VECS; v++) {
+        acc[v] = VEC(setzero_ps)();
+    }
+    for (int64_t p = 0; p < k; p++) {
+        const vec_f value = VEC(set1_ps)(a[p]);
+        UNROLL
+        for (int v = 0; v < ROW_VECS; v++) {
+            acc[v] = VEC(fmadd_ps)(value, VEC(loadu_ps)(b + p * ld_b + LANES * v), acc[v]);
+        }
+    }
+    UNROLL
+    for (int v = 0; v < ROW_VECS; v++) {
+        VEC(storeu_ps)(c + LANES * v, acc[v]);
+    }
+}
+
+/* One row. A narrow b, such as a page of the KV cache, goes in strips of registers; a wide one is
+ * streamed STREAM_ROWS rows at a time. Returns the number of columns done. */
 static int64_t
 row_f32(int64_t n, int64_t k, const float *a, const float *b, int64_t ld_b, float *c)
 {
     const int64_t columns = n / LANES * LANES;
-    memset(c, 0, (size_t)columns * sizeof *c);
-    int64_t p = 0;
-    for (; p + STREAM_ROWS <= k; p += STREAM_ROWS) {
-        continue_row_f32(STREAM_ROWS, columns, a + p, b + p * ld_b, ld_b, c);
+    int64_t j = 0;
+    for (; columns <= NARROW && j + LANES * ROW_VECS <= columns; j += LANES * ROW_VECS) {
+        narrow_row_f32(k, a, b + j, ld_b, c + j);
     }
-    for (; p < k; p++) {
-        continue_row_f32(1, columns, a + p, b + p * ld_b, ld_b, c);
+    memset(c + j, 0, (size_t)(columns - j) * sizeof *c);
+    int64_t p = 0;
+    for (; p + STREAM_ROWS <= k && j < columns; p += STREAM_ROWS) {
+        continue_row_f32(STREAM_ROWS, columns - j, a + p, b + p * ld_b + j, ld_b, c + j);
+    }
+    for (; p < k && j < columns; p++) {
+        continue_row_f32(1, columns - j, a + p, b + p * ld_b + j, ld_b, c + j);
     }
     return columns;
 }
