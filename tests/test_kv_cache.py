@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from test_hygiene import leaks
 
 import singlequant as sq
 from singlequant import _C, _reference as reference
@@ -466,6 +467,23 @@ def test_many_sequences_come_and_go_without_growing(rng):
     for slot in range(8):
         cache.release(slot)
     assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_cache_leaks_nothing(rng, bits):
+    attention = Attention(rng, 2, 1, 12)  # with a dense Hadamard
+    hidden = hiddens(rng, 70)
+
+    def call():
+        cache = attention.cache(2, bits=bits, limit=3 * attention.cache(bits=bits).page_bytes)
+        attention.run(hidden, *tokens(70), cache)
+        with pytest.raises(MemoryError):
+            cache.reserve([0, 1], [140, 140])
+        cache.release(0)
+        attention.run(hidden, *tokens(70, 5, 1), cache)
+        cache.read(0, 1, 70)
+
+    assert not leaks(call)
 
 
 def test_released_sequence_may_be_released_again():
