@@ -11,6 +11,7 @@ has a cache of its own and the widths take turns.
 
 import argparse
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -56,8 +57,10 @@ def filled_cache(layer, bits, batch, kv_heads, head_dim, context):
 
 
 def bench(name, batch, context, seconds):
-    """Rows of one shape, batch and context."""
+    """Rows of one shape, batch and context. With one thread in CPU seconds, else in seconds."""
     import common
+
+    from singlequant import _C
 
     heads, kv_heads, head_dim = HEADS[name]
     layer = make_layer(heads, kv_heads, head_dim)
@@ -68,7 +71,8 @@ def bench(name, batch, context, seconds):
         functions[bits] = partial(step, layer, cache, hidden, context - 1)
         one = filled_cache(layer, bits, batch, kv_heads, head_dim, 1)
         functions[f"{bits} alone"] = partial(step, layer, one, hidden, 0)
-    times = common.interleave(functions, seconds, min_repeats=7)
+    clock = time.process_time if _C.get_num_threads() == 1 else time.perf_counter
+    times = common.interleave(functions, seconds, min_repeats=7, clock=clock)
     rows = []
     for bits, cache in caches.items():
         stored = batch * context * cache.page_bytes / cache.page_tokens
