@@ -75,6 +75,7 @@ extern PyMethodDef sq_py_gptq_methods[];
 extern PyMethodDef sq_py_pack_methods[];
 extern PyMethodDef sq_py_runtime_methods[];
 extern PyMethodDef sq_py_outliers_methods[];
+extern PyMethodDef sq_py_bench_methods[];
 extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */
 
 /* The PackedWeight behind o, borrowed, or NULL with TypeError naming the argument. */

@@ -29,13 +29,23 @@ missing_features(const struct sq_kernels *table)
     return names;
 }
 
+/* {4: step, 8: step, 16: step}, None where the compiler chooses. */
+static PyObject *
+steps_of(const struct sq_kernels *table)
+{
+    return Py_BuildValue("{i:z,i:z,i:z}", 4, table->steps[0], 8, table->steps[1], 16,
+                         table->steps[2]);
+}
+
 /* Enters one table into the lists and the dict that kernels() returns. 0, or -1. */
 static int
 enter_table(const struct sq_kernels *table, PyObject *compiled, PyObject *runnable,
-            PyObject *missing, PyObject *disabled)
+            PyObject *missing, PyObject *disabled, PyObject *steps)
 {
     PyObject *name = PyUnicode_FromString(table->name), *features = NULL;
-    int failed = !name || PyList_Append(compiled, name);
+    PyObject *own_steps = steps_of(table);
+    int failed = !name || !own_steps || PyList_Append(compiled, name) ||
+                 PyDict_SetItem(steps, name, own_steps);
     if (!failed && sq_kernels_runnable(table)) {
         failed = PyList_Append(runnable, name);
     }
@@ -48,6 +58,7 @@ enter_table(const struct sq_kernels *table, PyObject *compiled, PyObject *runnab
     }
     Py_XDECREF(name);
     Py_XDECREF(features);
+    Py_XDECREF(own_steps);
     return failed ? -1 : 0;
 }
 
@@ -56,29 +67,32 @@ PyDoc_STRVAR(kernels_doc,
              "Kernel tables as a dict: compiled (list of names, best first), runnable (list), "
              "missing (table "
              "that\ncannot run -> list of the CPU features it lacks), disabled (list: off through "
-             "SINGLEQUANT_DISABLE_CPU,\nwith what is built on them), active.");
+             "SINGLEQUANT_DISABLE_CPU,\nwith what is built on them), active, and steps: name -> "
+             "{bits of the "
+             "activations: multiply step of that\nkernel, a name for measure_peak, or None}.");
 
 static PyObject *
 kernels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     PyObject *compiled = PyList_New(0), *runnable = PyList_New(0), *missing = PyDict_New();
-    PyObject *disabled = PyList_New(0), *result = NULL;
-    if (!compiled || !runnable || !missing || !disabled) {
+    PyObject *disabled = PyList_New(0), *steps = PyDict_New(), *result = NULL;
+    if (!compiled || !runnable || !missing || !disabled || !steps) {
         goto done;
     }
     for (const struct sq_kernels *const *t = sq_kernels_compiled(); *t; t++) {
-        if (enter_table(*t, compiled, runnable, missing, disabled)) {
+        if (enter_table(*t, compiled, runnable, missing, disabled, steps)) {
             goto done;
         }
     }
-    result = Py_BuildValue("{s:O,s:O,s:O,s:O,s:s}", "compiled", compiled, "runnable", runnable,
-                           "missing", missing, "disabled", disabled, "active",
+    result = Py_BuildValue("{s:O,s:O,s:O,s:O,s:O,s:s}", "compiled", compiled, "runnable", runnable,
+                           "missing", missing, "disabled", disabled, "steps", steps, "active",
                            sq_kernels_active()->name);
 done:
     Py_XDECREF(compiled);
     Py_XDECREF(runnable);
     Py_XDECREF(missing);
     Py_XDECREF(disabled);
+    Py_XDECREF(steps);
     return result;
 }
 
@@ -209,9 +223,9 @@ module_exec(PyObject *module)
         return -1;
     }
     PyMethodDef *const tables[] = {
-        module_methods,         sq_py_rotate_methods,   sq_py_duquant_methods,
-        sq_py_quantize_methods, sq_py_gptq_methods,     sq_py_pack_methods,
-        sq_py_runtime_methods,  sq_py_outliers_methods, sq_py_kernels_methods};
+        module_methods,      sq_py_rotate_methods, sq_py_duquant_methods, sq_py_quantize_methods,
+        sq_py_gptq_methods,  sq_py_pack_methods,   sq_py_runtime_methods, sq_py_outliers_methods,
+        sq_py_bench_methods, sq_py_kernels_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i])) {
             return -1;

@@ -45,6 +45,9 @@ merged(const struct sq_kernels *own)
     t.name = own->name;
     t.required_features |= own->required_features;
     t.base = own->base;
+    for (int i = 0; i < 3; i++) {
+        t.steps[i] = own->steps[i] ? own->steps[i] : t.steps[i];
+    }
 #define SQ_TAKE(row)      \
     if (own->row) {       \
         t.row = own->row; \

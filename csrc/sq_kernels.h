@@ -68,6 +68,9 @@ struct sq_kernels {
     const char *name;
     uint32_t required_features;
     const struct sq_kernels *base; /* fills the missing rows; NULL: the generic table */
+    /* The multiply steps of gemm_a4w4, gemm_a8w4, gemm_a16w4, as sq_peaks.c names them; NULL where
+     * the compiler chooses. */
+    const char *steps[3];
     int64_t mr, nr; /* tile of the packed microkernels; nr * SQ_K_ALIGN / 2 bytes keep alignment */
     int64_t row_block_bytes; /* activations that one panel meets before the next one does */
 

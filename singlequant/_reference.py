@@ -795,3 +795,12 @@ def walsh_hadamard(x):
         x = np.stack([a + b, a - b], axis=2)
         width *= 2
     return x.reshape(shape) * x.dtype.type(1 / np.sqrt(n))
+
+
+# ---- benchmarks ----
+
+
+def read_loop(data, prefetch=0, streams=1):
+    data = np.asarray(data).view(np.uint8)
+    padded = np.concatenate([data, np.zeros(-len(data) % 8, np.uint8)])
+    return int(np.bitwise_xor.reduce(padded.view(np.uint64), initial=np.uint64(0)))

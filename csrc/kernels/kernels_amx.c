@@ -283,6 +283,7 @@ sq_gemm_a8w4_f32_32x32__amx(const struct sq_panel_args *args)
 const struct sq_kernels sq_kernels_amx = {
     .name = "amx",
     .required_features = REQUIRED_FEATURES,
+    .steps = {"tdpbssd", "tdpbssd", NULL},
     .base = &sq_kernels_avx512vnni,
     .mr = BLOCK_ROWS,
     .row_block_bytes = 3 << 19,

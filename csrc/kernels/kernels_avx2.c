@@ -570,6 +570,7 @@ sq_kv4_to_f32__avx2(const uint8_t *codes, const uint16_t *scales, const uint16_t
 const struct sq_kernels sq_kernels_avx2 = {
     .name = "avx2",
     .required_features = SQ_CPU_AVX2,
+    .steps = {"maddubs + add16 256", "8 x (maddubs + add16), madd + add32 256", "fma 256"},
     .mr = TILE_MR,
     .nr = NR,
     .row_block_bytes = 1 << 18,

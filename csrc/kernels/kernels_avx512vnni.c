@@ -39,6 +39,7 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .name = "avx512vnni",
     .required_features = SQ_CPU_AVX512_VNNI,
     .base = &sq_kernels_avx2,
+    .steps = {"dpbusd 512", "dpbusd 512", "fma 512"},
     .mr = TILE_MR,
     .gemm_a4w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
     .gemm_a8w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,

@@ -17,6 +17,7 @@ const struct sq_kernels sq_kernels_avxvnni = {
     .name = "avxvnni",
     .required_features = SQ_CPU_AVX_VNNI,
     .base = &sq_kernels_avx2,
+    .steps = {"dpbusd 256", "dpbusd 256", NULL},
     .mr = 12, /* of 6 here and of 4 in the base's float kernel */
     .gemm_a4w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
     .gemm_a8w4 = sq_gemm_a8w4_f32_6x32__avxvnni,

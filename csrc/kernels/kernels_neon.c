@@ -607,6 +607,7 @@ sq_rms_norm_row__neon(const float *x, const float *weight, int64_t n, float eps,
 
 const struct sq_kernels sq_kernels_neon = {
     .name = "neon",
+    .steps = {"sdot neon", "sdot neon", "fma neon"},
     .required_features = SQ_CPU_NEON_DOT,
     .mr = MR,
     .nr = NR,
