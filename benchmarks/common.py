@@ -3,45 +3,14 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
+from singlequant.bench import interleave, summary
+
+__all__ = ["ROOT", "commit", "environment", "interleave", "print_environment", "summary",
+           "write_json"]
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def interleave(functions, seconds=1.0, min_repeats=5, max_repeats=1000, clock=time.perf_counter):
-    """Times functions (name -> callable without arguments) in turn, so that a slow moment of the
-    machine meets all of them, in a new order each round, so that none always finds the caches as
-    the same other left them. Returns name -> summary of its seconds. Each is called once
-    beforehand. seconds is the aim for all of them together. clock: time.process_time leaves out
-    what others took of the CPU, for functions of one thread."""
-    order, shuffle = list(functions), np.random.default_rng(0).shuffle
-    for function in functions.values():
-        function()
-    times = {name: [] for name in functions}
-    begin = time.perf_counter()
-    for repeat in range(max_repeats):
-        if repeat >= min_repeats and time.perf_counter() - begin > seconds:
-            break
-        shuffle(order)
-        for name in order:
-            start = clock()
-            functions[name]()
-            times[name].append(clock() - start)
-    return {name: summary(values) for name, values in times.items()}
-
-
-def summary(values):
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {
-        "median": float(median),
-        "low": float(low),
-        "high": float(high),
-        "min": float(min(values)),
-        "repeats": len(values),
-    }
 
 
 def commit():

@@ -1,4 +1,4 @@
-"""Command line: quantize, eval, compare, inspect, generate, demo, runtime."""
+"""Command line: quantize, eval, compare, inspect, generate, demo, bench, runtime."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_demo(commands)
+    _add_bench(commands)
     runtime = commands.add_parser("runtime", help="what the kernels run on; for bug reports")
     runtime.set_defaults(run=run_runtime)
     return top
@@ -238,6 +239,14 @@ def _add_demo(commands) -> None:
                      "Quantize the bundled model in several ways, compare, draw, write a sentence.")
     c.add_argument("--picture", type=Path, default=Path("singlequant-demo.png"), metavar="FILE",
                    help="where the picture goes (default %(default)s)")
+
+
+def _add_bench(commands) -> None:
+    c = _add_command(commands, "bench", run_bench,
+                     "Time the packed linears on this machine, against float32 and its peaks.")
+    c.add_argument("--seconds", type=float, default=5.0, metavar="S",
+                   help="time to measure for, besides some seconds to prepare (default %(default)g)")
+    c.add_argument("--json", type=Path, metavar="FILE", help="figures and machine")
 
 
 # ---- commands ---------------------------------------------------------------------------------
@@ -525,6 +534,17 @@ def run_demo(arguments: argparse.Namespace) -> None:
     from .demo import demo
 
     demo(arguments.picture)
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    from . import bench, files
+
+    if arguments.json is not None:
+        files.check_file(arguments.json)
+    result = bench.bench(arguments.seconds)
+    print(bench.report(result))
+    if arguments.json is not None:
+        files.write_file(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
 def run_runtime(arguments: argparse.Namespace) -> None:

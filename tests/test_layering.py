@@ -13,7 +13,8 @@ STAGES = {
     "checkpoint", "calibrate", "rotate", "residual", "spinquant", "quantize", "pack", "runtime",
     "evaluate",
 }  # fmt: skip
-COMPOSERS = {"__init__", "__main__", "sweep", "compare", "outliers", "harness", "demo", "info"}
+COMPOSERS = {"__init__", "__main__", "sweep", "compare", "outliers", "harness", "demo", "info",
+             "bench"}
 
 
 def relative_imports(path: Path) -> set[str]:
