@@ -245,7 +245,7 @@ def _add_bench(commands) -> None:
     c = _add_command(commands, "bench", run_bench,
                      "Time the packed linears on this machine, against float32 and its peaks.")
     c.add_argument("--seconds", type=float, default=5.0, metavar="S",
-                   help="time to measure for, besides some seconds to prepare (default %(default)g)")
+                   help="time to measure for, besides some to prepare (default %(default)g)")
     c.add_argument("--json", type=Path, metavar="FILE", help="figures and machine")
 
 

@@ -259,13 +259,13 @@ def bench(
     weight = np.random.default_rng(0).standard_normal((n, k), np.float32)
     copies = copies_beyond_cache(n * k // 2)
     linears = {s: TransformedLinear(weight, s, copies=copies) for s in schemes}
-    dense = [weight.copy() for _ in range(copies_beyond_cache(weight.nbytes))]
+    dense = itertools.cycle([weight.copy() for _ in range(copies_beyond_cache(weight.nbytes))])
     read = best_read(next(iter(linears.values())).weights, seconds / 10)
     found: list[dict[str, Any]] = []
     for m in rows:
         x = np.random.default_rng(m).standard_normal((m, k), np.float32)
         calls = {name: partial(linear, x) for name, linear in linears.items()}
-        calls[FLOAT32] = lambda x=x, turn=itertools.cycle(dense): _C.linear_dense(x, next(turn))
+        calls[FLOAT32] = lambda x=x: _C.linear_dense(x, next(dense))
         times = interleave(calls, 0.7 * seconds / len(rows), min_repeats=3)
         for name, t in times.items():
             bits = SCHEMES.get(name)

@@ -1,0 +1,417 @@
+"""Packed linears beside every int4, int8, 16-bit and 32-bit library that installs from PyPI.
+
+    python benchmarks/bench_peers.py --python PEERS_VENV/bin/python --threads 1 \
+        --shapes llama2-7b,llama3-8b --m 1,4,16,64,512 --isa best --seconds 600 --json FILE
+
+Each peer (a class in peers/*.py) has a process of its own, pinned to the same CPUs, which stands
+still (SIGSTOP) while another is measured. Rounds walk through all processes in a new order each
+time, so that a slow moment of the machine meets all of them. Up to 16 rows, the weights of a
+product come from memory: packed copies, four times the last cache together, take turns.
+GOP/s counts a multiply-add as two operations; ratios are of medians of one run. --isa avx2 holds
+every peer that can be held to AVX2 and leaves out the others, by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent
+for folder in (FOLDER, FOLDER / "peers"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import common  # noqa: E402
+from base import KINDS, Peer  # noqa: E402
+
+from singlequant import _C, files  # noqa: E402
+from singlequant.bench import (  # noqa: E402
+    MEMORY_BYTES_MAX,
+    ROTATE_ROWS,
+    last_level_bytes,
+    measure_peaks,
+    real_cores,
+    summary,
+    table_peaks,
+)
+
+MODELS = {  # outputs and inputs of each linear
+    "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "llama3-8b": ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)),
+}
+OURS = "singlequant_"
+QUICK_SHAPES = ((256, 512), (512, 256))
+ROUNDS = 7  # that the time of a cell is planned for
+MIN_ROUNDS = 3
+SLICE_SECONDS = (0.003, 1.0)  # of one peer in one round
+PREPARE_SECONDS = 300.0  # that packing may take
+
+
+def peer_files() -> list[str]:
+    """Modules of peers/ that hold peers, ours first."""
+    names = sorted(p.stem for p in (FOLDER / "peers").glob("*.py"))
+    found = [n for n in names if n not in ("base", "worker") and not n.startswith("e2e")]
+    return sorted(found, key=lambda n: n != OURS)
+
+
+def find_peers(wanted: Sequence[str] | None = None) -> list[tuple[str, type[Peer]]]:
+    """(module, class) of all peers, or of those whose names begin like one of wanted."""
+    found = [(name, peer) for name in peer_files() for peer in importlib.import_module(name).PEERS]
+    if wanted is None:
+        return found
+    for text in wanted:
+        if not any(peer.name.startswith(text) for _, peer in found):
+            raise ValueError(f"--peers: expected names beginning like "
+                             f"{', '.join(peer.name for _, peer in found)}, found {text!r}")
+    return [(name, p) for name, p in found if any(p.name.startswith(text) for text in wanted)]
+
+
+def newer_than(table: str) -> str:
+    """The kernel tables that come before a table, as SINGLEQUANT_DISABLE_CPU takes them."""
+    compiled = _C.kernels()["compiled"]
+    if table not in compiled:
+        raise ValueError(f"--isa: expected best or one of {', '.join(compiled)}, found {table!r}")
+    return ",".join(compiled[: compiled.index(table)])
+
+
+class Process:
+    """A peer at work in a process; answers are dicts, {"failed": why} among them."""
+
+    def __init__(self, module: str, peer: type[Peer], arguments: argparse.Namespace) -> None:
+        self.peer, self.failed = peer, None
+        python = sys.executable if module == OURS else arguments.python
+        environment = {
+            **os.environ,
+            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
+                             "SINGLEQUANT_NUM_THREADS"), str(arguments.threads)),
+            "HF_HUB_OFFLINE": "1",
+        }
+        if arguments.isa != "best":
+            environment |= {**(peer.avx2 or {}), "SINGLEQUANT_BENCH_ISA": arguments.isa,
+                            "SINGLEQUANT_DISABLE_CPU": newer_than(arguments.isa)}
+        if module != OURS:  # its interpreter has packages of its own
+            environment.pop("PYTHONPATH", None)
+        cpus = ",".join(map(str, arguments.cpus))
+        self.process = subprocess.Popen(
+            [python, str(FOLDER / "peers" / "worker.py"), module, peer.name,
+             str(arguments.threads), cpus],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=environment)
+        self.version = self._answer(PREPARE_SECONDS).get("version")
+        self._stop()
+
+    def ask(self, timeout: float = PREPARE_SECONDS, **order: Any) -> dict[str, Any]:
+        if self.failed is None:
+            self.process.send_signal(signal.SIGCONT)
+            try:
+                self.process.stdin.write((json.dumps(order) + "\n").encode())
+                self.process.stdin.flush()
+            except BrokenPipeError:
+                pass  # the answer's absence tells
+            answer = self._answer(timeout)
+            self._stop()
+            return answer
+        return {"failed": self.failed}
+
+    def _answer(self, timeout: float) -> dict[str, Any]:
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        line = self.process.stdout.readline() if ready else b""
+        if line:
+            answer = json.loads(line)
+            if "failed" in answer and self.process.poll() is not None:
+                self.failed = answer["failed"]
+            return answer
+        if ready:
+            self.failed = f"the process ended with status {self.process.wait()}"
+        else:
+            self.failed = f"no answer in {timeout:g} s"
+        return {"failed": self.failed}
+
+    def _stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def start(arguments: argparse.Namespace) -> tuple[list[Process], dict[str, dict[str, Any]]]:
+    """Processes that run, and what is known of every peer, the skipped ones included."""
+    processes, known = [], {}
+    for module, peer in find_peers(arguments.peers):
+        about = known[peer.name] = {"kind": peer.kind, "activations": peer.activations}
+        if arguments.isa == "best":
+            about["held"] = None
+        elif peer.avx2 is None:
+            about["skipped"] = f"nothing holds it to {arguments.isa}"
+        else:
+            about["held"] = " ".join(f"{k}={v}" for k, v in peer.avx2.items()) or "its own build"
+        if "skipped" not in about:
+            process = Process(module, peer, arguments)
+            if process.version is None:
+                process.end()
+                about["skipped"] = process.failed or "it gave no version"
+            else:
+                about["version"] = process.version
+                processes.append(process)
+        if "skipped" in about:
+            print(f"SKIPPED: {peer.name}: {about['skipped']}", flush=True)
+    return processes, known
+
+
+def measure_cell(
+    processes: Sequence[Process], shape: tuple[int, int], m: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of one shape and m: rounds over all processes until the time is over."""
+    times: dict[str, list[float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for process in processes:
+        answer = process.ask(do="load", m=m)
+        name = process.peer.name
+        facts[name] = answer
+        if "failed" not in answer:
+            times[name] = []
+    live = [p for p in processes if p.peer.name in times]
+    low, high = SLICE_SECONDS
+    part = min(max(seconds / (ROUNDS * max(len(live), 1)) / 2, low), high)
+    shuffle, begin, rounds = np.random.default_rng(m).shuffle, time.perf_counter(), 0
+    while live and (rounds < MIN_ROUNDS or time.perf_counter() - begin < seconds):
+        shuffle(live)
+        for process in live:
+            answer = process.ask(do="run", seconds=part)
+            if "failed" in answer:
+                facts[process.peer.name] = answer
+            else:
+                times[process.peer.name].append(answer["seconds"])
+        live = [p for p in live if "failed" not in facts[p.peer.name]]
+        rounds += 1
+    n, k = shape
+    for process in processes:
+        name = process.peer.name
+        row = {"peer": name, "kind": process.peer.kind, "n": n, "k": k, "m": m, **facts[name]}
+        if "failed" not in row:
+            t = summary(times[name])
+            operations = 2e-9 * m * n * k
+            row |= {"seconds": t, "gops": operations / t["median"],
+                    "gops_low": operations / t["high"], "gops_high": operations / t["low"]}
+        yield row
+
+
+def measure(
+    processes: Sequence[Process], arguments: argparse.Namespace, shapes: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """All rows; printed as they come."""
+    rows: list[dict[str, Any]] = []
+    budget = arguments.seconds / (len(shapes) * len(arguments.m))
+    for n, k in shapes:
+        for rotated in (True, False):
+            ms = [m for m in arguments.m if (m <= ROTATE_ROWS) == rotated]
+            if not ms:
+                continue
+            size = min(4 * last_level_bytes(), MEMORY_BYTES_MAX) if rotated else 0
+            if arguments.quick:
+                size = min(size, 1 << 20)
+            packed = {p.peer.name: p.ask(do="prepare", n=n, k=k, rotate_bytes=size)
+                      for p in processes}
+            for name, answer in packed.items():
+                if "failed" in answer:
+                    rows.append({"peer": name, "n": n, "k": k, "m": None, **answer})
+                    print(f"n={n} k={k} {name}: {answer['failed']}", flush=True)
+            ready = [p for p in processes if "failed" not in packed[p.peer.name]]
+            for m in ms:
+                for row in measure_cell(ready, (n, k), m, budget):
+                    row |= packed[row["peer"]]
+                    if "gops" in row:
+                        row["gbs"] = row["weight_bytes"] / row["seconds"]["median"] / 1e9
+                    rows.append(row)
+                    print_row(row)
+    return rows
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    text = f"n={row['n']:<6}k={row['k']:<6}m={row['m']:<4}{row['peer']:<26}"
+    if "failed" in row:
+        print(text + row["failed"], flush=True)
+    else:
+        print(text + f"{row['gops']:8.1f} ({row['gops_low']:.0f}-{row['gops_high']:.0f}) GOP/s "
+              f"{row['gbs']:6.1f} GB/s", flush=True)
+
+
+# ---- what follows from the rows -----------------------------------------------------------------
+
+
+def add_shares(rows: Sequence[dict[str, Any]], bounds: Mapping[int, float | None]) -> None:
+    """share_of_peak of ours and the bare ones, share_of_read of all where m = 1.
+
+    bounds: bits of the activations -> GOP/s at most, on the threads of the run.
+    """
+    reads = {(r["n"], r["k"]): r for r in rows
+             if r["peer"] == "read_loop" and r["m"] == 1 and "gops" in r}
+    for row in rows:
+        if "gops" not in row:
+            continue
+        bits = next((b for b in (16, 8, 4) if f"w4a{b}" in row["peer"]), None)
+        if row["kind"] in ("ours", "bound") and bounds.get(bits):
+            row["share_of_peak"] = row["gops"] / bounds[bits]
+        read = reads.get((row["n"], row["k"]))
+        if row["m"] == 1 and read and row["peer"] != "read_loop":
+            row["share_of_read"] = row["gbs"] / read["gbs"]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Ours over each peer and over the best of each kind, shape by shape, as geometric means.
+
+    Only over the shapes that both have; `shapes` says how many those are.
+    """
+    gops: dict[tuple[int, str], dict[tuple[int, int], float]] = {}
+    kinds: dict[str, str] = {}
+    for row in rows:
+        if "gops" in row:
+            gops.setdefault((row["m"], row["peer"]), {})[row["n"], row["k"]] = row["gops"]
+            kinds[row["peer"]] = row["kind"]
+    found = []
+    others = [name for name, kind in kinds.items() if kind not in ("ours", "bound")]
+    for (m, name), own in gops.items():
+        if kinds[name] != "ours":
+            continue
+        rivals = {other: gops.get((m, other), {}) for other in others}
+        for kind in KINDS:
+            names = [other for other in others if kinds[other] == kind]
+            best = {}
+            for shape in own:
+                there = {o: rivals[o][shape] for o in names if shape in rivals[o]}
+                if there:
+                    best[shape] = max(there.items(), key=lambda item: item[1])
+            if best:
+                found.append({
+                    "ours": name, "m": m, "against": f"best {kind}",
+                    "peers": sorted({peer for peer, _ in best.values()}), "shapes": len(best),
+                    "ratio": geometric_mean([own[s] / best[s][1] for s in best])})
+        for other, speeds in rivals.items():
+            shared = [s for s in own if s in speeds]
+            if shared:
+                found.append({"ours": name, "m": m, "against": other, "peers": [other],
+                              "shapes": len(shared),
+                              "ratio": geometric_mean([own[s] / speeds[s] for s in shared])})
+    return found
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """Shapes of names in MODELS and of NxK, each once."""
+    found: list[tuple[int, int]] = []
+    for part in text.split(","):
+        if part in MODELS:
+            found += MODELS[part]
+        else:
+            try:
+                n, k = (int(number) for number in part.split("x"))
+            except ValueError:
+                raise ValueError(f"--shapes: expected {', '.join(MODELS)} or NxK, found {part!r}"
+                                 ) from None
+            found.append((n, k))
+    return list(dict.fromkeys(found))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--threads", type=int, default=1, metavar="N")
+    p.add_argument("--cpus", metavar="0,1", help="to pin to (default: the first N allowed)")
+    p.add_argument("--shapes", default="llama2-7b,llama3-8b", metavar="A,B",
+                   help=f"{', '.join(MODELS)} or NxK (default %(default)s)")
+    p.add_argument("--m", default="1,4,16,64,512", metavar="A,B", help="rows (default %(default)s)")
+    p.add_argument("--isa", choices=("best", "avx2"), default="best")
+    p.add_argument("--peers", metavar="A,B", help="names, or how they begin (default: all)")
+    p.add_argument("--python", default=sys.executable, metavar="FILE",
+                   help="interpreter that has the peers (default: this one)")
+    p.add_argument("--seconds", type=float, default=600.0, metavar="S",
+                   help="time to measure for, packing aside (default %(default)g)")
+    p.add_argument("--quick", action="store_true",
+                   help="toy shapes and seconds: shows that all runs, means nothing")
+    p.add_argument("--json", type=Path, metavar="FILE")
+    return p
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    arguments = parser().parse_args(argv)
+    if arguments.quick:
+        arguments.seconds = min(arguments.seconds, 1.0)
+    arguments.shapes = list(QUICK_SHAPES) if arguments.quick else parse_shapes(arguments.shapes)
+    arguments.m = sorted({int(m) for m in arguments.m.split(",")})
+    allowed = sorted(os.sched_getaffinity(0))
+    chosen = arguments.cpus.split(",") if arguments.cpus else allowed[: arguments.threads]
+    arguments.cpus = [int(cpu) for cpu in chosen]
+    if arguments.threads < 1 or len(arguments.cpus) != arguments.threads:
+        raise ValueError(f"--threads: expected as many as CPUs to pin to, {len(arguments.cpus)}, "
+                         f"found {arguments.threads}")
+    if arguments.m[0] < 1:
+        raise ValueError(f"--m: expected at least 1, found {arguments.m[0]}")
+    arguments.peers = arguments.peers and arguments.peers.split(",")
+    if arguments.json is not None:
+        files.check_file(arguments.json)
+    return arguments
+
+
+def run(argv: Sequence[str]) -> dict[str, Any]:
+    arguments = parse(argv)
+    environment = {**common.environment(), "argv": list(argv), "threads": arguments.threads}
+    table = arguments.isa
+    if table == "best":
+        table = environment["kernels"]["active"]
+    environment["kernels"]["active"] = table
+    common.print_environment(environment)
+    peaks = measure_peaks(0.01 if arguments.quick else 0.1)
+    cores = real_cores(0.02 if arguments.quick else 0.2)
+    bounds = {bits: peak and peak * arguments.threads
+              for bits, peak in table_peaks(peaks, table).items()}
+    processes, known = start(arguments)
+    try:
+        rows = measure(processes, arguments, arguments.shapes)
+    finally:
+        for process in processes:
+            process.end()
+    add_shares(rows, bounds)
+    result = {"what": "peers", "environment": environment, "isa": arguments.isa,
+              "threads": arguments.threads, "cpus": arguments.cpus, "quick": arguments.quick,
+              "shapes": [list(s) for s in arguments.shapes], "peaks": peaks, "cores": cores,
+              "peers": known, "rows": rows, "ratios": ratios(rows)}
+    for ratio in result["ratios"]:
+        if ratio["against"].startswith("best "):
+            print(f"m={ratio['m']:<4} {ratio['ours']:<22} {ratio['ratio']:6.2f}x the "
+                  f"{ratio['against']} ({', '.join(ratio['peers'])})")
+    if arguments.json is not None:
+        files.write_file(arguments.json, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main() -> None:
+    try:
+        run(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench_peers: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""One peer in one process: orders are lines of JSON on standard input, answers on standard output.
+
+    prepare n k rotate_bytes   pack a weight as often as makes rotate_bytes (0: once)
+    load m                     take activations, multiply once, check against x W^T
+    run seconds                repeat the product for so long; mean seconds of a call
+
+Started by bench_peers.py. A peer that fails says so in `failed` and stays.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+PR_SET_PDEATHSIG = 1
+
+
+def find(module: str, name: str):
+    """The class of that name in a file of peers."""
+    return next(p for p in importlib.import_module(module).PEERS if p.name == name)
+
+
+class Worker:
+    """The peer, its weight and activations."""
+
+    def __init__(self, module: str, name: str, threads: int) -> None:
+        self.peer = find(module, name)(threads)
+
+    def prepare(self, n: int, k: int, rotate_bytes: int) -> dict:
+        import numpy as np
+
+        self.weight = np.random.default_rng(0).standard_normal((n, k), np.float32) * np.float32(0.1)
+        size = self.peer.weight_bytes(n, k)
+        copies = max(2, -(-rotate_bytes // size)) if rotate_bytes else 1
+        self.peer.prepare(self.weight, copies)
+        return {"weight_bytes": size, "copies": copies}
+
+    def load(self, m: int) -> dict:
+        import base
+        import numpy as np
+
+        x = np.random.default_rng(m).standard_normal((m, self.weight.shape[1]), np.float32)
+        self.peer.load(x)
+        self.peer.run()
+        y = self.peer.result()
+        if y is None:
+            return {"relative_error": None}
+        error, limit = base.relative_error(y, x, self.weight), base.TOLERANCE[self.peer.kind]
+        if not error <= limit:
+            raise ValueError(f"relative error {error:.3g}, more than {limit:g}: not the product")
+        return {"relative_error": error}
+
+    def run(self, seconds: float) -> dict:
+        run, clock = self.peer.run, time.perf_counter
+        run()  # brings code, threads and clock back after the others' turn
+        total, calls, begin = 0.0, 0, clock()
+        while calls == 0 or clock() - begin < seconds:
+            start = clock()
+            own = run()
+            total += clock() - start if own is None else own
+            calls += 1
+        return {"seconds": total / calls, "calls": calls}
+
+
+def main(module: str, name: str, threads: str, cpus: str) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also when stopped
+    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(values: dict) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except BaseException as error:  # of any library, at any depth
+            text = " ".join(str(error).split())
+            return {"failed": f"{type(error).__name__}: {text}"[:300]}
+
+    worker = attempt(Worker, module, name, int(threads))
+    if isinstance(worker, dict):
+        answer(worker)
+        return
+    answer(attempt(lambda: {"version": worker.peer.version()}))
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer(attempt(lambda o=order: getattr(worker, o.pop("do"))(**o)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
