@@ -109,7 +109,8 @@ class Process:
              str(arguments.threads), cpus],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=environment)
-        self.version = self._answer(PREPARE_SECONDS).get("version")
+        answer = self._answer(PREPARE_SECONDS)
+        self.version, self.failed = answer.get("version"), answer.get("failed")
         self._stop()
 
     def ask(self, timeout: float = PREPARE_SECONDS, **order: Any) -> dict[str, Any]:
@@ -129,10 +130,7 @@ class Process:
         ready, _, _ = select.select([self.process.stdout], [], [], timeout)
         line = self.process.stdout.readline() if ready else b""
         if line:
-            answer = json.loads(line)
-            if "failed" in answer and self.process.poll() is not None:
-                self.failed = answer["failed"]
-            return answer
+            return json.loads(line)
         if ready:
             self.failed = f"the process ended with status {self.process.wait()}"
         else:
@@ -165,7 +163,7 @@ def start(arguments: argparse.Namespace) -> tuple[list[Process], dict[str, dict[
             process = Process(module, peer, arguments)
             if process.version is None:
                 process.end()
-                about["skipped"] = process.failed or "it gave no version"
+                about["skipped"] = process.failed
             else:
                 about["version"] = process.version
                 processes.append(process)

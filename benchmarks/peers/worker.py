@@ -2,7 +2,7 @@
 
     prepare n k rotate_bytes   pack a weight as often as makes rotate_bytes (0: once)
     load m                     take activations, multiply once, check against x W^T
-    run seconds                repeat the product for so long; mean seconds of a call
+    run seconds                repeat the product for so long; median seconds of a call
 
 Started by bench_peers.py. A peer that fails says so in `failed` and stays.
 """
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -59,13 +60,12 @@ class Worker:
     def run(self, seconds: float) -> dict:
         run, clock = self.peer.run, time.perf_counter
         run()  # brings code, threads and clock back after the others' turn
-        total, calls, begin = 0.0, 0, clock()
-        while calls == 0 or clock() - begin < seconds:
+        times, begin = [], clock()
+        while not times or clock() - begin < seconds:
             start = clock()
             own = run()
-            total += clock() - start if own is None else own
-            calls += 1
-        return {"seconds": total / calls, "calls": calls}
+            times.append(clock() - start if own is None else own)
+        return {"seconds": statistics.median(times), "calls": len(times)}
 
 
 def main(module: str, name: str, threads: str, cpus: str) -> None:
