@@ -23,7 +23,7 @@ asan: build ## the quick tests under the address and undefined-behaviour sanitiz
 	VENV=$(VENV) tools/run_sanitized.sh
 lint: build ## ruff and clang-format
 	$(VENV)/bin/ruff check . && git ls-files 'csrc/*.[ch]' | xargs clang-format --dry-run -Werror
-bench: build ## the linear against OpenBLAS
-	$(VENV)/bin/python benchmarks/bench_linear.py
+bench: build ## the linear against float32 and the machine's peaks
+	$(VENV)/bin/singlequant bench
 notebooks: build ## execute the notebooks
 	$(VENV)/bin/pytest tests/test_notebooks.py

@@ -34,7 +34,7 @@ for folder in (FOLDER, FOLDER / "peers"):
         sys.path.append(str(folder))
 
 import common  # noqa: E402
-from base import KINDS, Peer  # noqa: E402
+from base import Peer  # noqa: E402
 
 from singlequant import _C, files  # noqa: E402
 from singlequant.bench import (  # noqa: E402
@@ -275,41 +275,53 @@ def geometric_mean(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Ours over each peer and over the best of each kind, shape by shape, as geometric means.
-
-    Only over the shapes that both have; `shapes` says how many those are.
-    """
-    gops: dict[tuple[int, str], dict[tuple[int, int], float]] = {}
-    kinds: dict[str, str] = {}
+def speeds(rows: Sequence[Mapping[str, Any]], m: int) -> dict[str, dict[tuple[int, int], float]]:
+    """Peer -> (n, k) -> GOP/s of the rows with m."""
+    found: dict[str, dict[tuple[int, int], float]] = {}
     for row in rows:
-        if "gops" in row:
-            gops.setdefault((row["m"], row["peer"]), {})[row["n"], row["k"]] = row["gops"]
-            kinds[row["peer"]] = row["kind"]
+        if row["m"] == m and "gops" in row:
+            found.setdefault(row["peer"], {})[row["n"], row["k"]] = row["gops"]
+    return found
+
+
+def ratio_to(
+    rows: Sequence[Mapping[str, Any]], ours: str, m: int, rivals: Sequence[str]
+) -> dict[str, Any] | None:
+    """Ours over the best of the rivals, shape by shape, as a geometric mean.
+
+    Over the shapes that ours and any rival have; `shapes` says how many, `peers` who was best in
+    one of them. None where there are none.
+    """
+    gops = speeds(rows, m)
+    best = {}
+    for shape in gops.get(ours, {}):
+        there = {r: gops[r][shape] for r in rivals if shape in gops.get(r, {})}
+        if there:
+            best[shape] = max(there.items(), key=lambda item: item[1])
+    if not best:
+        return None
+    return {"ours": ours, "m": m, "peers": sorted({peer for peer, _ in best.values()}),
+            "shapes": len(best),
+            "ratio": geometric_mean([gops[ours][s] / best[s][1] for s in best])}
+
+
+def of_kinds(rows: Sequence[Mapping[str, Any]], *kinds: str) -> list[str]:
+    """Peers of these kinds that have a figure."""
+    return list(dict.fromkeys(r["peer"] for r in rows if "gops" in r and r["kind"] in kinds))
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each of ours over the best of each kind and over each peer, by m."""
+    rivals = {f"best {kind}": of_kinds(rows, kind) for kind in ("int4", "int8", "16-bit", "32-bit")}
+    others = of_kinds(rows, "int4", "int8", "16-bit", "32-bit")
+    rivals |= {other: [other] for other in others}
     found = []
-    others = [name for name, kind in kinds.items() if kind not in ("ours", "bound")]
-    for (m, name), own in gops.items():
-        if kinds[name] != "ours":
-            continue
-        rivals = {other: gops.get((m, other), {}) for other in others}
-        for kind in KINDS:
-            names = [other for other in others if kinds[other] == kind]
-            best = {}
-            for shape in own:
-                there = {o: rivals[o][shape] for o in names if shape in rivals[o]}
-                if there:
-                    best[shape] = max(there.items(), key=lambda item: item[1])
-            if best:
-                found.append({
-                    "ours": name, "m": m, "against": f"best {kind}",
-                    "peers": sorted({peer for peer, _ in best.values()}), "shapes": len(best),
-                    "ratio": geometric_mean([own[s] / best[s][1] for s in best])})
-        for other, speeds in rivals.items():
-            shared = [s for s in own if s in speeds]
-            if shared:
-                found.append({"ours": name, "m": m, "against": other, "peers": [other],
-                              "shapes": len(shared),
-                              "ratio": geometric_mean([own[s] / speeds[s] for s in shared])})
+    for m in dict.fromkeys(row["m"] for row in rows if "gops" in row):
+        for ours in of_kinds(rows, "ours"):
+            for against, names in rivals.items():
+                ratio = ratio_to(rows, ours, m, names)
+                if ratio is not None:
+                    found.append({**ratio, "against": against})
     return found
 
 
@@ -349,6 +361,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true",
                    help="toy shapes and seconds: shows that all runs, means nothing")
     p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--keep", action="store_true", help="write to results/MACHINE/DATE-peers-...")
     return p
 
 
@@ -399,8 +412,8 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
         if ratio["against"].startswith("best "):
             print(f"m={ratio['m']:<4} {ratio['ours']:<22} {ratio['ratio']:6.2f}x the "
                   f"{ratio['against']} ({', '.join(ratio['peers'])})")
-    if arguments.json is not None:
-        files.write_file(arguments.json, json.dumps(result, indent=1) + "\n")
+    common.write_result(result, arguments.json, arguments.keep and
+                        f"peers-{arguments.isa}-{arguments.threads}")
     return result
 
 

@@ -1,14 +1,16 @@
 """What the benchmarks share: interleaved timing, medians and spread, the machine, JSON output."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from singlequant import files
 from singlequant.bench import interleave, summary
 
-__all__ = ["ROOT", "commit", "environment", "interleave", "print_environment", "summary",
-           "write_json"]
+__all__ = ["ROOT", "commit", "environment", "interleave", "machine_name",
+           "print_environment", "summary", "write_json", "write_result"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,3 +47,23 @@ def print_environment(values):
 
 def write_json(path, rows, values):
     Path(path).write_text(json.dumps({"environment": values, "rows": rows}, indent=1) + "\n")
+
+
+def machine_name(values):
+    """A folder's name for a machine: its CPU, its number of CPUs, its best kernels."""
+    best = values["kernels"]["runnable"][0]
+    text = f"{values['cpu']}-{values['cpus']}cpu-{best}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write_result(result, path=None, kept_as=None):
+    """Write a result with an environment as JSON, to path and, under a name, among those kept."""
+    targets = [] if path is None else [Path(path)]
+    if kept_as:
+        values = result["environment"]
+        folder = ROOT / "benchmarks" / "results" / machine_name(values)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets.append(folder / f"{values['date']}-{kept_as}.json")
+    for target in targets:
+        files.write_file(target, json.dumps(result, indent=1) + "\n")
+        print(f"written {target}")

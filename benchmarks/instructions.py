@@ -1,4 +1,4 @@
-"""Instructions of a packed linear, counted by callgrind, against the numbers kept in the repository.
+"""Instructions of a packed linear, counted by callgrind, against the numbers kept here.
 
     python benchmarks/instructions.py [--update] [--tolerance 0.1] [--json FILE]
 

@@ -211,6 +211,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                    metavar="N", help="to set beside one (default %(default)s)")
     p.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
     p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--keep", action="store_true", help="write to results/MACHINE/DATE-ladder.json")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = p.parse_args(argv)
     arguments.shape = tuple(int(v) for v in arguments.shape.split("x"))
@@ -229,8 +230,7 @@ def main(argv: Sequence[str]) -> None:
         return
     result = ladder(arguments, argv)
     print_ladder(result)
-    if arguments.json is not None:
-        files.write_file(arguments.json, json.dumps(result, indent=1) + "\n")
+    common.write_result(result, arguments.json, arguments.keep and "ladder")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,412 @@
+"""docs/performance.md and the README's table of speed from the JSON in results/.
+
+    python benchmarks/performance.py [--from benchmarks/results] [--out docs/performance.md] \
+        [--readme README.md]
+
+A folder of results is a machine; of several files of one name the newest counts. The text around
+the figures is performance.template.md's, and a machine's notes.md (where an aim is out of reach:
+the profile and the bound) follows its tables. No figure stands here: all come from the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+if str(FOLDER) not in sys.path:
+    sys.path.append(str(FOLDER))
+
+import bench_peers  # noqa: E402
+
+from singlequant import files  # noqa: E402
+
+TEMPLATE = FOLDER / "performance.template.md"
+GENERATED = "<!-- generated -->"
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+KINDS = ("peers", "ladder", "end-to-end")
+FILE = re.compile(r"(\d{4}-\d\d-\d\d)-(.+)\.json")
+AMX_STEP = "tdpbssd"
+RIVALS = ("int4", "int8", "16-bit", "32-bit")
+OURS = ("ours_w4a4", "ours_w4a8")
+REAL_CORES = 1.8  # ratio of two CPUs to one, from which they are two cores
+
+
+@dataclass
+class Machine:
+    """A folder of results: the newest file of each name."""
+
+    path: Path
+    results: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        return next(iter(self.results.values()))["environment"]
+
+    def of(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """(file name, result) of a kind."""
+        return [(name, r) for name, r in self.results.items() if kind_of(name) == kind]
+
+    @property
+    def has_amx(self) -> bool:
+        return any(AMX_STEP in r.get("peaks", {}) for r in self.results.values())
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of a result from what follows the date in its file's name."""
+    return next((k for k in KINDS if name.startswith(k) or name.endswith(k)), None)
+
+
+def read_machines(folder: Path) -> list[Machine]:
+    """Every machine in a folder. ValueError names a file that is no result."""
+    machines = []
+    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        machine = Machine(path)
+        for file in sorted(path.glob("*.json")):
+            match = FILE.fullmatch(file.name)
+            if match is None or kind_of(match[2]) is None:
+                raise ValueError(f"{file}: expected a name like 2025-01-31-ladder.json, of "
+                                 f"{', '.join(KINDS)}")
+            result = json.loads(file.read_text("utf-8"))
+            if not isinstance(result, dict) or not {"environment", "rows"} <= result.keys():
+                raise ValueError(f"{file}: expected environment and rows")
+            if result.get("quick"):
+                raise ValueError(f"{file}: the figures of a quick run mean nothing")
+            machine.results[match[2]] = result
+        if machine.results:
+            machines.append(machine)
+    if not machines:
+        raise ValueError(f"{folder}: expected folders of results, found none")
+    return machines
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Markdown; the first `left` columns are text."""
+    marks = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, marks, *rows])
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def describe(environment: Mapping[str, Any]) -> str:
+    kernels = environment["kernels"]
+    return (f"{environment['cpu']}, {environment['cpus']} CPUs, load {environment['load'][0]} "
+            f"before the run; kernels that run here: {', '.join(kernels['runnable'])}; "
+            f"{environment['system']}; {environment['blas']}; commit {environment['commit']}.")
+
+
+def command(script: str, environment: Mapping[str, Any]) -> str:
+    return f"`python benchmarks/{script} {' '.join(environment['argv'])}`, {environment['date']}."
+
+
+# ---- sections -----------------------------------------------------------------------------------
+
+
+def peers_title(result: Mapping[str, Any]) -> str:
+    what = "everything allowed" if result["isa"] == "best" else f"held to {result['isa'].upper()}"
+    return f"Linears, {result['threads']} thread{'s' * (result['threads'] > 1)}, {what}"
+
+
+def peers_section(result: Mapping[str, Any]) -> str:
+    """Speeds of every peer, ratios, shares, who was skipped and why."""
+    rows = result["rows"]
+    ms = sorted({r["m"] for r in rows if "gops" in r})
+    shapes = ", ".join(f"{n}x{k}" for n, k in result["shapes"])
+    text = [f"### {peers_title(result)}", command("bench_peers.py", result["environment"]),
+            f"GOP/s, geometric mean over the shapes (outputs x inputs) {shapes}; an empty cell has "
+            "no figure for one of them."]
+    lines = []
+    for name, about in result["peers"].items():
+        cells = []
+        for m in ms:
+            gops = bench_peers.speeds(rows, m).get(name, {})
+            whole = len(gops) == len(result["shapes"])
+            cells.append(number(bench_peers.geometric_mean(list(gops.values()))) if whole else "")
+        if any(cells):
+            lines.append([name, about["kind"], about["activations"], *cells])
+    text.append(table(["", "kind", "activations", *(f"m = {m}" for m in ms)], lines, 3))
+    text.append("Ours over the best of each kind, by shape, as geometric means:")
+    text.append(table(["", "against", *(f"m = {m}" for m in ms)], ratio_lines(rows, ms), 2))
+    text.append(shares_table(result, ms))
+    skipped = [f"{name}: {about['skipped']}" for name, about in result["peers"].items()
+               if "skipped" in about]
+    failed = sorted({f"{r['peer']}: {r['failed']}" for r in rows if "failed" in r})
+    if skipped or failed:
+        text.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in [*skipped, *failed]))
+    versions = [f"{name}: {about['version']}" for name, about in result["peers"].items()
+                if "version" in about and about["kind"] in RIVALS]
+    text.append("Versions:\n\n" + "\n".join(f"- {line}" for line in versions))
+    return "\n\n".join(text)
+
+
+def ratio_lines(rows: Sequence[Mapping[str, Any]], ms: Sequence[int]) -> list[list[str]]:
+    lines = []
+    for ours in bench_peers.of_kinds(rows, "ours"):
+        for kind in RIVALS:
+            rivals = bench_peers.of_kinds(rows, kind)
+            found = [bench_peers.ratio_to(rows, ours, m, rivals) for m in ms]
+            if any(found):
+                cells = [times(f["ratio"]) if f else "" for f in found]
+                lines.append([ours, f"best {kind}", *cells])
+    return lines
+
+
+def mean_share(rows: Sequence[Mapping[str, Any]], peer: str, m: int, key: str) -> float | None:
+    """Geometric mean over the shapes of a share, None where there is none."""
+    found = [r[key] for r in rows if r["peer"] == peer and r["m"] == m and r.get(key)]
+    return bench_peers.geometric_mean(found) if found else None
+
+
+def shares_table(result: Mapping[str, Any], ms: Sequence[int]) -> str:
+    rows = result["rows"]
+    names = [n for n in bench_peers.of_kinds(rows, "ours", "bound") if n != "read_loop"]
+    lines = [[n, *(percent(mean_share(rows, n, m, "share_of_peak")) for m in ms),
+              percent(mean_share(rows, n, 1, "share_of_read"))] for n in names]
+    peaks = ", ".join(f"{step} {rate:.0f}" for step, rate in result["peaks"].items())
+    reads = [r["gbs"] for r in rows if r["peer"] == "read_loop" and r["m"] == 1 and "gbs" in r]
+    text = f"Peaks of one thread in the same run, GOP/s: {peaks}."
+    if reads:
+        text += f" Reading the same panels: {number(bench_peers.geometric_mean(reads))} GB/s."
+    return text + " Shares of them:\n\n" + table(
+        ["", *(f"of the peak, m = {m}" for m in ms), "of reading, m = 1"], lines)
+
+
+def ladder_section(result: Mapping[str, Any]) -> str:
+    n, k = result["shape"]
+    lines = [[r["table"], r["scheme"], str(r["m"]), number(r["gops"]), number(r["bare_gops"]),
+              percent(r["bare_share_of_peak"]), percent(r.get("share_of_read"))]
+             for r in result["rows"]]
+    text = ["### Kernel ladder", command("kernel_ladder.py", result["environment"]),
+            f"{n}x{k}, one thread, GOP/s with the quantization of the activations and bare; the "
+            "share of the measured peak is the bare kernel's.",
+            table(["table", "scheme", "m", "GOP/s", "bare", "of the peak", "of reading"], lines, 2)]
+    if result["transform"]:
+        text.append("Rotating and quantizing the activations, as a share of the whole linear:")
+        text.append(table(["table", "scheme", "m", "share"], [
+            [r["table"], r["scheme"], str(r["m"]), f"{r['share']:.1%}"]
+            for r in result["transform"]], 2))
+    if result["threads"]:
+        ratio = result["cores"]["ratio"]
+        text.append(f"Threads against one (two CPUs do {times(ratio)} the integer work of one):")
+        schemes = [key for key in result["threads"][0] if key.startswith("w4")]
+        text.append(table(["table", "threads", "m", *schemes], [
+            [r["table"], str(r["threads"]), str(r["m"]), *(times(r[s]) for s in schemes)]
+            for r in result["threads"]]))
+    return "\n\n".join(text)
+
+
+def end_to_end_section(name: str, result: Mapping[str, Any]) -> str:
+    lines = []
+    for r in result["rows"]:
+        t = r["tokens_per_s"]
+        lines.append([r["engine"], r["kind"], r["phase"], str(r["batch"]), number(t["median"]),
+                      f"{number(t['low'])} - {number(t['high'])}", r.get("note") or ""])
+    environment = result["environment"]
+    what = " ".join(environment.get("argv", []))
+    return "\n\n".join([
+        f"### {name.replace('-', ' ').capitalize()}",
+        f"Tokens per second, median and quartiles, {environment['date']}: `{what}`.",
+        table(["engine", "kind", "phase", "batch", "tokens/s", "quartiles", "note"], lines, 3)])
+
+
+# ---- the aims -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A line of the table of aims: found None where there is no figure."""
+
+    where: str
+    what: str
+    aim: float
+    found: float | None
+    at_most: bool = False
+    share: bool = False
+
+    def cells(self) -> list[str]:
+        show = percent if self.share else times
+        sign = "<=" if self.at_most else ">="
+        if self.found is None:
+            return [self.where, self.what, f"{sign} {show(self.aim)}", "-", "no figure"]
+        met = self.found <= self.aim if self.at_most else self.found >= self.aim
+        return [self.where, self.what, f"{sign} {show(self.aim)}", show(self.found),
+                "met" if met else "not met"]
+
+
+# what is compared with whom, at how many rows, and the aim: (ours, m, rivals, aim)
+FASTEST, INT4, INTEGER = RIVALS, ("int4",), ("int4", "int8")
+AMX_AIMS = [(ours, m, rivals, aim) for m, rivals, aim in
+            ((512, INTEGER, 2.0), (16, INT4, 1.5), (1, FASTEST, 1.1)) for ours in OURS]
+AVX2_AIMS = [
+    ("ours_w4a4", 512, "ggml_q4_0", 2.5), ("ours_w4a4", 512, "openblas", 1.7),
+    ("ours_w4a4", 512, INT4, 1.4), ("ours_w4a8", 512, "ours_w4a4", 0.85),
+    *((ours, m, rivals, aim) for m, rivals, aim in ((16, INT4, 1.3), (1, FASTEST, 1.1))
+      for ours in OURS),
+]
+READ_SHARE, BARE_SHARE, TRANSFORM_SHARE = 0.85, {True: 0.65, False: 0.75}, {True: 0.3, False: 0.15}
+THREADS, OVER_16_BIT, OVER_INT4 = 1.8, 2.3, 1.0
+
+
+def linear_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
+    """Of one run of bench_peers: AMX's on an AMX machine, AVX2's when held to it."""
+    rows, where = result["rows"], peers_title(result)
+    found = []
+    for ours, m, rivals, aim in AMX_AIMS if amx else AVX2_AIMS:
+        names = [rivals] if isinstance(rivals, str) else bench_peers.of_kinds(rows, *rivals)
+        ratio = bench_peers.ratio_to(rows, ours, m, names)
+        against = rivals if isinstance(rivals, str) else f"the fastest {' or '.join(rivals)}"
+        against = "the fastest" if rivals == FASTEST else against
+        found.append(Aim(where, f"{ours}, m = {m}, over {against}", aim, ratio and ratio["ratio"]))
+    for ours in OURS:
+        found.append(Aim(where, f"{ours}, m = 1, of the read loop", READ_SHARE,
+                         mean_share(rows, ours, 1, "share_of_read"), share=True))
+        bare = ours.replace("ours", "bare")
+        found.append(Aim(where, f"{bare}, m = 512, of the peak", BARE_SHARE[amx],
+                         mean_share(rows, bare, 512, "share_of_peak"), share=True))
+    return found
+
+
+def ladder_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
+    """The transform's share, and threads where the cores are real."""
+    found = []
+    for r in result["transform"]:
+        limit = TRANSFORM_SHARE["amx" in r["table"]]
+        if r["scheme"] == "w4a4" and ("amx" in r["table"] or r["table"] == "avx2"):
+            found.append(Aim("Kernel ladder", f"transform of {r['scheme']} on {r['table']}, "
+                             f"m = {r['m']}", limit, r["share"], at_most=True, share=True))
+    if (result["cores"]["ratio"] or 0) >= REAL_CORES:
+        best = result["environment"]["kernels"]["runnable"][0]
+        for r in result["threads"]:
+            if r["table"] == best and r["threads"] == 2:
+                found += [Aim("Kernel ladder", f"two threads on {best}, {s}", THREADS, r[s])
+                          for s in ("w4a4", "w4a8")]
+    return found
+
+
+def end_to_end_aims(result: Mapping[str, Any]) -> list[Aim]:
+    """Ours over the fastest 16-bit and int4 engine, by phase and batch."""
+    found = []
+    for phase, batch in dict.fromkeys((r["phase"], r["batch"]) for r in result["rows"]):
+        best: dict[str, float] = {}
+        for r in result["rows"]:
+            if (r["phase"], r["batch"]) == (phase, batch):
+                speed = r["tokens_per_s"]["median"]
+                best[r["kind"]] = max(best.get(r["kind"], 0.0), speed)
+        for kind, aim in (("16-bit", OVER_16_BIT), ("int4", OVER_INT4)):
+            both = best.get("ours"), best.get(kind)
+            ratio = both[0] / both[1] if all(both) else None
+            found.append(Aim("End to end", f"{phase}, batch {batch}, over the fastest {kind}", aim,
+                             ratio))
+    return found
+
+
+def aims(machine: Machine) -> list[Aim]:
+    found = []
+    for _, result in machine.of("peers"):
+        if result["isa"] == "avx2":
+            found += linear_aims(result, amx=False)
+        elif machine.has_amx:
+            found += linear_aims(result, amx=True)
+        elif machine.environment["kernels"]["runnable"][0] == "avx2":
+            found += linear_aims(result, amx=False)
+    for _, result in machine.of("ladder"):
+        found += ladder_aims(result, machine.has_amx)
+    for _, result in machine.of("end-to-end"):
+        found += end_to_end_aims(result)
+    return found
+
+
+# ---- the page and the README --------------------------------------------------------------------
+
+
+def machine_section(machine: Machine) -> str:
+    environment = machine.environment
+    text = [f"## {environment['cpu']}, {environment['cpus']} CPUs, "
+            f"{environment['kernels']['runnable'][0]}", describe(environment)]
+    lines = [aim.cells() for aim in aims(machine)]
+    if lines:
+        text += ["### Aims", table(["where", "what", "aim", "found", ""], lines, 2)]
+    text += [peers_section(result) for _, result in machine.of("peers")]
+    text += [ladder_section(result) for _, result in machine.of("ladder")]
+    text += [end_to_end_section(name, result) for name, result in machine.of("end-to-end")]
+    notes = machine.path / "notes.md"
+    if notes.exists():
+        text += ["### Where a figure is out of reach", notes.read_text("utf-8").strip()]
+    return "\n\n".join(text)
+
+
+def page(machines: Sequence[Machine]) -> str:
+    """docs/performance.md."""
+    template = TEMPLATE.read_text("utf-8")
+    if template.count(GENERATED) != 1:
+        raise ValueError(f"{TEMPLATE}: expected {GENERATED} once")
+    return template.replace(GENERATED, "\n\n".join(machine_section(m) for m in machines))
+
+
+def readme_part(machines: Sequence[Machine]) -> str:
+    """Ours over the best of each kind at three numbers of rows, machine by machine."""
+    text = []
+    for machine in machines:
+        for _, result in machine.of("peers"):
+            rows = result["rows"]
+            ms = sorted({r["m"] for r in rows if "gops" in r})
+            ms = [m for m in (1, 16, 512) if m in ms] or ms
+            lines = [line for line in ratio_lines(rows, ms) if line[0] in OURS]
+            names = {"ours_w4a4": "W4A4", "ours_w4a8": "W4A8"}
+            lines = [[names[line[0]], *line[1:]] for line in lines]
+            text.append(f"{machine.environment['cpu']}, {peers_title(result)[9:]}, "
+                        f"{len(result['shapes'])} shapes:")
+            text.append(table(["", "against", *(f"m = {m}" for m in ms)], lines, 2))
+    text.append("[Every figure, with the aims and the commands](docs/performance.md).")
+    return "\n\n".join(text)
+
+
+def replace_part(readme: str, part: str) -> str:
+    """The README with what stands between the marks replaced. ValueError without the marks."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README: expected {BEGIN} and {END} once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{part}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str]) -> None:
+    root = FOLDER.parent
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--from", dest="folder", type=Path, default=FOLDER / "results", metavar="DIR")
+    p.add_argument("--out", type=Path, default=root / "docs" / "performance.md", metavar="FILE")
+    p.add_argument("--readme", type=Path, default=root / "README.md", metavar="FILE")
+    arguments = p.parse_args(argv)
+    try:
+        machines = read_machines(arguments.folder)
+        readme = replace_part(arguments.readme.read_text("utf-8"), readme_part(machines))
+        files.write_file(arguments.out, page(machines).rstrip() + "\n")
+        files.write_file(arguments.readme, readme)
+    except (ValueError, OSError) as error:
+        sys.exit(f"performance: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

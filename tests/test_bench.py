@@ -1,0 +1,386 @@
+"""The benchmarks run, say what they measured, and their pages hold the JSON's figures alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from singlequant import _C, bench
+from singlequant.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = _C.get_num_threads()
+    yield
+    _C.set_num_threads(before)
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Imports a module of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: __import__(name)
+
+
+def run(script, *arguments, expect=0):
+    """The finished process of a benchmark; warnings are errors in it too."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(BENCHMARKS / script), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+# ---- singlequant bench --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "high", "limit"), [
+    ("w4a4", None, 0.3), ("w4a4", 0, 0.3), ("w4a8", None, 0.15), ("w4a16", None, 0.15)])
+def test_transformed_linear_multiplies_by_the_given_weight(scheme, high, limit):
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((96, 1024)), rng.standard_normal((5, 1024))
+    linear = bench.TransformedLinear(weight.astype(np.float32), scheme, high, copies=3)
+    expected = x @ weight.T
+    for _ in range(4):  # every copy, and round
+        y = linear(x.astype(np.float32))
+        assert np.linalg.norm(y - expected) < limit * np.linalg.norm(expected)
+    assert linear.weights[0].high == (0 if high == 0 or scheme != "w4a4" else 128)
+
+
+def test_bench_reports_every_scheme_and_advises(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench.bench, "__defaults__", (0.3, (128, 256), (1, 4), ("w4a4", "w4a8")))
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--seconds", "0.3", "--threads", "1", "--json", str(path)]) == 0
+    result, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert {(r["scheme"], r["m"]) for r in result["rows"]} == {
+        (s, m) for s in ("w4a4", "w4a8", "float32") for m in (1, 4)}
+    for row in result["rows"]:
+        assert row["gops"] > 0
+        assert row["gops_low"] <= row["gops"] <= row["gops_high"]
+        assert f"{row['gops']:.1f} ({row['speedup']:5.2f}x)" in printed
+    assert 0 < result["transform"]["share"] < 1
+    assert printed.strip().splitlines()[-1].startswith("advice: w4a")
+    assert result["environment"]["kernels"]["active"] in printed
+
+
+def test_bench_refuses_no_time_and_no_folder(tmp_path, capsys):
+    assert main(["bench", "--seconds", "0"]) == 2
+    assert "seconds: expected more than 0" in capsys.readouterr().err
+    assert main(["bench", "--json", str(tmp_path / "none" / "x.json")]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_advice_prefers_accuracy_within_a_tenth():
+    def result(**speeds):
+        return {"rows": [{"scheme": s, "m": 1, "speedup": v} for s, v in speeds.items()]}
+
+    assert bench.advice(result(w4a4=5.0, w4a8=4.6, w4a16=3.0, float32=1.0)).startswith(
+        "advice: w4a8, 4.6 times")
+    assert "w4a4, 1.04 times" in bench.advice(result(w4a4=5.2, w4a8=5.0, w4a16=3.0))
+    assert bench.advice(result(w4a4=5.0, w4a8=4.0, w4a16=3.0)).startswith("advice: w4a4, 5.0")
+
+
+def test_real_cores_is_a_ratio_of_two_cpus():
+    found = bench.real_cores(0.01)
+    if found["ratio"] is None:
+        pytest.skip("needs two CPUs")
+    assert len(found["cpus"]) == 2
+    assert 0.3 < found["ratio"] < 4
+    assert os.sched_getaffinity(0) >= set(found["cpus"])  # this thread is not pinned
+
+
+# ---- the driver, the ladder, the instructions ---------------------------------------------------
+
+
+def test_driver_interleaves_ours_and_openblas(tmp_path):
+    path = tmp_path / "peers.json"
+    run("bench_peers.py", "--quick", "--m", "1,20", "--peers", "ours_w4a,read,bare_w4a4,openblas",
+        "--seconds", "0.5", "--json", path)
+    result = json.loads(path.read_text())
+    assert not [r for r in result["rows"] if "failed" in r]
+    assert {r["peer"] for r in result["rows"]} == set(result["peers"]) >= {
+        "ours_w4a4", "ours_w4a8", "ours_w4a16", "read_loop", "bare_w4a4", "openblas"}
+    for row in result["rows"]:
+        assert row["seconds"]["repeats"] >= 3
+        assert row["copies"] == 1 or row["m"] == 1
+        if row["kind"] == "ours":
+            assert row["relative_error"] < 0.3
+            assert row["gops_low"] <= row["gops"] <= row["gops_high"]
+            assert (row["m"] == 1) == ("share_of_read" in row)
+    assert {(r["ours"], r["m"]) for r in result["ratios"] if r["against"] == "best 32-bit"} == {
+        (p, m) for p in result["peers"] if p.startswith("ours") for m in (1, 20)}
+    assert result["peers"]["openblas"]["version"].startswith("OpenBLAS")
+    assert result["environment"]["cpu"]
+
+
+def test_driver_holds_peers_to_avx2(tmp_path):
+    if "avx2" not in _C.kernels()["runnable"]:
+        pytest.skip("needs AVX2")
+    path = tmp_path / "peers.json"
+    done = run("bench_peers.py", "--quick", "--m", "2", "--isa", "avx2", "--peers",
+               "ours_w4a8,openblas,openvino", "--seconds", "0.1", "--json", path)
+    peers = json.loads(path.read_text())["peers"]
+    assert peers["ours_w4a8"]["version"].endswith("avx2")
+    assert "core Haswell" in peers["openblas"]["version"]
+    assert peers["openvino_int4_channel"]["skipped"] == "nothing holds it to avx2"
+    assert "SKIPPED: openvino_int4_channel" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["--peers", "nobody"], ["--peers", "openblas", "nobody"]),
+    (["--shapes", "3by4"], ["--shapes", "llama2-7b", "3by4"]),
+    (["--threads", "9999"], ["--threads", "9999"]),
+    (["--m", "0"], ["--m", "0"]),
+])
+def test_driver_refuses_bad_arguments(arguments, parts):
+    done = run("bench_peers.py", *arguments, expect=1)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+WRONG_PEER = """
+import numpy as np
+from base import Peer
+class Wrong(Peer):
+    name, kind = "wrong", "int4"
+    def version(self): return "1"
+    def weight_bytes(self, n, k): return n * k
+    def prepare(self, weight, copies): self.n = len(weight)
+    def load(self, x): self.m = len(x)
+    def run(self): print("noise on standard output")
+    def result(self): return np.ones((self.m, self.n), np.float32)
+class Absent(Peer):
+    name, kind = "absent", "int4"
+    def __init__(self, threads): raise ImportError("no such library")
+class Dead(Wrong):
+    name = "dead"
+    def load(self, x): import os; os._exit(3)
+PEERS = (Wrong, Absent, Dead)
+"""
+
+
+def test_a_peer_that_is_wrong_absent_or_dies_is_told_apart(benchmark_module, tmp_path, monkeypatch):
+    driver = benchmark_module("bench_peers")
+    copy = tmp_path / "peers"
+    copy.mkdir()
+    for name in ("base", "worker"):
+        shutil.copy(BENCHMARKS / "peers" / f"{name}.py", copy)
+    (copy / "broken_peers.py").write_text(WRONG_PEER)
+    monkeypatch.setattr(driver, "FOLDER", tmp_path)
+    monkeypatch.syspath_prepend(str(copy))
+    result = driver.run(["--quick", "--m", "2", "--seconds", "0.1"])
+    failed = {r["peer"]: r["failed"] for r in result["rows"]}
+    assert "not the product" in failed["wrong"]
+    assert failed["dead"] == "the process ended with status 3"
+    assert result["peers"]["absent"]["skipped"] == "ImportError: no such library"
+    assert not [r for r in result["rows"] if "gops" in r]
+    assert result["ratios"] == []
+
+
+def test_ratios_are_geometric_means_over_the_best_of_each_shape(benchmark_module):
+    rows = made_peers()["rows"]
+    driver = benchmark_module("bench_peers")
+    ratio = driver.ratio_to(rows, "ours_w4a4", 1, ["ggml_q4_0", "other"])
+    assert ratio["peers"] == ["ggml_q4_0", "other"]
+    assert ratio["ratio"] == pytest.approx((100 / 50 * 200 / 80) ** 0.5)
+    assert driver.ratio_to(rows, "ours_w4a4", 99, ["ggml_q4_0"]) is None
+
+
+def test_ladder_has_every_table(tmp_path):
+    path = tmp_path / "ladder.json"
+    done = run("kernel_ladder.py", "--quick", "--m", "1,8", "--seconds", "0.4", "--json", path)
+    result = json.loads(path.read_text())
+    tables = _C.kernels()["runnable"]
+    assert {(r["table"], r["scheme"], r["m"]) for r in result["rows"]} == {
+        (t, s, m) for t in tables for s in ("w4a4", "w4a8", "w4a16") for m in (1, 8)}
+    for row in result["rows"]:
+        assert 0 < row["gops"] <= row["bare_gops"] * 1.5
+    assert {r["table"] for r in result["transform"]} == set(tables)
+    assert all(0 < r["share"] < 1 for r in result["transform"])
+    assert all(table in done.stdout for table in tables)
+
+
+def test_instructions_are_counted_and_compared(benchmark_module, tmp_path, capsys, monkeypatch):
+    module = benchmark_module("instructions")
+    kept = tmp_path / "kept.json"
+    built = module.compiler(Path(_C.__file__))
+    assert built.partition(" ")[0] in ("gcc", "clang")
+    if shutil.which("valgrind") is None:
+        assert module.main(["--kept", str(kept)]) == 0
+        assert "SKIPPED: valgrind" in capsys.readouterr().out
+        pytest.skip("needs valgrind")
+    counts = dict.fromkeys(module.cases(), 1000)
+    monkeypatch.setattr(module, "count", lambda names: {n: counts[n] for n in names})
+    assert module.main(["--kept", str(kept)]) == 0
+    assert f"no numbers of {built}" in capsys.readouterr().out
+    assert module.main(["--kept", str(kept), "--update"]) == 0
+    assert json.loads(kept.read_text()) == {built: counts}
+    first = next(iter(counts))
+    counts[first] = 1099
+    assert module.main(["--kept", str(kept)]) == 0
+    counts[first] = 1101
+    assert module.main(["--kept", str(kept)]) == 1
+    assert f"FAILED: {first}: 1101" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_callgrind_counts_the_linear_alone(benchmark_module):
+    if shutil.which("valgrind") is None:
+        pytest.skip("needs valgrind")
+    module = benchmark_module("instructions")
+    names = ["generic w4a4 m=1", "generic w4a4 m=16"]
+    one, many = module.count(names).values()
+    assert 12 < many / one <= 16.5
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+ENVIRONMENT = {
+    "cpu": "Made Up 9000", "cpus": 2, "load": [0.0, 0.0, 0.0], "threads": 1, "date": "2025-01-02",
+    "system": "Linux", "blas": "OpenBLAS 0", "commit": "abc", "argv": ["--seconds", "7"],
+    "kernels": {"runnable": ["avx2", "generic"], "compiled": ["avx2", "generic"], "active": "avx2",
+                "steps": {}},
+}
+
+
+def made_peers():
+    speeds = {  # peer -> kind, GOP/s of both shapes at m = 1 and 512
+        "ours_w4a4": ("ours", {1: (100, 200), 512: (240, 260)}),
+        "ours_w4a8": ("ours", {1: (100, 200), 512: (190, 200)}),
+        "bare_w4a4": ("bound", {512: (300, 320)}),
+        "ggml_q4_0": ("int4", {1: (50, 40), 512: (90, 91)}),
+        "other": ("int4", {1: (30, 80), 512: (100, 90)}),
+        "openblas": ("32-bit", {1: (8, 9), 512: (115, 117)}),
+    }
+    rows = []
+    for peer, (kind, found) in speeds.items():
+        for m, values in found.items():
+            for (n, k), gops in zip(((64, 64), (128, 64)), values, strict=True):
+                row = {"peer": peer, "kind": kind, "n": n, "k": k, "m": m, "gops": gops}
+                if m == 1:
+                    row["share_of_read"] = 0.875
+                if peer == "bare_w4a4":
+                    row["share_of_peak"] = 0.625
+                rows.append(row)
+    peers = {p: {"kind": kind, "activations": "made", "version": f"{p} 1"}
+             for p, (kind, _) in speeds.items()}
+    peers["gone"] = {"kind": "int8", "activations": "made", "skipped": "it is not installed"}
+    return {"what": "peers", "environment": ENVIRONMENT, "isa": "avx2", "threads": 1,
+            "shapes": [[64, 64], [128, 64]], "peaks": {"fma 256": 111.4}, "peers": peers,
+            "cores": {"cpus": [0, 1], "ratio": 1.9}, "rows": rows, "ratios": []}
+
+
+def made_ladder():
+    row = {"table": "avx2", "scheme": "w4a4", "m": 512, "gops": 271.0, "bare_gops": 283.0,
+           "bare_share_of_peak": 0.741}
+    return {"what": "ladder", "environment": ENVIRONMENT, "shape": [64, 64], "rows": [row],
+            "transform": [{"table": "avx2", "scheme": "w4a4", "m": 512, "share": 0.137}],
+            "cores": {"cpus": [0, 1], "ratio": 1.97},
+            "threads": [{"table": "avx2", "threads": 2, "m": 512, "w4a4": 1.83, "w4a8": 1.74}],
+            "peaks": {}}
+
+
+def made_end_to_end():
+    def row(engine, kind, speed):
+        return {"engine": engine, "kind": kind, "phase": "decode", "batch": 64, "note": None,
+                "tokens_per_s": {"median": speed, "low": speed - 1, "high": speed + 1}}
+
+    rows = [row("us", "ours", 46.0), row("torch", "16-bit", 20.0), row("llama.cpp", "int4", 50.0)]
+    return {"environment": ENVIRONMENT, "rows": rows}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "made-up"
+    folder.mkdir(parents=True)
+    old = made_peers()
+    for row in old["rows"]:
+        row["gops"] = 7777
+    for name, value in (("2025-01-01-peers-avx2-1", old), ("2025-01-02-peers-avx2-1", made_peers()),
+                        ("2025-01-02-ladder", made_ladder()),
+                        ("2025-01-02-end-to-end", made_end_to_end())):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "notes.md").write_text("The profile says why.\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- performance:begin -->\nold\n<!-- performance:end -->\nafter\n")
+    return folder.parent
+
+
+def generate(results, expect=0):
+    base = results.parent
+    done = run("performance.py", "--from", results, "--out", base / "page.md", "--readme",
+               base / "README.md", expect=expect)
+    return done if expect else ((base / "page.md").read_text(), (base / "README.md").read_text())
+
+
+def test_page_holds_the_figures_of_the_newest_files(results):
+    page, _ = generate(results)
+    assert "7777" not in page
+    assert "<!-- generated -->" not in page
+    assert "| ours_w4a4 | ours | made | 141 | 250 |" in page  # sqrt(100 * 200), sqrt(240 * 260)
+    assert "| ours_w4a4 | best int4 | 2.24x | 2.62x |" in page
+    assert "Made Up 9000" in page
+    assert "gone: it is not installed" in page
+    assert "fma 256 111" in page
+    assert "| avx2 | w4a4 | 512 | 271 | 283 | 74% | - |" in page
+    assert "| us | ours | decode | 64 | 46.0 | 45.0 - 47.0 |  |" in page
+    assert "The profile says why." in page
+
+
+def test_page_says_which_aims_are_met(results):
+    page, _ = generate(results)
+    for line in (
+        "ours_w4a4, m = 512, over ggml_q4_0 | >= 2.50x | 2.76x | met |",
+        "ours_w4a4, m = 512, over the fastest int4 | >= 1.40x | 2.62x | met |",
+        "ours_w4a8, m = 512, over ours_w4a4 | >= 0.85x | 0.78x | not met |",
+        "ours_w4a4, m = 16, over the fastest int4 | >= 1.30x | - | no figure |",
+        "ours_w4a4, m = 1, of the read loop | >= 85% | 88% | met |",
+        "bare_w4a4, m = 512, of the peak | >= 75% | 62% | not met |",
+        "transform of w4a4 on avx2, m = 512 | <= 15% | 14% | met |",
+        "two threads on avx2, w4a8 | >= 1.80x | 1.74x | not met |",
+        "decode, batch 64, over the fastest 16-bit | >= 2.30x | 2.30x | met |",
+        "decode, batch 64, over the fastest int4 | >= 1.00x | 0.92x | not met |",
+    ):
+        assert line in page, line
+
+
+def test_readme_gets_the_table_between_its_marks(results):
+    _, readme = generate(results)
+    assert readme.startswith("before\n<!-- performance:begin -->\n")
+    assert readme.endswith("<!-- performance:end -->\nafter\n")
+    assert "old" not in readme
+    assert "| W4A4 | best int4 | 2.24x | 2.62x |" in readme
+
+
+def test_generator_refuses_strange_files_and_keeps_the_page(results):
+    (results.parent / "page.md").write_text("as it was")
+    quick = json.dumps({**made_ladder(), "quick": True})
+    for name, text, part in (("notes.json", "{}", "expected a name like"),
+                             ("2025-01-02-ladder.json", '{"rows": []}', "environment and rows"),
+                             ("2025-01-02-ladder.json", quick, "a quick run")):
+        path = results / "made-up" / name
+        before = path.read_text() if path.exists() else None
+        path.write_text(text)
+        assert part in generate(results, expect=1).stderr
+        if before is None:
+            path.unlink()
+        else:
+            path.write_text(before)
+    (results.parent / "README.md").write_text("no marks")
+    assert "performance:begin" in generate(results, expect=1).stderr
+    assert (results.parent / "page.md").read_text() == "as it was"
+
+
+def test_the_repositorys_readme_has_the_marks():
+    text = (ROOT / "README.md").read_text()
+    assert text.index("<!-- performance:begin -->") < text.index("<!-- performance:end -->")
