@@ -26,8 +26,9 @@ enum { CHAINS = 10 };
 /* A loop of `step` on acc[c], c = 0 .. CHAINS - 1. HOLD makes a value opaque, so that the compiler
  * neither hoists the step nor drops its result. */
 #define HOLD(reg, x) __asm__ volatile("" : "+" reg(x))
+#define ISA(names) __attribute__((target(names)))
 #define PEAK_LOOP(name, isa, type, reg, first, second, zero, step) \
-    static __attribute__((target(isa))) void name(int64_t rounds)  \
+    static isa void name(int64_t rounds)                           \
     {                                                              \
         type a = (first), b = (second), acc[CHAINS];               \
         UNROLL for (int c = 0; c < CHAINS; c++)                    \
@@ -99,9 +100,9 @@ has_avxvnni(void)
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
-PEAK_LOOP(fma_256, "avx2,fma", __m256, "x", _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f),
+PEAK_LOOP(fma_256, ISA("avx2,fma"), __m256, "x", _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f),
           _mm256_setzero_ps(), _mm256_fmadd_ps(a, b, acc[c]))
-PEAK_LOOP(a4_256, "avx2", __m256i, "x", _mm256_set1_epi8(1), _mm256_set1_epi8(1),
+PEAK_LOOP(a4_256, ISA("avx2"), __m256i, "x", _mm256_set1_epi8(1), _mm256_set1_epi8(1),
           _mm256_setzero_si256(), _mm256_add_epi16(acc[c], _mm256_maddubs_epi16(a, b)))
 
 /* Eight steps of maddubs in 16 bits, then one widening: 8-bit activations. */
@@ -117,16 +118,16 @@ a8_step(__m256i acc, __m256i a, __m256i b)
     return _mm256_add_epi32(acc, _mm256_madd_epi16(sum, a));
 }
 
-PEAK_LOOP(a8_256, "avx2", __m256i, "x", _mm256_set1_epi16(1), _mm256_set1_epi8(1),
+PEAK_LOOP(a8_256, ISA("avx2"), __m256i, "x", _mm256_set1_epi16(1), _mm256_set1_epi8(1),
           _mm256_setzero_si256(), a8_step(acc[c], a, b))
-PEAK_LOOP(int8_256, "avx2", __m256i, "x", _mm256_set1_epi16(1), _mm256_set1_epi8(1),
+PEAK_LOOP(int8_256, ISA("avx2"), __m256i, "x", _mm256_set1_epi16(1), _mm256_set1_epi8(1),
           _mm256_setzero_si256(),
           _mm256_add_epi32(acc[c], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), a)))
-PEAK_LOOP(dpbusd_256, "avx2,avxvnni", __m256i, "x", _mm256_set1_epi8(1), _mm256_set1_epi8(1),
+PEAK_LOOP(dpbusd_256, ISA("avx2,avxvnni"), __m256i, "x", _mm256_set1_epi8(1), _mm256_set1_epi8(1),
           _mm256_setzero_si256(), _mm256_dpbusd_avx_epi32(acc[c], a, b))
-PEAK_LOOP(fma_512, "avx512f", __m512, "v", _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f),
+PEAK_LOOP(fma_512, ISA("avx512f"), __m512, "v", _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f),
           _mm512_setzero_ps(), _mm512_fmadd_ps(a, b, acc[c]))
-PEAK_LOOP(dpbusd_512, "avx512f,avx512vnni", __m512i, "v", _mm512_set1_epi32(0x01010101),
+PEAK_LOOP(dpbusd_512, ISA("avx512f,avx512vnni"), __m512i, "v", _mm512_set1_epi32(0x01010101),
           _mm512_set1_epi32(0x01010101), _mm512_setzero_si512(), _mm512_dpbusd_epi32(acc[c], a, b))
 
 /* CPUID's and XCR0's bits, then the permission that the kernel grants a process. */
@@ -191,11 +192,20 @@ has_dotprod(void)
     return (getauxval(AT_HWCAP) >> 20 & 1) != 0; /* HWCAP_ASIMDDP */
 }
 
-PEAK_LOOP(fma_neon, "arch=armv8-a", float32x4_t, "w", vdupq_n_f32(0.5f), vdupq_n_f32(0.25f),
-          vdupq_n_f32(0), vfmaq_f32(acc[c], a, b))
-#define dot(acc, a, b) vreinterpretq_s8_s32(vdotq_s32(vreinterpretq_s32_s8(acc), a, b))
-PEAK_LOOP(sdot_neon, "arch=armv8.2-a+dotprod", int8x16_t, "w", vdupq_n_s8(1), vdupq_n_s8(1),
-          vdupq_n_s8(0), dot(acc[c], a, b))
+/* In assembly, as not every compiler takes the extension as an attribute of a function. */
+static inline __attribute__((always_inline)) int32x4_t
+sdot(int32x4_t acc, int32x4_t a, int32x4_t b)
+{
+    __asm__ volatile(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+                     : "+w"(acc)
+                     : "w"(a), "w"(b));
+    return acc;
+}
+
+PEAK_LOOP(fma_neon, , float32x4_t, "w", vdupq_n_f32(0.5f), vdupq_n_f32(0.25f), vdupq_n_f32(0),
+          vfmaq_f32(acc[c], a, b))
+PEAK_LOOP(sdot_neon, , int32x4_t, "w", vdupq_n_s32(0x01010101), vdupq_n_s32(0x01010101),
+          vdupq_n_s32(0), sdot(acc[c], a, b))
 #endif
 
 /* ---- the list --------------------------------------------------------------------------- */
@@ -277,7 +287,7 @@ sq_peak_measure(const struct sq_peak *peak, double seconds, double *operations_p
 
 /* ---- reading ---------------------------------------------------------------------------- */
 
-typedef uint64_t words_t __attribute__((vector_size(32), aligned(8), may_alias));
+typedef uint64_t words_t __attribute__((vector_size(32), aligned(1), may_alias));
 enum { LINE_BYTES = 64, READ_CHUNK_BYTES = 1 << 18 };
 #define PREFETCH_BYTES_MAX ((int64_t)1 << 20)
 
