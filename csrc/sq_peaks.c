@@ -196,7 +196,7 @@ has_dotprod(void)
 static inline __attribute__((always_inline)) int32x4_t
 sdot(int32x4_t acc, int32x4_t a, int32x4_t b)
 {
-    __asm__ volatile(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+    __asm__ volatile(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
                      : "+w"(acc)
                      : "w"(a), "w"(b));
     return acc;
