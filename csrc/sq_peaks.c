@@ -192,19 +192,22 @@ has_dotprod(void)
     return (getauxval(AT_HWCAP) >> 20 & 1) != 0; /* HWCAP_ASIMDDP */
 }
 
-/* In assembly, as not every compiler takes the extension as an attribute of a function. */
-static inline __attribute__((always_inline)) int32x4_t
+#ifdef __clang__
+#define DOTPROD ISA("dotprod")
+#else
+#define DOTPROD ISA("arch=armv8.2-a+dotprod")
+#endif
+
+static inline __attribute__((always_inline)) DOTPROD int32x4_t
 sdot(int32x4_t acc, int32x4_t a, int32x4_t b)
 {
-    __asm__ volatile(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
-                     : "+w"(acc)
-                     : "w"(a), "w"(b));
+    __asm__ volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
     return acc;
 }
 
 PEAK_LOOP(fma_neon, , float32x4_t, "w", vdupq_n_f32(0.5f), vdupq_n_f32(0.25f), vdupq_n_f32(0),
           vfmaq_f32(acc[c], a, b))
-PEAK_LOOP(sdot_neon, , int32x4_t, "w", vdupq_n_s32(0x01010101), vdupq_n_s32(0x01010101),
+PEAK_LOOP(sdot_neon, DOTPROD, int32x4_t, "w", vdupq_n_s32(0x01010101), vdupq_n_s32(0x01010101),
           vdupq_n_s32(0), sdot(acc[c], a, b))
 #endif
 
