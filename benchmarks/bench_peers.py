@@ -387,7 +387,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(argv: Sequence[str]) -> dict[str, Any]:
     arguments = parse(argv)
-    environment = {**common.environment(), "argv": list(argv), "threads": arguments.threads}
+    environment = {**common.environment(), "argv": common.shown_arguments(argv),
+                   "threads": arguments.threads}
     table = arguments.isa
     if table == "best":
         table = environment["kernels"]["active"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from singlequant import files
 from singlequant.bench import interleave, summary
 
-__all__ = ["ROOT", "commit", "environment", "interleave", "machine_name",
-           "print_environment", "summary", "write_json", "write_result"]
+__all__ = ["ROOT", "commit", "environment", "interleave", "machine_name", "print_environment",
+           "shown_arguments", "summary", "write_json", "write_result"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +47,16 @@ def print_environment(values):
 
 def write_json(path, rows, values):
     Path(path).write_text(json.dumps({"environment": values, "rows": rows}, indent=1) + "\n")
+
+
+def shown_arguments(argv):
+    """A command's arguments without those that say where files of this machine are."""
+    shown, skip = [], False
+    for text in argv:
+        if not skip and text not in ("--python", "--json", "--keep"):
+            shown.append(text)
+        skip = text in ("--python", "--json")
+    return shown
 
 
 def machine_name(values):

@@ -155,7 +155,7 @@ def rows_of(
 
 def ladder(arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """All tables that run here, in the order of speed at the largest m."""
-    environment = common.environment()
+    environment = {**common.environment(), "argv": common.shown_arguments(argv)}
     common.print_environment(environment)
     tables = environment["kernels"]["runnable"]
     peaks = measure_peaks(0.01 if arguments.quick else 0.1)
@@ -168,12 +168,13 @@ def ladder(arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]
     rows, transforms, threads = [], [], []
     for table, own in found.items():
         rows += rows_of(own, arguments.shape, table_peaks(peaks, table))
-        for scheme in own[0]["transform"]:
+        quick = [p for p in own if p["transform"]]
+        for scheme in quick[0]["transform"] if quick else ():
             transforms.append({"table": table, "scheme": scheme, "m": max(arguments.m),
-                               **median([p["transform"][scheme] for p in own])})
-        if own[0]["threads"]:
+                               **median([p["transform"][scheme] for p in quick])})
+        if quick and quick[0]["threads"]:
             threads.append({"table": table, "threads": arguments.threads, "m": max(arguments.m),
-                            **median([p["threads"] for p in own])})
+                            **median([p["threads"] for p in quick])})
     rows.sort(key=lambda row: (row["scheme"], row["m"], -row["gops"]))
     return {"what": "ladder", "environment": environment, "quick": arguments.quick,
             "shape": list(arguments.shape), "peaks": peaks,

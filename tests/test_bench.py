@@ -196,6 +196,12 @@ def test_ratios_are_geometric_means_over_the_best_of_each_shape(benchmark_module
     assert driver.ratio_to(rows, "ours_w4a4", 99, ["ggml_q4_0"]) is None
 
 
+def test_kept_commands_name_no_file_of_this_machine(benchmark_module):
+    shown = benchmark_module("common").shown_arguments
+    assert shown(["--python", "/here/python", "--isa", "avx2", "--json", "x", "--keep"]) == [
+        "--isa", "avx2"]
+
+
 def test_ladder_has_every_table(tmp_path):
     path = tmp_path / "ladder.json"
     done = run("kernel_ladder.py", "--quick", "--m", "1,8", "--seconds", "0.4", "--json", path)

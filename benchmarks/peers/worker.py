@@ -1,7 +1,7 @@
 """One peer in one process: orders are lines of JSON on standard input, answers on standard output.
 
     prepare n k rotate_bytes   pack a weight as often as makes rotate_bytes (0: once)
-    load m                     take activations, multiply once, check against x W^T
+    load m                     take activations, multiply by each copy, check against x W^T
     run seconds                repeat the product for so long; median seconds of a call
 
 Started by bench_peers.py. A peer that fails says so in `failed` and stays.
@@ -40,6 +40,7 @@ class Worker:
         size = self.peer.weight_bytes(n, k)
         copies = max(2, -(-rotate_bytes // size)) if rotate_bytes else 1
         self.peer.prepare(self.weight, copies)
+        self.copies = copies
         return {"weight_bytes": size, "copies": copies}
 
     def load(self, m: int) -> dict:
@@ -48,7 +49,8 @@ class Worker:
 
         x = np.random.default_rng(m).standard_normal((m, self.weight.shape[1]), np.float32)
         self.peer.load(x)
-        self.peer.run()
+        for _ in range(self.copies):  # some libraries compile or repack at a copy's first call
+            self.peer.run()
         y = self.peer.result()
         if y is None:
             return {"relative_error": None}
