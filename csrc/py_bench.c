@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the benchmarks: peaks of the machine, the read loop, a linear's two parts timed. */
-#include "py_args.h"
+#include "py_factor.h"
 
 #include <stdlib.h>
 
@@ -107,22 +107,23 @@ done:
 }
 
 PyDoc_STRVAR(measure_linear_doc,
-             "measure_linear(x, weight, bits=4, clip=1.0)\n--\n\n"
-             "What linear does for x [m, k], timed in its two parts: (seconds of quantizing the "
-             "activations, seconds\nof multiplying). Errors as linear's.");
+             "measure_linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
+             "What linear does for x [m, k], timed in its two parts: (seconds of rotating and "
+             "quantizing the activations,\nseconds of multiplying). Errors as linear's.");
 
 static PyObject *
 measure_linear(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "weight", "bits", "clip", NULL};
-    PyObject *x_object, *weight_object, *result = NULL;
-    void *workspace = NULL;
+    static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
+    PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
+    struct sq_py_rotation rotation = {0};
+    void *workspace = NULL, *rotation_workspace = NULL;
     float *y = NULL;
     int bits = 4;
     float clip = 1.0f;
     int64_t n, k, g;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|if:measure_linear", names, &x_object,
-                                     &weight_object, &bits, &clip)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|ifO:measure_linear", names, &x_object,
+                                     &weight_object, &bits, &clip, &rotation_object)) {
         return NULL;
     }
     const sq_packed_t *weight = sq_py_packed(module, weight_object, "weight");
@@ -138,10 +139,14 @@ measure_linear(PyObject *module, PyObject *args, PyObject *kwargs)
         PyErr_Format(PyExc_ValueError, "bits: expected 4, 8 or 16, got %d", bits);
         goto done;
     }
+    if (sq_py_rotation_argument(rotation_object, k, &rotation)) {
+        goto done;
+    }
     const int64_t m = PyArray_DIM(x, 0);
+    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(&rotation.rotation, k, m));
     workspace = sq_alloc(sq_activations_workspace_bytes(bits, m, k));
     y = sq_alloc((size_t)(m * n) * sizeof *y);
-    if (!workspace || !y) {
+    if (!workspace || !rotation_workspace || !y) {
         PyErr_NoMemory();
         goto done;
     }
@@ -151,7 +156,8 @@ measure_linear(PyObject *module, PyObject *args, PyObject *kwargs)
     SQ_BEGIN_NOGIL(m * k + n * k);
     begin = sq_clock();
     status = sq_activations_prepare(sq_packed_kernels(weight), bits, clip, sq_packed_high(weight),
-                                    PyArray_DATA(x), m, k, workspace, &a);
+                                    &rotation.rotation, PyArray_DATA(x), m, k, rotation_workspace,
+                                    workspace, &a);
     prepared = sq_clock();
     if (status == SQ_OK) {
         status = sq_linear_packed(weight, &a, y, n);
@@ -161,7 +167,9 @@ measure_linear(PyObject *module, PyObject *args, PyObject *kwargs)
     result = status == SQ_OK ? Py_BuildValue("dd", prepared - begin, end - prepared)
                              : sq_py_raise(module, status, "x, bits or clip");
 done:
+    sq_py_rotation_clear(&rotation);
     free(workspace);
+    free(rotation_workspace);
     free(y);
     Py_XDECREF(x);
     return result;

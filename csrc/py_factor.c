@@ -203,6 +203,26 @@ sq_py_rotation(PyObject *left, PyObject *right, int64_t k, const char *name,
     return 0;
 }
 
+int
+sq_py_rotation_argument(PyObject *o, int64_t k, struct sq_py_rotation *rotation)
+{
+    if (o == Py_None) {
+        return 0;
+    }
+    const Py_ssize_t size = PyTuple_Check(o) ? PyTuple_GET_SIZE(o) : 0;
+    if (size == 2) {
+        return sq_py_rotation(PyTuple_GET_ITEM(o, 0), PyTuple_GET_ITEM(o, 1), k, "rotation",
+                              rotation);
+    }
+    if (size == 3) {
+        return sq_py_rotation(o, Py_None, k, "rotation", rotation);
+    }
+    PyErr_Format(PyExc_TypeError,
+                 "rotation: expected None, (left, right) or (first, permutation, second), got %R",
+                 o);
+    return -1;
+}
+
 void
 sq_py_rotation_clear(struct sq_py_rotation *r)
 {

@@ -52,6 +52,10 @@ int
 sq_py_rotation(PyObject *left, PyObject *right, int64_t k, const char *name,
                struct sq_py_rotation *r);
 
+/* The same from the argument `rotation`: None, (left, right) or (first, permutation, second). */
+int
+sq_py_rotation_argument(PyObject *o, int64_t k, struct sq_py_rotation *r);
+
 void
 sq_py_rotation_clear(struct sq_py_rotation *r);
 

@@ -406,27 +406,6 @@ check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
     return 0;
 }
 
-/* None, (left, right) or (first, permutation, second). */
-static int
-parse_rotation(PyObject *o, int64_t k, struct sq_py_rotation *rotation)
-{
-    if (o == Py_None) {
-        return 0;
-    }
-    const Py_ssize_t size = PyTuple_Check(o) ? PyTuple_GET_SIZE(o) : 0;
-    if (size == 2) {
-        return sq_py_rotation(PyTuple_GET_ITEM(o, 0), PyTuple_GET_ITEM(o, 1), k, "rotation",
-                              rotation);
-    }
-    if (size == 3) {
-        return sq_py_rotation(o, Py_None, k, "rotation", rotation);
-    }
-    PyErr_Format(PyExc_TypeError,
-                 "rotation: expected None, (left, right) or (first, permutation, second), got %R",
-                 o);
-    return -1;
-}
-
 static PyObject *
 linear(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -449,7 +428,7 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     sq_packed_shape(weight, &n, &k, &g);
     if (check_linear(x, k, sq_packed_high(weight), bits, clip) ||
-        parse_rotation(rotation_object, k, &rotation)) {
+        sq_py_rotation_argument(rotation_object, k, &rotation)) {
         goto done;
     }
     const int ndim = PyArray_NDIM(x);

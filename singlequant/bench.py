@@ -208,24 +208,16 @@ class TransformedLinear:
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """y [m, n] of x [m, k], by the next copy."""
         self.turn = (self.turn + 1) % len(self.weights)
-        return _C.linear(self.transform(x), self.weights[self.turn], self.bits, self.clip)
-
-    def transform(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """x as the kernels get it, before quantization."""
-        return x if self.factors is None else _C.rotate(x, *self.factors)
+        return _C.linear(x, self.weights[self.turn], self.bits, self.clip, self.factors)
 
     def transform_share(self, x: NDArray[np.float32], seconds: float = 0.3) -> dict[str, float]:
-        """Median seconds of rotating, quantizing and multiplying x, and the first two's share."""
-        rotated, parts = self.transform(x), []
-        turn = interleave({
-            "rotate": lambda: self.transform(x),
-            "linear": lambda: parts.append(
-                _C.measure_linear(rotated, self.weights[0], self.bits, self.clip)),
-        }, seconds, min_repeats=3)
-        quantize, multiply = (float(v) for v in np.median(parts, axis=0))
-        rotate = turn["rotate"]["median"] if self.factors is not None else 0.0
-        return {"rotate": rotate, "quantize": quantize, "multiply": multiply,
-                "share": (rotate + quantize) / (rotate + quantize + multiply)}
+        """Median seconds of rotating and quantizing x, and of multiplying; the first's share."""
+        parts: list[tuple[float, float]] = []
+        begin = time.perf_counter()
+        while len(parts) < 3 or time.perf_counter() - begin < seconds:
+            parts.append(_C.measure_linear(x, self.weights[0], self.bits, self.clip, self.factors))
+        prepare, multiply = (float(v) for v in np.median(parts, axis=0))
+        return {"prepare": prepare, "multiply": multiply, "share": prepare / (prepare + multiply)}
 
 
 def recipe_high(k1: int, k2: int) -> int:
