@@ -12,6 +12,8 @@
 typedef struct {
     PyObject_HEAD sq_kv_cache_t *cache; /* owned */
     PyThread_type_lock lock;            /* held by the call that uses cache */
+    void *workspace;                    /* owned: of the last forward(), for the next one */
+    size_t workspace_bytes;
 } KVCache;
 
 PyDoc_STRVAR(
@@ -43,6 +45,23 @@ static void
 cache_unlock(const KVCache *self)
 {
     PyThread_release_lock(self->lock);
+}
+
+/* With the lock held: workspace of at least `bytes`, kept because a fresh one costs page faults in
+ * every layer of every step. 0, or -1 with MemoryError. */
+static int
+cache_workspace(KVCache *self, size_t bytes)
+{
+    if (bytes > self->workspace_bytes) {
+        free(self->workspace);
+        self->workspace = sq_alloc(bytes);
+        self->workspace_bytes = self->workspace ? bytes : 0;
+    }
+    if (!self->workspace) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return 0;
 }
 
 /* 0, or -1 with ValueError. */
@@ -115,6 +134,7 @@ cache_dealloc(PyObject *object)
     KVCache *self = (KVCache *)object;
     PyTypeObject *type = Py_TYPE(object);
     sq_kv_cache_destroy(self->cache);
+    free(self->workspace);
     if (self->lock) {
         PyThread_free_lock(self->lock);
     }
@@ -929,7 +949,6 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     PyObject *recorded = NULL, *result = NULL;
     struct sq_record record = {{NULL}};
     struct tokens tokens;
-    void *workspace = NULL;
     long long layer;
     int wants_record = 0;
     if (!state || !PyArg_ParseTupleAndKeywords(
@@ -937,7 +956,7 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
                       &position_object, state->cache_type, &cache_object, &layer, &wants_record)) {
         return NULL;
     }
-    const KVCache *cache = (const KVCache *)cache_object;
+    KVCache *cache = (KVCache *)cache_object;
     PyArrayObject *hidden = writable_hidden(hidden_object, a->hidden);
     if (!hidden || check_cache(a, sq_kv_cache_shape(cache->cache), layer)) {
         return NULL;
@@ -946,19 +965,18 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     if (parse_tokens(cache, sequence_object, position_object, m, &tokens)) {
         goto done;
     }
-    workspace = sq_alloc(sq_layer_workspace_bytes(a, &self->layer, m, tokens.length));
-    if (!workspace) {
-        PyErr_NoMemory();
-        goto done;
-    }
     if (wants_record && !(recorded = new_record(&self->layer, m, &record))) {
         goto done;
     }
     sq_status status;
     cache_lock(cache);
+    if (cache_workspace(cache, sq_layer_workspace_bytes(a, &self->layer, m, tokens.length))) {
+        cache_unlock(cache);
+        goto done;
+    }
     SQ_BEGIN_NOGIL(SQ_GIL_THRESHOLD) /* a layer is always work enough */
     status = sq_layer_forward(a, &self->layer, cache->cache, layer, tokens.sequence,
-                              tokens.position, m, PyArray_DATA(hidden), &record, workspace);
+                              tokens.position, m, PyArray_DATA(hidden), &record, cache->workspace);
     SQ_END_NOGIL;
     cache_unlock(cache);
     if (status != SQ_OK) {
@@ -968,7 +986,6 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     result = recorded ? recorded : Py_None;
     Py_INCREF(result);
 done:
-    free(workspace);
     free_tokens(&tokens);
     Py_XDECREF(recorded);
     return result;

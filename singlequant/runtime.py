@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 import numpy as np
@@ -248,7 +248,7 @@ def generate(
     streams = [np.random.default_rng((seed, i)) for i in range(len(prompts))]
     out: list[list[int]] = [[] for _ in prompts]
     stop = set(stop_tokens)
-    last = np.stack([_prefill(session, i, p) for i, p in enumerate(prompts)])
+    last = _prefill(session, prompts)
     alive = list(range(len(prompts)))
     for step in range(max_new_tokens):
         logits = model.logits(last)
@@ -272,11 +272,33 @@ def generate(
     return out
 
 
-def _prefill(session: Session, index: int, prompt: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Feed a prompt in pieces; the last token's hidden state [hidden]."""
-    for first in range(0, len(prompt), PREFILL_TOKENS):
-        hidden = session.append([prompt[first : first + PREFILL_TOKENS]], [index])
-    return hidden[-1]
+def _prefill(session: Session, prompts: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """Feed prompts, many or pieces of one to a call; each one's last hidden state [m, hidden]."""
+    last = np.empty((len(prompts), session.model.shape.hidden), np.float32)
+    for call in _prefill_calls([len(p) for p in prompts]):
+        hidden = session.append([prompts[i][begin:end] for i, begin, end in call],
+                                [i for i, _, _ in call])
+        ends = np.cumsum([end - begin for _, begin, end in call])
+        last[[i for i, _, _ in call]] = hidden[ends - 1]  # a later piece of i comes later
+    return last
+
+
+def _prefill_calls(lengths: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Lists of (sequence, begin, end) of PREFILL_TOKENS tokens in all, the last one of fewer."""
+    call: list[tuple[int, int, int]] = []
+    room = PREFILL_TOKENS
+    for index, length in enumerate(lengths):
+        begin = 0
+        while begin < length:
+            end = min(length, begin + room)
+            call.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield call
+                call, room = [], PREFILL_TOKENS
+    if call:
+        yield call
 
 
 def check_sampling(

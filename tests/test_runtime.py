@@ -6,7 +6,7 @@ from tokenizers import pre_tokenizers
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.runtime import stream_text
+from singlequant.runtime import _prefill_calls, stream_text
 
 TEXT = "the quick brown fox rotates its tail. " * 60
 
@@ -96,6 +96,19 @@ def test_generate_is_the_same_alone_and_in_a_batch(model):
     together = model.generate([list(p) for p in batch], **options)
     alone = [model.generate([int(t) for t in p], **options) for p in batch]
     assert together == alone
+
+
+@pytest.mark.parametrize("room", [1, 7, 64])
+def test_generate_does_not_depend_on_how_prompts_are_cut(model, monkeypatch, room):
+    batch = prompts(5, seed=4)
+    whole = model.generate(batch, 4)
+    monkeypatch.setattr("singlequant.runtime.PREFILL_TOKENS", room)
+    calls = list(_prefill_calls([len(p) for p in batch]))
+    assert all(sum(end - begin for _, begin, end in call) == room for call in calls[:-1])
+    for i, prompt in enumerate(batch):
+        pieces = [piece[1:] for call in calls for piece in call if piece[0] == i]
+        assert np.concatenate([prompt[slice(*p)] for p in pieces]).tolist() == prompt.tolist()
+    assert model.generate(batch, 4) == whole
 
 
 def test_generate_with_a_seed_repeats_itself_and_streams(model):
