@@ -36,7 +36,8 @@ enum {
     SUB_BLOCK_BYTES = SUB * 4,
     LANES = TILE_BITS / 32, /* outputs of a vector */
     VECS_OF_SUB = SUB / LANES,
-    VECS_MAX = TILE_BITS == 256 ? 4 : 2 /* the whole panel */
+    VECS_MAX = TILE_BITS == 256 ? 4 : 2,  /* the whole panel */
+    CHAINS_MAX = TILE_BITS == 256 ? 2 : 4 /* of one row's sub-panel */
 };
 _Static_assert(NR <= SQ_NR_MAX, "the tail panel's buffer");
 _Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
@@ -117,22 +118,22 @@ store_tile(const struct sq_panel_args *args, int64_t row, const int rows, const 
     }
 }
 
-/* Rows times sub-panels: one row takes the whole panel at once, for enough independent chains, more
- * rows as many sub-panels as two vectors hold. tile is (args, row, rows, vecs, sub, ...). */
+/* Rows times as many sub-panels as two vectors hold; for one row TILE_row knows better. tile is
+ * (args, row, rows, vecs, sub, ...). */
 #define TILE_CASE(tile, rows, ...)                            \
     case rows:                                                \
         for (int64_t s = 0; s < SUBS; s += 2 * LANES / SUB) { \
             tile(args, row, rows, 2, s, ##__VA_ARGS__);       \
         }                                                     \
         break;
-#define FOR_TILES(tile, ...)                                    \
-    for (int64_t row = 0; row < args->m; row += TILE_MR) {      \
-        switch (sq_min_i64(TILE_MR, args->m - row)) {           \
-            case 1:                                             \
-                tile(args, row, 1, VECS_MAX, 0, ##__VA_ARGS__); \
-                break;                                          \
-                TILE_CASES(tile, ##__VA_ARGS__)                 \
-        }                                                       \
+#define FOR_TILES(tile, ...)                               \
+    for (int64_t row = 0; row < args->m; row += TILE_MR) { \
+        switch (sq_min_i64(TILE_MR, args->m - row)) {      \
+            case 1:                                        \
+                tile##_row(args, row, ##__VA_ARGS__);      \
+                break;                                     \
+                TILE_CASES(tile, ##__VA_ARGS__)            \
+        }                                                  \
     }
 #define TILE_CASES_4(tile, ...)       \
     TILE_CASE(tile, 2, ##__VA_ARGS__) \
@@ -221,11 +222,13 @@ multiply_block(const int rows, const int vecs, const int8_t *a, int64_t ld_a, co
     }
 }
 
-/* One tile of rows x (LANES vecs) outputs. blocks_max is the number of blocks between two
+/* One tile of rows x (LANES vecs) outputs. chains: sums that take the blocks of k in turn. An odd
+ * block left over goes to the first of them, which then has as many as the second would have; more
+ * chains than two are for 32-bit sums. blocks_max is the number of blocks of a chain between two
  * widenings. */
 static ALWAYS_INLINE void
-tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const int vecs,
-           int64_t sub, const int blocks_max)
+tile_chains(const struct sq_panel_args *args, int64_t row, const int rows, const int vecs,
+            int64_t sub, const int chains, const int blocks_max)
 {
     const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
     const uint8_t *w = args->panel + sub * sub_bytes;
@@ -250,25 +253,40 @@ tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const 
             }
         }
         for (int64_t left = args->g / BLOCK_K; left > 0;) {
-            const int64_t blocks = sq_min_i64(left, blocks_max);
-            vec_i acc[TILE_MR][VECS_MAX];
+            const int64_t blocks = sq_min_i64(left, (int64_t)chains * blocks_max);
+            vec_i acc[CHAINS_MAX][TILE_MR][VECS_MAX];
             UNROLL
-            for (int r = 0; r < rows; r++) {
+            for (int c = 0; c < chains; c++) {
                 UNROLL
-                for (int v = 0; v < vecs; v++) {
-                    acc[r][v] = VEC_ZERO();
+                for (int r = 0; r < rows; r++) {
+                    UNROLL
+                    for (int v = 0; v < vecs; v++) {
+                        acc[c][r][v] = VEC_ZERO();
+                    }
                 }
             }
-            for (int64_t b = 0; b < blocks; b++) {
-                multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc);
+            int64_t b = 0;
+            for (; b + chains <= blocks; b += chains) {
+                UNROLL
+                for (int c = 0; c < chains; c++) {
+                    multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[c]);
+                    a += BLOCK_K;
+                    w += SUB_BLOCK_BYTES;
+                }
+            }
+            for (; b < blocks; b++) {
+                multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[0]);
                 a += BLOCK_K;
                 w += SUB_BLOCK_BYTES;
             }
             UNROLL
-            for (int r = 0; r < rows; r++) {
+            for (int c = 0; c < chains; c++) {
                 UNROLL
-                for (int v = 0; v < vecs; v++) {
-                    wide[r][v] = WIDEN(wide[r][v], acc[r][v]);
+                for (int r = 0; r < rows; r++) {
+                    UNROLL
+                    for (int v = 0; v < vecs; v++) {
+                        wide[r][v] = WIDEN(wide[r][v], acc[c][r][v]);
+                    }
                 }
             }
             left -= blocks;
@@ -285,6 +303,23 @@ tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const 
         }
     }
     store_tile(args, row, rows, vecs, sub, args->a_scales, total);
+}
+
+static ALWAYS_INLINE void
+tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const int vecs,
+           int64_t sub, const int blocks_max)
+{
+    tile_chains(args, row, rows, vecs, sub, 1, blocks_max);
+}
+
+/* One row is bound by reading weights: sub-panel after sub-panel, so that they are one stream from
+ * the first panel to the last, with enough chains to hide the latency of their sums. */
+static ALWAYS_INLINE void
+tile_codes_row(const struct sq_panel_args *args, int64_t row, const int blocks_max)
+{
+    for (int64_t s = 0; s < SUBS; s++) {
+        tile_chains(args, row, 1, VECS_OF_SUB, s, CHAINS_MAX, blocks_max);
+    }
 }
 
 /* ---- int4 x float32 --------------------------------------------------------------------- */
@@ -361,6 +396,13 @@ tile_values(const struct sq_panel_args *args, int64_t row, const int rows, const
         }
     }
     store_tile(args, row, rows, vecs, sub, NULL, total);
+}
+
+/* One row takes the whole panel at once: a chain over k cannot be cut, so there must be many. */
+static ALWAYS_INLINE void
+tile_values_row(const struct sq_panel_args *args, int64_t row)
+{
+    tile_values(args, row, 1, VECS_MAX, 0);
 }
 
 #ifdef TILE_GEMM
