@@ -187,7 +187,7 @@ struct linear_job {
 };
 
 /* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
- * `end`, which are all, the high ones (added to y) or the others. */
+ * `end`, which are all, the high ones or the others, which are added to them. */
 static void
 panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t begin,
            int64_t end, float *y, int64_t ld_y)
@@ -213,7 +213,7 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
         return;
     }
     const int high = end <= a->high;
-    args.accumulate = high;
+    args.accumulate = begin > 0;
     args.a = a->codes + row * a->ld + begin;
     args.a_scales = a->scales + (high ? a->m : 0) + row;
     args.a_sums = a->sums + row * args.ld_sums + begin / SQ_K_ALIGN;
@@ -226,10 +226,10 @@ panel_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, f
            int64_t ld_y)
 {
     const int64_t high = job->w->high;
-    panel_part(job, p, row, rows, high, job->w->k_padded, y, ld_y);
-    if (high) {
+    if (high) { /* in the order of memory */
         panel_part(job, p, row, rows, 0, high, y, ld_y);
     }
+    panel_part(job, p, row, rows, high, job->w->k_padded, y, ld_y);
 }
 
 /* The same for the last panel, by way of a buffer: only `columns` of y exist. */
