@@ -14,10 +14,14 @@
 /* Inputs quantized in one chunk of the parallel loop. */
 enum { PREPARE_CHUNK = 1 << 15 };
 
+/* A tile walks down as many as 12 rows at once. A stride of 8 n cache lines would put them into at
+ * most 8 of the 64 sets of a first-level cache, a multiple of 4 KiB into one: such a row gets a
+ * line more. */
 int64_t
 sq_activations_ld(int64_t k)
 {
-    return sq_round_up(k, SQ_K_ALIGN);
+    const int64_t ld = sq_round_up(k, SQ_ALIGN_BYTES), lines = ld / SQ_ALIGN_BYTES;
+    return ld + (lines % 8 ? 0 : SQ_ALIGN_BYTES);
 }
 
 /* Sections of the workspace: codes or values, then scales, then sums. */
