@@ -222,6 +222,35 @@ multiply_block(const int rows, const int vecs, const int8_t *a, int64_t ld_a, co
     }
 }
 
+/* out <- the products of `blocks` blocks for a whole tile, at least CALL_BLOCKS. Not inlined:
+ * beside what its caller keeps in registers, gcc 12 spills the loop's own sums (a fifth slower). */
+enum { CALL_BLOCKS = 16 };
+static __attribute__((noinline)) void
+sum_blocks(const int8_t *a, int64_t ld_a, const uint8_t *w, int64_t sub_bytes, int64_t blocks,
+           vec_i out[TILE_MR][VECS_MAX])
+{
+    vec_i acc[TILE_MR][VECS_MAX];
+    UNROLL
+    for (int r = 0; r < TILE_MR; r++) {
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            acc[r][v] = VEC_ZERO();
+        }
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+        multiply_block(TILE_MR, 2, a, ld_a, w, sub_bytes, acc);
+        a += BLOCK_K;
+        w += SUB_BLOCK_BYTES;
+    }
+    UNROLL
+    for (int r = 0; r < TILE_MR; r++) {
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            out[r][v] = acc[r][v];
+        }
+    }
+}
+
 /* One tile of rows x (LANES vecs) outputs. chains: sums that take the blocks of k in turn. An odd
  * block left over goes to the first of them, which then has as many as the second would have; more
  * chains than two are for 32-bit sums. blocks_max is the number of blocks of a chain between two
@@ -255,29 +284,36 @@ tile_chains(const struct sq_panel_args *args, int64_t row, const int rows, const
         for (int64_t left = args->g / BLOCK_K; left > 0;) {
             const int64_t blocks = sq_min_i64(left, (int64_t)chains * blocks_max);
             vec_i acc[CHAINS_MAX][TILE_MR][VECS_MAX];
-            UNROLL
-            for (int c = 0; c < chains; c++) {
-                UNROLL
-                for (int r = 0; r < rows; r++) {
-                    UNROLL
-                    for (int v = 0; v < vecs; v++) {
-                        acc[c][r][v] = VEC_ZERO();
-                    }
-                }
+            if (rows == TILE_MR && blocks_max > BLOCKS_A8 && blocks >= CALL_BLOCKS) {
+                sum_blocks(a, args->ld_a, w, sub_bytes, blocks, acc[0]);
+                a += blocks * BLOCK_K;
+                w += blocks * SUB_BLOCK_BYTES;
             }
-            int64_t b = 0;
-            for (; b + chains <= blocks; b += chains) {
+            else {
                 UNROLL
                 for (int c = 0; c < chains; c++) {
-                    multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[c]);
+                    UNROLL
+                    for (int r = 0; r < rows; r++) {
+                        UNROLL
+                        for (int v = 0; v < vecs; v++) {
+                            acc[c][r][v] = VEC_ZERO();
+                        }
+                    }
+                }
+                int64_t b = 0;
+                for (; b + chains <= blocks; b += chains) {
+                    UNROLL
+                    for (int c = 0; c < chains; c++) {
+                        multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[c]);
+                        a += BLOCK_K;
+                        w += SUB_BLOCK_BYTES;
+                    }
+                }
+                for (; b < blocks; b++) {
+                    multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[0]);
                     a += BLOCK_K;
                     w += SUB_BLOCK_BYTES;
                 }
-            }
-            for (; b < blocks; b++) {
-                multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[0]);
-                a += BLOCK_K;
-                w += SUB_BLOCK_BYTES;
             }
             UNROLL
             for (int c = 0; c < chains; c++) {
