@@ -1,6 +1,7 @@
 """Decode of one layer's attention over a long context, by bits of the KV cache, one thread.
 
-    python benchmarks/bench_attention.py [--quick] [--threads 1] [--json FILE]
+    python benchmarks/bench_attention.py [--quick] [--threads 1] [--batches 1,16]
+        [--contexts 512,2048] [--json FILE] [--keep]
 
 Heads of LLaMA-2-7B (32 of 128) and LLaMA-3-8B (32 of 128 that share 8 key and value heads). The
 layer's linears are a sliver (a hidden size of 32, intermediate 8), so that what is timed is the
@@ -85,12 +86,14 @@ def bench(name, batch, context, seconds):
 
 
 def parse(argv):
+    import common
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="half a second each")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batches", default="1,16", help="comma separated")
-    parser.add_argument("--contexts", default="512,2048", help="comma separated")
-    parser.add_argument("--json", help="write environment and rows to this file")
+    parser.add_argument("--batches", type=common.integers, default=[1, 16], metavar="A,B")
+    parser.add_argument("--contexts", type=common.integers, default=[512, 2048], metavar="A,B")
+    common.add_output(parser, "attention")
     return parser.parse_args(argv)
 
 
@@ -107,8 +110,8 @@ def main():
           "the speed of float32")
     rows = []
     for name in HEADS:
-        for batch in map(int, arguments.batches.split(",")):
-            for context in map(int, arguments.contexts.split(",")):
+        for batch in arguments.batches:
+            for context in arguments.contexts:
                 found = bench(name, batch, context, 0.5 if arguments.quick else 4.0)
                 rows += found
                 text = "".join(
@@ -117,8 +120,9 @@ def main():
                     for r in found
                 )
                 print(f"{name} batch {batch:<3} context {context:<5}{text}", flush=True)
-    if arguments.json:
-        common.write_json(arguments.json, rows, values)
+    common.write_result({"what": "attention", "environment": values, "quick": arguments.quick,
+                         "threads": arguments.threads, "rows": rows},
+                        arguments.json, arguments.keep and "attention")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,17 @@ def bits_per_number(model):
 
 
 def parse(argv):
+    import common
+
     import singlequant as sq
+    from singlequant.artifacts import SCHEMES
+
+    def schemes(text):
+        found = text.split(",")
+        if not set(found) <= set(SCHEMES):
+            raise argparse.ArgumentTypeError(
+                f"expected some of {','.join(SCHEMES)}, found {text!r}")
+        return found
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=sq.bundled_model())
@@ -41,8 +51,8 @@ def parse(argv):
     parser.add_argument("--calibration", type=Path, help="default: the bundled text")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--schemes", default="w4a4,w4a8")
-    parser.add_argument("--json", help="write environment and rows to this file")
+    parser.add_argument("--schemes", type=schemes, default="w4a4,w4a8", metavar="A,B")
+    common.add_output(parser)
     return parser.parse_args(argv)
 
 
@@ -59,7 +69,7 @@ def evaluations(arguments, tokens, reference):
         model = Model(original, bits)
         row = str(bits) if bits == 16 else f"{bits}, keys' Hadamard alone"
         yield "original", row, bits_per_number(model), judge(model)
-    for scheme in arguments.schemes.split(","):
+    for scheme in arguments.schemes:
         with tempfile.TemporaryDirectory() as folder:
             for kv_bits in (16, 4):
                 sq.quantize_folder(arguments.model, Path(folder) / str(kv_bits),
@@ -88,8 +98,7 @@ def main():
         print(f"| {scheme} | {row} | {stored:.2f} | {e.perplexity:.3f} | {e.kl_mean:.5f} |",
               flush=True)
         rows.append({"scheme": scheme, "kv": row, "stored_bits": stored, **e.to_json()})
-    if arguments.json:
-        common.write_json(arguments.json, rows, values)
+    common.write_result({"environment": values, "rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":

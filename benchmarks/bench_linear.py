@@ -76,11 +76,14 @@ def bench_threads(arguments):
 
 
 def parse(argv):
+    import common
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, half a second each")
     parser.add_argument("--small", action="store_true", help="sizes of a small model")
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, comma separated")
-    parser.add_argument("--json", help="write environment and rows to this file")
+    parser.add_argument("--threads", type=common.integers, default=[1, 2], metavar="A,B",
+                        help="numbers of threads (default 1,2)")
+    common.add_output(parser)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -96,7 +99,7 @@ def main():
     values = common.environment()
     common.print_environment(values)
     rows = []
-    for threads in arguments.threads.split(","):
+    for threads in map(str, arguments.threads):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"
             command = [sys.executable, __file__, *sys.argv[1:], "--child", threads,
@@ -105,8 +108,7 @@ def main():
                 command, env={**os.environ, "OPENBLAS_NUM_THREADS": threads}, check=True
             )
             rows += json.loads(path.read_text())
-    if arguments.json:
-        common.write_json(arguments.json, rows, values)
+    common.write_result({"environment": values, "rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":

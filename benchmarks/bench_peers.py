@@ -18,11 +18,13 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,6 @@ for folder in (FOLDER, FOLDER / "peers"):
 import common  # noqa: E402
 from base import Peer  # noqa: E402
 
-from singlequant import _C, files  # noqa: E402
 from singlequant.bench import (  # noqa: E402
     MEMORY_BYTES_MAX,
     ROTATE_ROWS,
@@ -78,14 +79,6 @@ def find_peers(wanted: Sequence[str] | None = None) -> list[tuple[str, type[Peer
     return [(name, p) for name, p in found if any(p.name.startswith(text) for text in wanted)]
 
 
-def newer_than(table: str) -> str:
-    """The kernel tables that come before a table, as SINGLEQUANT_DISABLE_CPU takes them."""
-    compiled = _C.kernels()["compiled"]
-    if table not in compiled:
-        raise ValueError(f"--isa: expected best or one of {', '.join(compiled)}, found {table!r}")
-    return ",".join(compiled[: compiled.index(table)])
-
-
 class Process:
     """A peer at work in a process; answers are dicts, {"failed": why} among them."""
 
@@ -100,7 +93,7 @@ class Process:
         }
         if arguments.isa != "best":
             environment |= {**(peer.avx2 or {}), "SINGLEQUANT_BENCH_ISA": arguments.isa,
-                            "SINGLEQUANT_DISABLE_CPU": newer_than(arguments.isa)}
+                            "SINGLEQUANT_DISABLE_CPU": common.better_tables(arguments.isa)}
         if module != OURS:  # its interpreter has packages of its own
             environment.pop("PYTHONPATH", None)
         cpus = ",".join(map(str, arguments.cpus))
@@ -329,66 +322,65 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """Shapes of names in MODELS and of NxK, each once."""
+    """A type for argparse: shapes of names in MODELS and of NxK, each once."""
     found: list[tuple[int, int]] = []
     for part in text.split(","):
-        if part in MODELS:
-            found += MODELS[part]
-        else:
-            try:
-                n, k = (int(number) for number in part.split("x"))
-            except ValueError:
-                raise ValueError(f"--shapes: expected {', '.join(MODELS)} or NxK, found {part!r}"
-                                 ) from None
-            found.append((n, k))
+        try:
+            found += MODELS[part] if part in MODELS else [common.shape(part)]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{', '.join(MODELS)}, or {error}") from None
     return list(dict.fromkeys(found))
+
+
+def interpreter(text: str) -> str:
+    """A type for argparse: a program that can be run."""
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"expected a Python to run, found {text!r}")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--threads", type=int, default=1, metavar="N")
-    p.add_argument("--cpus", metavar="0,1", help="to pin to (default: the first N allowed)")
-    p.add_argument("--shapes", default="llama2-7b,llama3-8b", metavar="A,B",
+    p.add_argument("--cpus", type=partial(common.integers, least=0), metavar="0,1",
+                   help="to pin to (default: the first N allowed)")
+    p.add_argument("--shapes", type=parse_shapes, default="llama2-7b,llama3-8b", metavar="A,B",
                    help=f"{', '.join(MODELS)} or NxK (default %(default)s)")
-    p.add_argument("--m", default="1,4,16,64,512", metavar="A,B", help="rows (default %(default)s)")
+    p.add_argument("--m", type=common.integers, default="1,4,16,64,512", metavar="A,B",
+                   help="rows (default %(default)s)")
     p.add_argument("--isa", choices=("best", "avx2"), default="best")
     p.add_argument("--peers", metavar="A,B", help="names, or how they begin (default: all)")
-    p.add_argument("--python", default=sys.executable, metavar="FILE",
+    p.add_argument("--python", type=interpreter, default=sys.executable, metavar="FILE",
                    help="interpreter that has the peers (default: this one)")
-    p.add_argument("--seconds", type=float, default=600.0, metavar="S",
+    p.add_argument("--seconds", type=common.seconds, default=600.0, metavar="S",
                    help="time to measure for, packing aside (default %(default)g)")
     p.add_argument("--quick", action="store_true",
                    help="toy shapes and seconds: shows that all runs, means nothing")
-    p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--keep", action="store_true", help="write to results/MACHINE/DATE-peers-...")
+    common.add_output(p, "peers-ISA-THREADS")
     return p
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    arguments = parser().parse_args(argv)
+    p = parser()
+    arguments = p.parse_args(argv)
     if arguments.quick:
-        arguments.seconds = min(arguments.seconds, 1.0)
-    arguments.shapes = list(QUICK_SHAPES) if arguments.quick else parse_shapes(arguments.shapes)
-    arguments.m = sorted({int(m) for m in arguments.m.split(",")})
+        arguments.seconds, arguments.shapes = min(arguments.seconds, 1.0), list(QUICK_SHAPES)
+    arguments.m = sorted(set(arguments.m))
     allowed = sorted(os.sched_getaffinity(0))
-    chosen = arguments.cpus.split(",") if arguments.cpus else allowed[: arguments.threads]
-    arguments.cpus = [int(cpu) for cpu in chosen]
+    arguments.cpus = arguments.cpus or allowed[: max(arguments.threads, 0)]
+    if not set(arguments.cpus) <= set(allowed):
+        p.error(f"argument --cpus: expected some of {allowed}, found {arguments.cpus}")
     if arguments.threads < 1 or len(arguments.cpus) != arguments.threads:
-        raise ValueError(f"--threads: expected as many as CPUs to pin to, {len(arguments.cpus)}, "
-                         f"found {arguments.threads}")
-    if arguments.m[0] < 1:
-        raise ValueError(f"--m: expected at least 1, found {arguments.m[0]}")
+        p.error(f"argument --threads: expected as many as CPUs to pin to, {len(arguments.cpus)}, "
+                f"found {arguments.threads}")
     arguments.peers = arguments.peers and arguments.peers.split(",")
-    if arguments.json is not None:
-        files.check_file(arguments.json)
     return arguments
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:
     arguments = parse(argv)
-    environment = {**common.environment(), "argv": common.shown_arguments(argv),
-                   "threads": arguments.threads}
+    environment = {**common.environment(argv), "threads": arguments.threads}
     table = arguments.isa
     if table == "best":
         table = environment["kernels"]["active"]

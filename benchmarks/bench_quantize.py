@@ -1,7 +1,7 @@
 """Quantizing a layer of LLaMA-2-7B's shapes: seconds per 10^9 weights, beside what bounds them.
 
     python benchmarks/bench_quantize.py [--weights rtn mse gptq] [--group-size 0] [--profile]
-                                        [--method balanced] [--folder DIR] [--json FILE]
+                                        [--method balanced] [--folder DIR] [--json FILE] [--keep]
 
 The stage that the sweep calls quantize, weights read from disk and shard written, is timed with the
 file dropped from the page cache and again with it there; calibration and the solver have their own
@@ -13,13 +13,10 @@ with a few large channels in the norms; they say nothing about quality.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import os
 import resource
-import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +30,7 @@ from numpy.typing import NDArray
 
 from singlequant import _C, QuantConfig, load_checkpoint
 from singlequant.artifacts import LayerRotations, SiteStatistics
+from singlequant.bench import best_read
 from singlequant.calibrate import calibrate
 from singlequant.forward import ROWS_PER_BLOCK
 from singlequant.pack import layer_tensors, write_safetensors
@@ -73,49 +71,16 @@ def read_speed(path: Path) -> float:
     return total / (time.perf_counter() - start) / 1e9
 
 
-class Ceilings:
-    """peak.c, compiled beside the data; figures are None where there is no compiler for it."""
+def fma_peak() -> float | None:
+    """GFLOP/s of one core by the float32 step of the active table, None where it has no such."""
+    kernels = _C.kernels()
+    step = kernels["steps"][kernels["active"]][16]
+    return step and _C.measure_peak(step) / 1e9
 
-    def __init__(self, folder: Path) -> None:
-        self.library, target = None, folder / "peak.so"
-        command = [os.environ.get("CC", "cc"), "-O3", "-mavx2", "-mfma", "-shared", "-fPIC",
-                   str(Path(__file__).with_name("peak.c")), "-o", str(target)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"no FMA peak and memory bandwidth: {error}")
-            return
-        self.library = ctypes.CDLL(str(target))
-        self.library.fma_peak.restype = ctypes.c_double
-        self.library.fma_peak.argtypes = [ctypes.c_int64, ctypes.c_void_p]
-        self.library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 
-    def fma(self) -> float | None:
-        """GFLOP/s of one core, best of a few rounds of some milliseconds."""
-        if self.library is None:
-            return None
-        sink, best = np.zeros(8, np.float32), 0.0
-        for _ in range(9):
-            start = time.perf_counter()
-            done = self.library.fma_peak(200_000, sink.ctypes.data)
-            best = max(best, done / (time.perf_counter() - start) / 1e9)
-        return best
-
-    def memory(self, threads: int) -> float | None:
-        """GB/s at which so many threads read 256 MiB each, best of a few rounds."""
-        if self.library is None:
-            return None
-        data, best = [np.ones(1 << 25, np.uint64) for _ in range(threads)], 0.0
-        for _ in range(5):
-            readers = [threading.Thread(target=self.library.read_all,
-                                        args=(d.ctypes.data, d.size)) for d in data]
-            start = time.perf_counter()
-            for reader in readers:
-                reader.start()
-            for reader in readers:
-                reader.join()
-            best = max(best, sum(d.nbytes for d in data) / (time.perf_counter() - start) / 1e9)
-        return best
+def memory_speed(threads: int) -> float:
+    """GB/s at which the pool's threads read buffers of 256 MiB each, by the fastest read loop."""
+    return best_read([np.ones(threads << 28, np.uint8) for _ in range(2)], 1.0)["gbs"]
 
 
 class RotationSpeed:
@@ -124,11 +89,9 @@ class RotationSpeed:
     ROWS = 64
 
     def __init__(self, k: int) -> None:
-        rng = np.random.default_rng(k)
         self.sizes = _C.factor_sizes(k)
-        self.factors = [np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
-                        for n in self.sizes]
-        self.x = rng.standard_normal((self.ROWS, k), np.float32)
+        self.factors = [_C.random_orthogonal(n, n).astype(np.float32) for n in self.sizes]
+        self.x = np.random.default_rng(k).standard_normal((self.ROWS, k), np.float32)
 
     def best(self) -> float:
         """GFLOP/s, best of a few calls."""
@@ -298,7 +261,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=0)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the made model lies for the run")
-    parser.add_argument("--json", type=Path)
+    common.add_output(parser, "quantize")
     arguments = parser.parse_args()
     environment = common.environment()
     common.print_environment(environment)
@@ -312,14 +275,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, out = Path(folder) / "made", Path(folder) / "layer.safetensors"
         write_checkpoint(source, 1)
-        weights_file, ceilings = source / "model.safetensors", Ceilings(Path(folder))
+        weights_file = source / "model.safetensors"
         drop_cache(weights_file)
         report("disk, cold file", read_speed(weights_file), "GB/s")
         report("page cache", read_speed(weights_file), "GB/s")
-        report(f"memory, {threads} threads", ceilings.memory(threads), "GB/s")
+        report(f"memory, {threads} threads", memory_speed(threads), "GB/s")
         for k in (HIDDEN, INTERMEDIATE):
-            peak, speed = ceilings.fma(), RotationSpeed(k).best()
-            peak = peak and max(peak, ceilings.fma())
+            peak, speed = fma_peak(), RotationSpeed(k).best()
+            peak = peak and max(peak, fma_peak())
             report(f"rotation of rows of {k}, one core", speed, "GFLOP/s")
             report("  of the FMA peak", peak and 100 * speed / peak, "%")
 
@@ -352,8 +315,9 @@ def main() -> None:
                                  "CPU ns per weight": seconds / WEIGHTS * 1e9})
                     print(f"  {step:<26} {seconds / WEIGHTS * 1e9:8.2f}")
                 print(f"  {'together':<26} {sum(prices.values()) / WEIGHTS * 1e9:8.2f}")
-    if arguments.json:
-        common.write_json(arguments.json, rows, environment)
+    common.write_result({"what": "quantize", "environment": environment, "method": config.method,
+                         "threads": threads, "rows": rows},
+                        arguments.json, arguments.keep and "quantize")
 
 
 if __name__ == "__main__":

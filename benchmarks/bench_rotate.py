@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
+    common.add_output(parser)
     arguments = parser.parse_args()
     environment, rows = common.environment(), []
     common.print_environment(environment)
@@ -153,8 +153,7 @@ def main() -> None:
         found = (print_clips(bench) if arguments.table == "clip"
                  else print_arrangements(bench, arguments.quick))
         rows += [{"model": folder.name, **row} for row in found]
-    if arguments.json:
-        common.write_json(arguments.json, rows, environment)
+    common.write_result({"environment": environment, "rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":

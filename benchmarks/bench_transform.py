@@ -1,6 +1,6 @@
 """The online transform: dense factors against Hadamards and chains of Givens rotations, per k.
 
-    python benchmarks/bench_transform.py [--quick] [--tokens 512] [--json FILE]
+    python benchmarks/bench_transform.py [--quick] [--tokens 512] [--json FILE] [--keep]
 
 Microseconds per token, one thread, transform and 4-bit quantization in one pass, medians of
 interleaved runs:
@@ -31,8 +31,7 @@ SWEEPS = 2
 
 
 def orthogonal(order):
-    generator = np.random.default_rng(order)
-    return np.linalg.qr(generator.standard_normal((order, order)))[0].astype(np.float32)
+    return _C.random_orthogonal(order, order).astype(np.float32)
 
 
 def chain(order, sweeps):
@@ -76,7 +75,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one width, few tokens")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--json", help="write environment and rows to this file")
+    common.add_output(parser, "transform")
     arguments = parser.parse_args()
     _C.set_num_threads(1)
     values = common.environment()
@@ -92,8 +91,8 @@ def main():
               f"{row['dense_us_per_token']:7.1f} {row['hadamard_us_per_token']:8.1f} "
               f"{row['chain_us_per_token']:8.1f} {row['dense_gflops']:14.0f} {row['share']:20.1%}",
               flush=True)
-    if arguments.json:
-        common.write_json(arguments.json, rows, values)
+    common.write_result({"what": "transform", "environment": values, "quick": arguments.quick,
+                         "rows": rows}, arguments.json, arguments.keep and "transform")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,87 @@
-"""What the benchmarks share: interleaved timing, medians and spread, the machine, JSON output."""
+"""What the benchmarks share: timing, spread, the machine, types of options, JSON output."""
 
+import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from singlequant import files
+from singlequant import _C, files
 from singlequant.bench import interleave, summary
 
-__all__ = ["ROOT", "commit", "environment", "interleave", "machine_name", "print_environment",
-           "shown_arguments", "summary", "write_json", "write_result"]
+__all__ = ["ROOT", "add_output", "better_tables", "commit", "environment", "integers",
+           "interleave", "machine_name", "print_environment", "seconds", "shape", "shown_arguments",
+           "summary", "write_result"]
 
 ROOT = Path(__file__).resolve().parent.parent
+PATH_OPTIONS = ("--python", "--peer-python", "--work", "--folder", "--text", "--calibration",
+                "--json")
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+
+def integers(text, least=1):
+    """A type for argparse, which names the option: "1,16" -> [1, 16], none below least."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < least:
+        raise argparse.ArgumentTypeError(
+            f"expected integers of at least {least} with commas between, found {text!r}")
+    return found
+
+
+def shape(text):
+    """A type for argparse: "4096x1024", outputs and inputs, -> (4096, 1024)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected NxK, like 4096x4096, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def seconds(text):
+    """A type for argparse: a finite number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, found {text!r}")
+    return found
+
+
+def out_file(text):
+    """A type for argparse: a file that can be written, refused before anything is measured."""
+    try:
+        files.check_file(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def add_output(parser, kind=None):
+    """--json, and --keep where results of a kind are kept; `write_result` takes both."""
+    parser.allow_abbrev = False  # `shown_arguments` knows whole names
+    parser.add_argument("--json", type=out_file, metavar="FILE",
+                        help="write figures and machine to this file")
+    if kind is not None:
+        parser.add_argument("--keep", action="store_true",
+                            help=f"write them to results/MACHINE/DATE-{kind}.json")
+
+
+def better_tables(table):
+    """The kernel tables before this one, as SINGLEQUANT_DISABLE_CPU takes them: holds us to it."""
+    compiled = _C.kernels()["compiled"]
+    if table not in compiled:
+        raise ValueError(f"--isa: expected one of {', '.join(compiled)}, found {table!r}")
+    return ",".join(compiled[: compiled.index(table)])
+
+
+# ---- the machine --------------------------------------------------------------------------------
 
 
 def commit():
@@ -31,11 +100,12 @@ def commit():
     return head + ("+" if changed else "")
 
 
-def environment():
+def environment(argv=None):
     """What a reader needs to judge the figures. The load is the machine's before the run."""
     from singlequant.info import machine_info
 
-    return {**machine_info(), "commit": commit(), "argv": sys.argv[1:]}
+    argv = sys.argv[1:] if argv is None else argv
+    return {**machine_info(), "commit": commit(), "argv": shown_arguments(argv)}
 
 
 def print_environment(values):
@@ -45,17 +115,14 @@ def print_environment(values):
           f"commit {values['commit']}, {values['blas']}")
 
 
-def write_json(path, rows, values):
-    Path(path).write_text(json.dumps({"environment": values, "rows": rows}, indent=1) + "\n")
-
-
 def shown_arguments(argv):
     """A command's arguments without those that say where files of this machine are."""
     shown, skip = [], False
     for text in argv:
-        if not skip and text not in ("--python", "--json", "--keep"):
+        name, equals, _ = text.partition("=")
+        if not skip and name not in (*PATH_OPTIONS, "--keep"):
             shown.append(text)
-        skip = text in ("--python", "--json")
+        skip = not skip and name in PATH_OPTIONS and not equals
     return shown
 
 
@@ -64,6 +131,9 @@ def machine_name(values):
     best = values["kernels"]["runnable"][0]
     text = f"{values['cpu']}-{values['cpus']}cpu-{best}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# ---- results ------------------------------------------------------------------------------------
 
 
 def write_result(result, path=None, kept_as=None):

@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
         [--prompt 512,16] [--context 128] [--threads 2] [--engines A,B] [--seconds 200]
-        [--isa native|avx2] [--work DIR] [--json FILE] [--quick]
+        [--isa native|avx2] [--work DIR] [--json FILE] [--keep] [--quick]
 
 A made checkpoint of LLaMA-2-7B's widths is given to every engine in the form it reads: the folder
 itself, our packed folders of it (method `balanced`, whose online transform and quantization are in
@@ -367,18 +367,15 @@ def print_ratios(ratios: Sequence[Mapping[str, Any]]) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--layers", type=int, default=2, metavar="N")
-    p.add_argument("--batch", type=numbers, default=[1, 64], metavar="A,B")
-    p.add_argument("--prompt", type=numbers, metavar="A,B",
+    p.add_argument("--batch", type=common.integers, default=[1, 64], metavar="A,B")
+    p.add_argument("--prompt", type=common.integers, metavar="A,B",
                    help="tokens of a prompt, for each batch (default 512,16)")
     p.add_argument("--context", type=int, default=128, metavar="N",
                    help="tokens that a sequence holds before it is decoded (default 128)")
-    p.add_argument("--steps", type=numbers, metavar="A,B",
+    p.add_argument("--steps", type=common.integers, metavar="A,B",
                    help="decoded tokens of one measurement, for each batch (default 16,2)")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     p.add_argument("--engines", type=lambda text: text.split(","), default=DEFAULT_ENGINES,
@@ -386,11 +383,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--peer-python", default=sys.executable, metavar="FILE",
                    help="the Python that has transformers and llama-cpp-python (default: this)")
     p.add_argument("--isa", choices=("native", "avx2"), default="native")
-    p.add_argument("--seconds", type=float, default=200, help="aim for the timed rounds together")
+    p.add_argument("--seconds", type=common.seconds, default=200.0, metavar="S",
+                   help="aim for the timed rounds together")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="at least (default 3)")
     p.add_argument("--work", type=Path, metavar="DIR",
                    help="where the networks are made and kept (default: a temporary folder)")
-    p.add_argument("--json", type=Path, metavar="FILE")
+    common.add_output(p, "end-to-end")
     p.add_argument("--quick", action="store_true",
                    help="a toy network in seconds, to see that the engines run")
     a = p.parse_args(argv)
@@ -407,8 +405,8 @@ def check_options(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     cpus = len(os.sched_getaffinity(0))
     for name in ("batch", "prompt", "steps"):
         values = getattr(a, name)
-        if min(values) < 1 or len(values) != len(a.batch):
-            p.error(f"--{name}: expected {len(a.batch)} numbers of at least 1, found {values}")
+        if len(values) != len(a.batch):
+            p.error(f"--{name}: expected {len(a.batch)} numbers, as of --batch, found {values}")
     for name in ("layers", "context", "rounds"):
         if getattr(a, name) < 1:
             p.error(f"--{name}: expected at least 1, found {getattr(a, name)}")
@@ -459,7 +457,8 @@ def run(a: argparse.Namespace, work: Path, stack: contextlib.ExitStack) -> dict[
     ratios = ratios_of(rows)
     print_ratios(ratios)
     print(f"took {time.perf_counter() - begin:.0f} s")
-    return {"environment": environment, "settings": settings, "rows": rows, "ratios": ratios}
+    return {"what": "end-to-end", "environment": environment, "quick": a.quick,
+            "settings": settings, "rows": rows, "ratios": ratios}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -474,8 +473,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             result = run(a, work, stack)
         except (ValueError, EngineError) as error:
             sys.exit(f"end_to_end: {error}")
-    if a.json:
-        a.json.write_text(json.dumps(result, indent=1) + "\n")
+    name = "end-to-end" if a.isa == "native" else f"end-to-end-{a.isa}"
+    common.write_result(result, a.json, a.keep and name)
 
 
 if __name__ == "__main__":

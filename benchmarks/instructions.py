@@ -1,6 +1,6 @@
 """Instructions of a packed linear, counted by callgrind, against the numbers kept here.
 
-    python benchmarks/instructions.py [--update] [--tolerance 0.1] [--json FILE]
+    python benchmarks/instructions.py [--update] [--tolerance 0.1]
 
 Times of a shared machine say nothing about a change of a few percent; instructions do. Counted are
 those inside `_C.linear` alone, on one thread, per call. A case that needs more than it did, by more

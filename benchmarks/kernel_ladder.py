@@ -28,7 +28,7 @@ if str(FOLDER) not in sys.path:
 
 import common  # noqa: E402
 
-from singlequant import _C, files  # noqa: E402
+from singlequant import _C  # noqa: E402
 from singlequant.bench import (  # noqa: E402
     ROTATE_ROWS,
     ROWS,
@@ -119,11 +119,9 @@ def scaling(
 
 def run_table(table: str, argv: Sequence[str]) -> dict[str, Any]:
     """`measure_table` of a fresh process that has this table as its best."""
-    compiled = _C.kernels()["compiled"]
-    better = ",".join(compiled[: compiled.index(table)])
     done = subprocess.run(
         [sys.executable, __file__, "--child", *argv], check=True, capture_output=True, text=True,
-        env={**os.environ, "SINGLEQUANT_DISABLE_CPU": better})
+        env={**os.environ, "SINGLEQUANT_DISABLE_CPU": common.better_tables(table)})
     found = json.loads(done.stdout)
     if found["table"] != table:
         raise RuntimeError(f"expected the table {table}, found {found['table']}")
@@ -155,7 +153,7 @@ def rows_of(
 
 def ladder(arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """All tables that run here, in the order of speed at the largest m."""
-    environment = {**common.environment(), "argv": common.shown_arguments(argv)}
+    environment = common.environment(argv)
     common.print_environment(environment)
     tables = environment["kernels"]["runnable"]
     peaks = measure_peaks(0.01 if arguments.quick else 0.1)
@@ -203,24 +201,24 @@ def print_ladder(result: Mapping[str, Any]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seconds", type=float, default=60.0, metavar="S",
+    p.add_argument("--seconds", type=common.seconds, default=60.0, metavar="S",
                    help="time to measure for, packing aside (default %(default)g)")
-    p.add_argument("--shape", default="x".join(map(str, SHAPE)), metavar="NxK",
-                   help="outputs and inputs (default %(default)s)")
-    p.add_argument("--m", default=",".join(map(str, ROWS)), metavar="A,B")
+    p.add_argument("--shape", type=common.shape, default=SHAPE, metavar="NxK",
+                   help=f"outputs and inputs (default {SHAPE[0]}x{SHAPE[1]})")
+    p.add_argument("--m", type=common.integers, default=list(ROWS), metavar="A,B",
+                   help="rows (default %(default)s)")
     p.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))),
                    metavar="N", help="to set beside one (default %(default)s)")
     p.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
-    p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--keep", action="store_true", help="write to results/MACHINE/DATE-ladder.json")
+    common.add_output(p, "ladder")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = p.parse_args(argv)
-    arguments.shape = tuple(int(v) for v in arguments.shape.split("x"))
-    arguments.m = [int(m) for m in arguments.m.split(",")]
+    cpus = len(os.sched_getaffinity(0))
+    if not 1 <= arguments.threads <= cpus:
+        p.error(f"argument --threads: expected 1 to {cpus}, the CPUs here, found "
+                f"{arguments.threads}")
     if arguments.quick:
         arguments.shape, arguments.seconds = QUICK_SHAPE, min(arguments.seconds, 0.5)
-    if arguments.json is not None:
-        files.check_file(arguments.json)
     return arguments
 
 

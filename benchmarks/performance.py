@@ -24,13 +24,14 @@ if str(FOLDER) not in sys.path:
     sys.path.append(str(FOLDER))
 
 import bench_peers  # noqa: E402
+import common  # noqa: E402
 
 from singlequant import files  # noqa: E402
 
 TEMPLATE = FOLDER / "performance.template.md"
 GENERATED = "<!-- generated -->"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-KINDS = ("peers", "ladder", "end-to-end")
+KINDS = ("peers", "ladder", "end-to-end", "quantize", "transform", "attention")
 FILE = re.compile(r"(\d{4}-\d\d-\d\d)-(.+)\.json")
 AMX_STEP = "tdpbssd"
 RIVALS = ("int4", "int8", "16-bit", "32-bit")
@@ -65,6 +66,9 @@ def kind_of(name: str) -> str | None:
 
 def read_machines(folder: Path) -> list[Machine]:
     """Every machine in a folder. ValueError names a file that is no result."""
+    if not folder.is_dir():
+        raise ValueError(f"--from: expected a folder with a folder of results for each machine, "
+                         f"found no {folder}")
     machines = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         machine = Machine(path)
@@ -76,7 +80,7 @@ def read_machines(folder: Path) -> list[Machine]:
             result = json.loads(file.read_text("utf-8"))
             if not isinstance(result, dict) or not {"environment", "rows"} <= result.keys():
                 raise ValueError(f"{file}: expected environment and rows")
-            if result.get("quick"):
+            if result.get("quick") or result.get("settings", {}).get("quick"):
                 raise ValueError(f"{file}: the figures of a quick run mean nothing")
             machine.results[match[2]] = result
         if machine.results:
@@ -89,9 +93,13 @@ def read_machines(folder: Path) -> list[Machine]:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Markdown; the first `left` columns are text."""
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, last: bool = False
+) -> str:
+    """Markdown; the first `left` columns are text, and so is the last where `last` says so."""
     marks = ["---"] * left + ["---:"] * (len(header) - left)
+    if last:
+        marks[-1] = "---"
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, marks, *rows])
 
 
@@ -112,13 +120,15 @@ def times(value: float) -> str:
 
 def describe(environment: Mapping[str, Any]) -> str:
     kernels = environment["kernels"]
-    return (f"{environment['cpu']}, {environment['cpus']} CPUs, load {environment['load'][0]} "
-            f"before the run; kernels that run here: {', '.join(kernels['runnable'])}; "
-            f"{environment['system']}; {environment['blas']}; commit {environment['commit']}.")
+    return (f"{environment['cpu']}, {environment['cpus']} CPUs; kernels that run here: "
+            f"{', '.join(kernels['runnable'])}; {environment['system']}; {environment['blas']}.")
 
 
 def command(script: str, environment: Mapping[str, Any]) -> str:
-    return f"`python benchmarks/{script} {' '.join(environment['argv'])}`, {environment['date']}."
+    """What was run, when, at which commit and how busy the machine was."""
+    shown = " ".join([script, *common.shown_arguments(environment.get("argv", []))])
+    return (f"`python benchmarks/{shown}`, {environment['date']}, commit {environment['commit']}, "
+            f"load {environment['load'][0]} before the run.")
 
 
 # ---- sections -----------------------------------------------------------------------------------
@@ -223,12 +233,61 @@ def end_to_end_section(name: str, result: Mapping[str, Any]) -> str:
         t = r["tokens_per_s"]
         lines.append([r["engine"], r["kind"], r["phase"], str(r["batch"]), number(t["median"]),
                       f"{number(t['low'])} - {number(t['high'])}", r.get("note") or ""])
-    environment = result["environment"]
-    what = " ".join(environment.get("argv", []))
     return "\n\n".join([
         f"### {name.replace('-', ' ').capitalize()}",
-        f"Tokens per second, median and quartiles, {environment['date']}: `{what}`.",
-        table(["engine", "kind", "phase", "batch", "tokens/s", "quartiles", "note"], lines, 3)])
+        command("end_to_end.py", result["environment"]), "Tokens per second, median and quartiles:",
+        table(["engine", "kind", "phase", "batch", "tokens/s", "quartiles", "note"], lines, 3,
+              last=True)])
+
+
+def quantize_section(result: Mapping[str, Any]) -> str:
+    """Seconds per 10^9 weights, beside what bounds them."""
+    rows = result["rows"]
+    keys = ("cold, s per 10^9", "warm, s per 10^9", "CPU, s per 10^9", "target, s per 10^9",
+            "peak memory, MB", "bound, MB")
+    text = ["### Quantizing", command("bench_quantize.py", result["environment"]),
+            "A layer of LLaMA-2-7B's shapes: reading, rotating, rounding, packing and writing, with "
+            "the file on disk (cold) and in the page cache (warm), beside the paper's 37 s for 13 "
+            "10^9 weights.",
+            table(["weights", *keys], [[r["weights"], *(number(r[k]) for k in keys)]
+                                       for r in rows if keys[0] in r]),
+            "What stands before it, and what the machine can do:",
+            table(["", "", "unit"], [[r["figure"].strip(), number(r["value"]), r["unit"]]
+                                     for r in rows if "figure" in r], last=True)]
+    steps = [r for r in rows if "step" in r]
+    if steps:
+        text += ["Where the time goes, CPU nanoseconds per weight:",
+                 table(["weights", "step", "ns"], [
+                     [r["weights"], r["step"], number(r["CPU ns per weight"])] for r in steps], 2)]
+    return "\n\n".join(text)
+
+
+def transform_section(result: Mapping[str, Any]) -> str:
+    """Dense factors, Hadamards and chains, width by width."""
+    forms = ("quantize", "dense", "hadamard", "chain")
+    lines = [[str(r["k"]), f"{r['k1']} x {r['k2']}",
+              *(number(r[f"{form}_us_per_token"]) for form in forms), number(r["dense_gflops"]),
+              percent(r["share"])] for r in result["rows"]]
+    return "\n\n".join([
+        "### Online transform", command("bench_transform.py", result["environment"]),
+        "Microseconds per token on one thread, 4-bit quantization included: none, dense factors "
+        "(what runs), Hadamards alone, and Hadamards with the rotations of two sweeps behind them; "
+        "the share is of the dense form in a W4A4 linear of k outputs.",
+        table(["k", "factors", *forms, "dense GFLOP/s", "share"], lines, 2)])
+
+
+def attention_section(result: Mapping[str, Any]) -> str:
+    """Decode of a layer over a long context, by the bits of the KV cache."""
+    lines = [[r["model"], str(r["batch"]), str(r["context"]), str(r["kv_bits"]),
+              number(r["microseconds_per_token"]), number(r["without_context"]),
+              number(r["gb_per_second"]), times(r["speedup"])] for r in result["rows"]]
+    return "\n\n".join([
+        "### Attention by the bits of the KV cache",
+        command("bench_attention.py", result["environment"]),
+        "Microseconds per decoded token of one layer with next to no linears, at the context and at "
+        "one of a single token; GB/s of stored cache; times the speed of float32.",
+        table(["heads of", "batch", "context", "KV bits", "us", "us, context 1", "GB/s", "speed"],
+              lines)])
 
 
 # ---- the aims -----------------------------------------------------------------------------------
@@ -288,7 +347,7 @@ def linear_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
     return found
 
 
-def ladder_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
+def ladder_aims(result: Mapping[str, Any]) -> list[Aim]:
     """The transform's share, and threads where the cores are real."""
     found = []
     for r in result["transform"]:
@@ -306,19 +365,19 @@ def ladder_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
 
 
 def end_to_end_aims(result: Mapping[str, Any]) -> list[Aim]:
-    """Ours over the fastest 16-bit and int4 engine, by phase and batch."""
+    """W4A4 and W4A8, each over the fastest 16-bit and int4 engine, by phase and batch.
+
+    W4A16 does not count: its products are float32's.
+    """
     found = []
     for phase, batch in dict.fromkeys((r["phase"], r["batch"]) for r in result["rows"]):
-        best: dict[str, float] = {}
-        for r in result["rows"]:
-            if (r["phase"], r["batch"]) == (phase, batch):
-                speed = r["tokens_per_s"]["median"]
-                best[r["kind"]] = max(best.get(r["kind"], 0.0), speed)
-        for kind, aim in (("16-bit", OVER_16_BIT), ("int4", OVER_INT4)):
-            both = best.get("ours"), best.get(kind)
-            ratio = both[0] / both[1] if all(both) else None
-            found.append(Aim("End to end", f"{phase}, batch {batch}, over the fastest {kind}", aim,
-                             ratio))
+        rows = [r for r in result["rows"] if (r["phase"], r["batch"]) == (phase, batch)]
+        for ours in (r for r in rows if r["kind"] == "ours" and not r["engine"].endswith("W4A16")):
+            for kind, aim in (("16-bit", OVER_16_BIT), ("int4", OVER_INT4)):
+                speeds = [r["tokens_per_s"]["median"] for r in rows if r["kind"] == kind]
+                ratio = ours["tokens_per_s"]["median"] / max(speeds) if speeds else None
+                found.append(Aim("End to end", f"{ours['engine']}, {phase}, batch {batch}, over "
+                                 f"the fastest {kind}", aim, ratio))
     return found
 
 
@@ -332,7 +391,7 @@ def aims(machine: Machine) -> list[Aim]:
         elif machine.environment["kernels"]["runnable"][0] == "avx2":
             found += linear_aims(result, amx=False)
     for _, result in machine.of("ladder"):
-        found += ladder_aims(result, machine.has_amx)
+        found += ladder_aims(result)
     for _, result in machine.of("end-to-end"):
         found += end_to_end_aims(result)
     return found
@@ -347,10 +406,13 @@ def machine_section(machine: Machine) -> str:
             f"{environment['kernels']['runnable'][0]}", describe(environment)]
     lines = [aim.cells() for aim in aims(machine)]
     if lines:
-        text += ["### Aims", table(["where", "what", "aim", "found", ""], lines, 2)]
+        text += ["### Aims", table(["where", "what", "aim", "found", ""], lines, 2, last=True)]
     text += [peers_section(result) for _, result in machine.of("peers")]
     text += [ladder_section(result) for _, result in machine.of("ladder")]
     text += [end_to_end_section(name, result) for name, result in machine.of("end-to-end")]
+    for kind, section in (("quantize", quantize_section), ("transform", transform_section),
+                          ("attention", attention_section)):
+        text += [section(result) for _, result in machine.of(kind)]
     notes = machine.path / "notes.md"
     if notes.exists():
         text += ["### Where a figure is out of reach", notes.read_text("utf-8").strip()]
@@ -366,7 +428,12 @@ def page(machines: Sequence[Machine]) -> str:
 
 
 def readme_part(machines: Sequence[Machine]) -> str:
-    """Ours over the best of each kind at three numbers of rows, machine by machine."""
+    """Ours over the best of each kind at three numbers of rows, machine by machine; quantizing.
+
+    ValueError when no machine has results of peers: nothing to put in place of the table.
+    """
+    if not any(machine.of("peers") for machine in machines):
+        raise ValueError("the README is left as it is: expected a file of peers among the results")
     text = []
     for machine in machines:
         for _, result in machine.of("peers"):
@@ -379,8 +446,22 @@ def readme_part(machines: Sequence[Machine]) -> str:
             text.append(f"{machine.environment['cpu']}, {peers_title(result)[9:]}, "
                         f"{len(result['shapes'])} shapes:")
             text.append(table(["", "against", *(f"m = {m}" for m in ms)], lines, 2))
+        text += [quantize_sentence(result) for _, result in machine.of("quantize")]
     text.append("[Every figure, with the aims and the commands](docs/performance.md).")
     return "\n\n".join(text)
+
+
+def quantize_sentence(result: Mapping[str, Any]) -> str:
+    """Seconds and memory that 10^9 weights take from the calibration to the file."""
+    rows = result["rows"]
+    before = [f"{number(r['value'])} s {what}" for r in rows
+              for begin, what in (("calibration", "to calibrate"), ("solving", "to solve"))
+              if r.get("figure", "").startswith(begin)]
+    stages = [f"{number(r['warm, s per 10^9'])} s with `--weights {r['weights']}` in "
+              f"{r['peak memory, MB']:.0f} MB" for r in rows if "warm, s per 10^9" in r]
+    threads = result["environment"]["threads"]
+    return (f"10^9 weights in LLaMA-2-7B's shapes take, on {threads} thread{'s' * (threads > 1)}, "
+            f"{' and '.join(before)}; to quantize and write, {', '.join(stages)}.")
 
 
 def replace_part(readme: str, part: str) -> str:
@@ -401,8 +482,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = p.parse_args(argv)
     try:
         machines = read_machines(arguments.folder)
-        readme = replace_part(arguments.readme.read_text("utf-8"), readme_part(machines))
+        readme = replace_part(arguments.readme.read_text("utf-8"), "")  # are there marks?
         files.write_file(arguments.out, page(machines).rstrip() + "\n")
+        readme = replace_part(readme, readme_part(machines))
         files.write_file(arguments.readme, readme)
     except (ValueError, OSError) as error:
         sys.exit(f"performance: {error}")

@@ -340,9 +340,10 @@ def run_eval(arguments: argparse.Namespace) -> None:
     result = evaluate_text(model, arguments) if arguments.text else None
     tasks = evaluate_named_tasks(model, arguments) if arguments.tasks is not None else None
     if arguments.json:
-        printed = result.to_json() if result else {}
+        printed = {"kv_bits": model.kv_bits} | (result.to_json() if result else {})
         print(json.dumps(printed | ({"tasks": tasks} if tasks else {}), allow_nan=False))
         return
+    print(f"kv_bits         {model.kv_bits}")
     if result:
         print_evaluation(result)
     for task, metrics in (tasks or {}).items():

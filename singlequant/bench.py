@@ -8,6 +8,7 @@ The benchmarks of the repository build on the same pieces.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -31,9 +32,11 @@ __all__ = [
     "best_read",
     "copies_beyond_cache",
     "interleave",
+    "last_level_bytes",
     "measure_peaks",
     "real_cores",
     "report",
+    "speed_row",
     "summary",
     "table_peaks",
 ]
@@ -44,6 +47,7 @@ ROTATE_ROWS = 16  # up to so many rows, weights come from memory, as a model's l
 MEMORY_BYTES_MAX = 1 << 30  # of one linear's copies
 READ_VARIANTS = tuple((ahead, streams) for ahead in (0, 512, 2048, 8192) for streams in (1, 2, 4))
 FLOAT32 = "float32"
+CORE_REPEATS = 7  # of one CPU alone and two together
 
 
 # ---- timing -------------------------------------------------------------------------------------
@@ -105,11 +109,12 @@ def table_peaks(peaks: Mapping[str, float], table: str) -> dict[int, float | Non
     return {bits: None if step is None else peaks[step] for bits, step in steps.items()}
 
 
-def real_cores(seconds: float = 0.2) -> dict[str, Any]:
+def real_cores(seconds: float = 0.5) -> dict[str, Any]:
     """Whether two CPUs are two cores: a loop of integer arithmetic on both at once and on one.
 
     {"cpus": the two, "ratio": together over alone}, 2 for two cores and near 1 for one that two
-    CPUs share; ratio None where this process has one CPU.
+    CPUs share; ratio None where this process has one CPU. Alone and together take turns, and the
+    ratio is of their medians: another's moment on a CPU moves one of them only. seconds: for all.
     """
     cpus = sorted(os.sched_getaffinity(0))[:2]
     if len(cpus) < 2:
@@ -119,7 +124,7 @@ def real_cores(seconds: float = 0.2) -> dict[str, Any]:
 
     def measure(cpu: int) -> None:
         os.sched_setaffinity(0, {cpu})  # of this thread
-        rates[cpu] = _C.measure_peak(step, seconds)
+        rates[cpu] = _C.measure_peak(step, seconds / (2 * CORE_REPEATS))
 
     def run(chosen: Sequence[int]) -> float:
         threads = [threading.Thread(target=measure, args=(cpu,)) for cpu in chosen]
@@ -129,8 +134,9 @@ def real_cores(seconds: float = 0.2) -> dict[str, Any]:
             thread.join()
         return sum(rates[cpu] for cpu in chosen)
 
-    alone = run(cpus[:1])
-    return {"cpus": cpus, "ratio": run(cpus) / alone}
+    pairs = [(run(cpus[:1]), run(cpus)) for _ in range(CORE_REPEATS)]
+    alone, together = np.median(pairs, axis=0)
+    return {"cpus": cpus, "ratio": float(together / alone)}
 
 
 def last_level_bytes() -> int:
@@ -237,11 +243,14 @@ def bench(
 ) -> dict[str, Any]:
     """Time every scheme and float32 on one linear [n, k] = shape, on the threads of the pool.
 
-    A dict for JSON: environment, peaks, cores, read, rows (one per m and scheme: gops, quartiles,
-    speedup over float32, share of the peak) and transform. seconds: the aim for all timing.
+    A dict for JSON: environment, shape, peaks, cores, read, rows (one per m and scheme: gops,
+    quartiles, speedup over float32, share of the peak) and transform. seconds: the aim for all
+    timing. float32 is OpenBLAS on weights of its own; at m = 1 NumPy's product of matrix and vector
+    (sgemv, four times as fast there as sgemm), whose threads are those that OPENBLAS_NUM_THREADS
+    gave it. ValueError for seconds that are not finite and above 0.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected more than 0, found {seconds:g}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: expected a finite number above 0, found {seconds:g}")
     n, k = shape
     environment = machine_info()
     threads = _C.get_num_threads()
@@ -257,7 +266,10 @@ def bench(
     for m in rows:
         x = np.random.default_rng(m).standard_normal((m, k), np.float32)
         calls = {name: partial(linear, x) for name, linear in linears.items()}
-        calls[FLOAT32] = lambda x=x: _C.linear_dense(x, next(dense))
+        if m == 1:
+            calls[FLOAT32] = lambda x=x[0]: next(dense) @ x
+        else:
+            calls[FLOAT32] = lambda x=x: _C.linear_dense(x, next(dense))
         times = interleave(calls, 0.7 * seconds / len(rows), min_repeats=3)
         for name, t in times.items():
             bits = SCHEMES.get(name)
@@ -300,32 +312,32 @@ def report(result: Mapping[str, Any]) -> str:
     lines = [
         f"{environment['cpu']}, {environment['threads']} of {environment['cpus']} CPUs, "
         f"load {environment['load'][0]}",
-        f"kernels: {kernels['active']}, the best of those compiled "
-        f"({', '.join(kernels['compiled'])}) that run here ({', '.join(kernels['runnable'])})",
+        f"kernels: {kernels['active']}, the best of those that run here "
+        f"({', '.join(kernels['runnable'])}) of the compiled ({', '.join(kernels['compiled'])})",
     ]
+    if kernels["disabled"]:
+        lines.append("switched off through SINGLEQUANT_DISABLE_CPU: "
+                     + ", ".join(kernels["disabled"]))
     if result["cores"]["ratio"] is not None:
         lines.append(f"cores: two CPUs do {result['cores']['ratio']:.2f}x the work of one")
     lines.append("")
     lines.append("peaks, one thread: " + ", ".join(
         f"{step} {rate:.0f} GOP/s" for step, rate in result["peaks"].items()
         if step in steps.values()) + f"; reading {result['read']['gbs']:.1f} GB/s")
-    lines.append(f"\nGOP/s of a {n} x {k} linear, transform and quantization included "
-                 "(times float32):\n")
+    lines.append(f"\n{n} x {k} linear, rotating and quantizing the activations included\n")
+    lines.append(f"{'scheme':<9}{'m':<5}{'GOP/s':>8}  {'quartiles':<17}{'float32':>8}{'peak':>7}"
+                 f"{'reading':>9}")
     schemes = list(dict.fromkeys(row["scheme"] for row in result["rows"]))
-    by = {(row["scheme"], row["m"]): row for row in result["rows"]}
-    lines.append("         " + "".join(f"{'m = ' + str(m):>18}"
-                                       for m in dict.fromkeys(m for _, m in by)))
-    for scheme in schemes:
-        cells = [f"{row['gops']:9.1f} ({row['speedup']:5.2f}x)"
-                 for (name, _), row in by.items() if name == scheme]
-        lines.append(f"{scheme:<9}" + "".join(f"{cell:>18}" for cell in cells))
+    for row in sorted(result["rows"], key=lambda row: (schemes.index(row["scheme"]), row["m"])):
+        quartiles = f"{row['gops_low']:.1f} to {row['gops_high']:.1f}"
+        peak, read = row["share_of_peak"], row.get("share_of_read")
+        lines.append(f"{row['scheme']:<9}{row['m']:<5}{row['gops']:8.1f}  {quartiles:<17}"
+                     f"{row['speedup']:7.2f}x{'' if peak is None else f'{peak:.0%}':>7}"
+                     f"{'' if read is None else f'{read:.0%}':>9}".rstrip())
+    lines.append("float32: times its speed; peak, reading: shares of what is above")
     transform = result["transform"]
     lines.append(f"\nrotating and quantizing the activations: {transform['share']:.0%} of "
                  f"{transform['scheme']} at m = {transform['m']}")
-    shares = [f"{row['scheme']} {row['share_of_read']:.0%}" for row in result["rows"]
-              if row.get("share_of_read") is not None]
-    if shares:
-        lines.append(f"of the reading speed at m = 1: {', '.join(shares)}")
     return "\n".join([*lines, "", advice(result)])
 
 

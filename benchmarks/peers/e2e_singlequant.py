@@ -11,8 +11,8 @@ import singlequant as sq
 from singlequant import _C
 from singlequant.artifacts import SITES
 from singlequant.forward import architecture_row, flat_positions
+from singlequant.runtime import _prefill
 
-TOKENS_PER_CALL = 2048  # as generation cuts its prompts
 NARROW = 32  # hidden width of the network that fills a cache
 
 
@@ -34,13 +34,7 @@ class SingleQuant:
         self.session = self.model.new_session(count, capacity)
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        last = []
-        step = max(1, TOKENS_PER_CALL // tokens.shape[1])
-        for first in range(0, len(tokens), step):
-            group = tokens[first : first + step]
-            hidden = self.session.append(list(group), range(first, first + len(group)))
-            last.append(hidden[tokens.shape[1] - 1 :: tokens.shape[1]])
-        return self.model.logits(np.concatenate(last))
+        return self.model.logits(_prefill(self.session, list(tokens)))  # cut as generation does
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         return self.model.logits(self.session.append(list(tokens[:, None])))
