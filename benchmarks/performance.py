@@ -246,9 +246,8 @@ def quantize_section(result: Mapping[str, Any]) -> str:
     keys = ("cold, s per 10^9", "warm, s per 10^9", "CPU, s per 10^9", "target, s per 10^9",
             "peak memory, MB", "bound, MB")
     text = ["### Quantizing", command("bench_quantize.py", result["environment"]),
-            "A layer of LLaMA-2-7B's shapes: reading, rotating, rounding, packing and writing, with "
-            "the file on disk (cold) and in the page cache (warm), beside the paper's 37 s for 13 "
-            "10^9 weights.",
+            "A layer of LLaMA-2-7B's shapes: read, rotated, rounded, packed and written, with the "
+            "file on disk (cold) and in the page cache (warm); the target is the paper's time.",
             table(["weights", *keys], [[r["weights"], *(number(r[k]) for k in keys)]
                                        for r in rows if keys[0] in r]),
             "What stands before it, and what the machine can do:",
@@ -284,8 +283,8 @@ def attention_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join([
         "### Attention by the bits of the KV cache",
         command("bench_attention.py", result["environment"]),
-        "Microseconds per decoded token of one layer with next to no linears, at the context and at "
-        "one of a single token; GB/s of stored cache; times the speed of float32.",
+        "Microseconds per decoded token of one layer with next to no linears, at the context and "
+        "at one of a single token; GB/s of stored cache; times the speed of float32.",
         table(["heads of", "batch", "context", "KV bits", "us", "us, context 1", "GB/s", "speed"],
               lines)])
 

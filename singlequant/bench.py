@@ -309,11 +309,12 @@ def report(result: Mapping[str, Any]) -> str:
     environment, kernels = result["environment"], result["environment"]["kernels"]
     steps = kernels["steps"][kernels["active"]]
     n, k = result["shape"]
+    usable = [table for table in kernels["runnable"] if table not in kernels["disabled"]]
     lines = [
         f"{environment['cpu']}, {environment['threads']} of {environment['cpus']} CPUs, "
         f"load {environment['load'][0]}",
         f"kernels: {kernels['active']}, the best of those that run here "
-        f"({', '.join(kernels['runnable'])}) of the compiled ({', '.join(kernels['compiled'])})",
+        f"({', '.join(usable)}) of the compiled ({', '.join(kernels['compiled'])})",
     ]
     if kernels["disabled"]:
         lines.append("switched off through SINGLEQUANT_DISABLE_CPU: "

@@ -69,7 +69,13 @@ def test_eval_prints_what_json_says(model, text, capsys):
     assert main(["eval", str(model), "--text", str(text), "--seq-len", "32", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert main(["eval", str(model), "--text", str(text), "--seq-len", "32"]) == 0
-    assert f"{result['perplexity']:.4f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{result['perplexity']:.4f}" in printed
+    assert result["kv_bits"] == 32
+    assert printed.startswith("kv_bits         32\n")
+    assert main(["eval", str(model), "--text", str(text), "--seq-len", "32", "--kv-bits", "8",
+                 "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_bits"] == 8
 
 
 def test_generate_takes_a_batch_and_sampling(model, capsys):

@@ -115,7 +115,7 @@ def test_end_to_end_leaves_out_aloud_what_is_not_installed(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("--engines", "ours-w4a4,abacus", "found abacus"),
-     ("--prompt", "1,2,3", "expected 2 numbers of at least 1, found [1, 2, 3]"),
+     ("--prompt", "1,2,3", "expected 2 numbers, as of --batch, found [1, 2, 3]"),
      ("--threads", "100000", "the CPUs here, found 100000"),
      ("--layers", "0", "--layers: expected at least 1, found 0")],
 )

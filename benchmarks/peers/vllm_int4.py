@@ -52,7 +52,7 @@ class Vllm(TorchPeer):
 
 
 class W4A8(Vllm):
-    name, activations = "vllm_w4a8_g128", "bfloat16 to uint8 per token, timed"
+    name, activations = "vllm_w4a8_g128", "bfloat16 beforehand, uint8 per token timed"
     needed = "convert_weight_packed_scale_zp"
 
     def prepare(self, weight, copies):
