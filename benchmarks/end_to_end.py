@@ -309,21 +309,21 @@ def print_phase(phase: str, batch: int, rates: Mapping[tuple[str, str, int], lis
     print(f"\n{phase}, batch {batch}: tokens/s (quartiles, rounds)")
     for (name, p, b), values in rates.items():
         if (p, b) == (phase, batch):
-            low, median, high = np.percentile(values, [25, 50, 75])
-            print(f"  {ENGINES[name].label:<24} {median:9.1f}  ({low:.1f} to {high:.1f}, "
-                  f"{len(values)})", flush=True)
+            t = common.summary(values)
+            print(f"  {ENGINES[name].label:<24} {t['median']:9.1f}  ({t['low']:.1f} to "
+                  f"{t['high']:.1f}, {t['repeats']})", flush=True)
 
 
 def rows_of(engines: Mapping[str, Process], rates: Mapping, agreement: Mapping) -> list[dict]:
     """The JSON's rows."""
     rows = []
     for (name, phase, batch), values in rates.items():
-        low, median, high = np.percentile(values, [25, 50, 75])
+        t = common.summary(values)
         rows.append({
             "engine": ENGINES[name].label, "version": engines[name].version,
             "kind": ENGINES[name].kind, "phase": phase, "batch": batch,
-            "tokens_per_s": {"median": float(median), "low": float(low), "high": float(high),
-                             "rounds": len(values)},
+            "tokens_per_s": {"median": t["median"], "low": t["low"], "high": t["high"],
+                             "rounds": t["repeats"]},
             "agreement": agreement[name], "note": engines[name].note,
         })
     return rows

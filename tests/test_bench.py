@@ -292,6 +292,29 @@ def test_ladder_has_every_table(tmp_path):
     assert all(table in done.stdout for table in tables)
 
 
+@pytest.mark.parametrize(("script", "arguments", "key"), [
+    ("bench_transform.py", [], "dense_us_per_token"),
+    ("bench_attention.py", ["--batches", "2", "--contexts", "70"], "microseconds_per_token")])
+def test_quick_runs_say_that_they_are_quick_and_the_page_refuses_them(tmp_path, script, arguments,
+                                                                      key):
+    what = script.removeprefix("bench_").removesuffix(".py")
+    path = tmp_path / "results" / "made-up" / f"2025-01-02-{what}.json"
+    path.parent.mkdir(parents=True)
+    run(script, "--quick", *arguments, "--json", path)
+    result = json.loads(path.read_text())
+    assert (result["what"], result["quick"]) == (what, True)
+    assert all(row[key] > 0 for row in result["rows"])
+    done = run("performance.py", "--from", path.parents[1], "--out", tmp_path / "page.md", expect=1)
+    assert "a quick run" in done.stderr
+    path.write_text(json.dumps({**result, "quick": False}))
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    run("performance.py", "--from", path.parents[1], "--out", tmp_path / "page.md", "--readme",
+        tmp_path / "README.md", expect=1)  # for want of peers
+    page = (tmp_path / "page.md").read_text()
+    assert f"benchmarks/{script} --quick" in page
+    assert str(tmp_path) not in page
+
+
 def test_instructions_are_counted_and_compared(benchmark_module, tmp_path, capsys, monkeypatch):
     module = benchmark_module("instructions")
     kept = tmp_path / "kept.json"

@@ -327,7 +327,7 @@ def test_layer_equals_its_twin(rng, bits, head_dim):
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("bits", BITS)
-def test_batch_that_grows_and_shrinks_gives_the_bits_of_each_alone(rng, bits):
+def test_sequences_that_come_and_go_in_used_slots_give_the_bits_of_each_alone(rng, bits):
     """Steps of one token each: sequence s lives from step born[s] to died[s], and a slot is used
     again by a later one."""
     attention = Attention(rng, 4, 2, 16)
