@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -127,9 +128,12 @@ def shown_arguments(argv):
 
 
 def machine_name(values):
-    """A folder's name for a machine: its CPU, its number of CPUs, its best kernels."""
+    """A folder's name for this machine: its CPU, its number of CPUs, its best kernels.
+
+    Of all its CPUs, so that a run that was held to one lies beside the others.
+    """
     best = values["kernels"]["runnable"][0]
-    text = f"{values['cpu']}-{values['cpus']}cpu-{best}"
+    text = f"{values['cpu']}-{os.cpu_count()}cpu-{best}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

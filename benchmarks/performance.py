@@ -48,7 +48,8 @@ class Machine:
 
     @property
     def environment(self) -> Mapping[str, Any]:
-        return next(iter(self.results.values()))["environment"]
+        """Of the run that could use the most CPUs."""
+        return max((r["environment"] for r in self.results.values()), key=lambda e: e["cpus"])
 
     def of(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
         """(file name, result) of a kind."""
@@ -227,14 +228,22 @@ def ladder_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def end_to_end_title(name: str) -> str:
+    """'end-to-end-avx2' -> 'End to end avx2'."""
+    return name.replace("-", " ").capitalize()
+
+
 def end_to_end_section(name: str, result: Mapping[str, Any]) -> str:
     lines = []
-    for r in result["rows"]:
+    phases = list(dict.fromkeys((r["phase"], r["batch"]) for r in result["rows"]))
+    for r in sorted(result["rows"], key=lambda r: (phases.index((r["phase"], r["batch"])),
+                                                   -r["tokens_per_s"]["median"])):
         t = r["tokens_per_s"]
+        note = ", ".join(filter(None, (part.strip() for part in (r.get("note") or "").split("|"))))
         lines.append([r["engine"], r["kind"], r["phase"], str(r["batch"]), number(t["median"]),
-                      f"{number(t['low'])} - {number(t['high'])}", r.get("note") or ""])
+                      f"{number(t['low'])} - {number(t['high'])}", note])
     return "\n\n".join([
-        f"### {name.replace('-', ' ').capitalize()}",
+        f"### {end_to_end_title(name)}",
         command("end_to_end.py", result["environment"]), "Tokens per second, median and quartiles:",
         table(["engine", "kind", "phase", "batch", "tokens/s", "quartiles", "note"], lines, 3,
               last=True)])
@@ -363,7 +372,7 @@ def ladder_aims(result: Mapping[str, Any]) -> list[Aim]:
     return found
 
 
-def end_to_end_aims(result: Mapping[str, Any]) -> list[Aim]:
+def end_to_end_aims(where: str, result: Mapping[str, Any]) -> list[Aim]:
     """W4A4 and W4A8, each over the fastest 16-bit and int4 engine, by phase and batch.
 
     W4A16 does not count: its products are float32's.
@@ -375,8 +384,8 @@ def end_to_end_aims(result: Mapping[str, Any]) -> list[Aim]:
             for kind, aim in (("16-bit", OVER_16_BIT), ("int4", OVER_INT4)):
                 speeds = [r["tokens_per_s"]["median"] for r in rows if r["kind"] == kind]
                 ratio = ours["tokens_per_s"]["median"] / max(speeds) if speeds else None
-                found.append(Aim("End to end", f"{ours['engine']}, {phase}, batch {batch}, over "
-                                 f"the fastest {kind}", aim, ratio))
+                found.append(Aim(where, f"{ours['engine']}, {phase}, batch {batch}, over the "
+                                 f"fastest {kind}", aim, ratio))
     return found
 
 
@@ -391,8 +400,8 @@ def aims(machine: Machine) -> list[Aim]:
             found += linear_aims(result, amx=False)
     for _, result in machine.of("ladder"):
         found += ladder_aims(result)
-    for _, result in machine.of("end-to-end"):
-        found += end_to_end_aims(result)
+    for name, result in machine.of("end-to-end"):
+        found += end_to_end_aims(end_to_end_title(name), result)
     return found
 
 
@@ -442,8 +451,9 @@ def readme_part(machines: Sequence[Machine]) -> str:
             lines = [line for line in ratio_lines(rows, ms) if line[0] in OURS]
             names = {"ours_w4a4": "W4A4", "ours_w4a8": "W4A8"}
             lines = [[names[line[0]], *line[1:]] for line in lines]
+            count = len(result["shapes"])
             text.append(f"{machine.environment['cpu']}, {peers_title(result)[9:]}, "
-                        f"{len(result['shapes'])} shapes:")
+                        f"{count} shape{'s' * (count > 1)}, times the speed of the fastest:")
             text.append(table(["", "against", *(f"m = {m}" for m in ms)], lines, 2))
         text += [quantize_sentence(result) for _, result in machine.of("quantize")]
     text.append("[Every figure, with the aims and the commands](docs/performance.md).")

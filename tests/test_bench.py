@@ -266,6 +266,16 @@ def test_kept_commands_name_no_file_of_this_machine(benchmark_module):
     assert common.environment(["--work", "/here", "--quick"])["argv"] == ["--quick"]
 
 
+def test_kept_results_of_one_machine_share_a_folder(benchmark_module, tmp_path, monkeypatch):
+    common = benchmark_module("common")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    for cpus, kind in ((1, "ladder"), (2, "quantize")):  # the first was held to one CPU
+        common.write_result({"environment": {**ENVIRONMENT, "cpus": cpus}, "rows": []}, None, kind)
+    written = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.json"))
+    folder = f"benchmarks/results/made-up-9000-{os.cpu_count()}cpu-avx2"
+    assert written == [f"{folder}/2025-01-02-ladder.json", f"{folder}/2025-01-02-quantize.json"]
+
+
 @pytest.mark.parametrize("script", ["bench_peers", "kernel_ladder", "end_to_end"])
 def test_every_option_that_names_a_path_is_left_out(benchmark_module, script, capsys):
     module = benchmark_module(script)
@@ -397,7 +407,8 @@ def made_ladder():
 
 def made_end_to_end():
     def row(engine, kind, speed):
-        return {"engine": engine, "kind": kind, "phase": "decode", "batch": 64, "note": None,
+        return {"engine": engine, "kind": kind, "phase": "decode", "batch": 64,
+                "note": "AVX2 | FMA |",
                 "tokens_per_s": {"median": speed, "low": speed - 1, "high": speed + 1}}
 
     rows = [row("our W4A4", "ours", 46.0), row("our W4A8", "ours", 60.0),
@@ -469,7 +480,7 @@ def test_page_holds_the_figures_of_the_newest_files(results):
     assert "gone: it is not installed" in page
     assert "fma 256 111" in page
     assert "| avx2 | w4a4 | 512 | 271 | 283 | 74% | - |" in page
-    assert "| our W4A4 | ours | decode | 64 | 46.0 | 45.0 - 47.0 |  |" in page
+    assert "| our W4A4 | ours | decode | 64 | 46.0 | 45.0 - 47.0 | AVX2, FMA |" in page
     assert "| mse | 4.50 | 3.50 | 6.75 | 2.85 | 120 | 140 |" in page
     assert "| disk, cold file | 2.25 | GB/s |" in page
     assert "| mse | clip search | 1.12 |" in page
