@@ -249,6 +249,17 @@ def end_to_end_section(name: str, result: Mapping[str, Any]) -> str:
               last=True)])
 
 
+def quantize_figures(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Name -> row of what is no stage; an indented name belongs to the one above it."""
+    found, above = {}, ""
+    for row in result["rows"]:
+        if "figure" in row:
+            name = row["figure"]
+            above = above if name.startswith(" ") else name
+            found[f"{above}: {name.strip()}" if name.startswith(" ") else name] = row
+    return found
+
+
 def quantize_section(result: Mapping[str, Any]) -> str:
     """Seconds per 10^9 weights, beside what bounds them."""
     rows = result["rows"]
@@ -260,8 +271,8 @@ def quantize_section(result: Mapping[str, Any]) -> str:
             table(["weights", *keys], [[r["weights"], *(number(r[k]) for k in keys)]
                                        for r in rows if keys[0] in r]),
             "What stands before it, and what the machine can do:",
-            table(["", "", "unit"], [[r["figure"].strip(), number(r["value"]), r["unit"]]
-                                     for r in rows if "figure" in r], last=True)]
+            table(["", "", "unit"], [[name, number(r["value"]), r["unit"]]
+                                     for name, r in quantize_figures(result).items()], last=True)]
     steps = [r for r in rows if "step" in r]
     if steps:
         text += ["Where the time goes, CPU nanoseconds per weight:",
@@ -461,16 +472,14 @@ def readme_part(machines: Sequence[Machine]) -> str:
 
 
 def quantize_sentence(result: Mapping[str, Any]) -> str:
-    """Seconds and memory that 10^9 weights take from the calibration to the file."""
-    rows = result["rows"]
-    before = [f"{number(r['value'])} s {what}" for r in rows
+    """CPU seconds and memory that 10^9 weights take from the calibration to the file."""
+    before = [f"{number(r['value'])} {what}" for name, r in quantize_figures(result).items()
               for begin, what in (("calibration", "to calibrate"), ("solving", "to solve"))
-              if r.get("figure", "").startswith(begin)]
-    stages = [f"{number(r['warm, s per 10^9'])} s with `--weights {r['weights']}` in "
-              f"{r['peak memory, MB']:.0f} MB" for r in rows if "warm, s per 10^9" in r]
-    threads = result["environment"]["threads"]
-    return (f"10^9 weights in LLaMA-2-7B's shapes take, on {threads} thread{'s' * (threads > 1)}, "
-            f"{' and '.join(before)}; to quantize and write, {', '.join(stages)}.")
+              if name.startswith(begin) and name.endswith(": CPU")]
+    stages = [f"{number(r['CPU, s per 10^9'])} with `--weights {r['weights']}` in "
+              f"{r['peak memory, MB']:.0f} MB" for r in result["rows"] if "CPU, s per 10^9" in r]
+    return (f"10^9 weights in LLaMA-2-7B's shapes take these CPU seconds: {' and '.join(before)}; "
+            f"to quantize and write, {', '.join(stages)} of anonymous memory.")
 
 
 def replace_part(readme: str, part: str) -> str:

@@ -420,8 +420,8 @@ def made_end_to_end():
 
 def made_quantize():
     figures = [("disk, cold file", 2.25, "GB/s"), ("memory, 2 threads", 30.5, "GB/s"),
-               ("calibration, 1024 tokens, per 10^9 weights", 11.5, "s"),
-               ("solving rotations (balanced), per 10^9 weights", 3.25, "s")]
+               ("calibration, 1024 tokens, per 10^9 weights", 11.5, "s"), ("  CPU", 22.5, "s"),
+               ("solving rotations (balanced), per 10^9 weights", 3.25, "s"), ("  CPU", 6.25, "s")]
     stage = {"weights": "mse", "cold, s per 10^9": 4.5, "warm, s per 10^9": 3.5,
              "CPU, s per 10^9": 6.75, "read from disk, MB": 400.0, "peak memory, MB": 120.25,
              "bound, MB": 140.0, "target, s per 10^9": 2.85}
@@ -483,6 +483,7 @@ def test_page_holds_the_figures_of_the_newest_files(results):
     assert "| our W4A4 | ours | decode | 64 | 46.0 | 45.0 - 47.0 | AVX2, FMA |" in page
     assert "| mse | 4.50 | 3.50 | 6.75 | 2.85 | 120 | 140 |" in page
     assert "| disk, cold file | 2.25 | GB/s |" in page
+    assert "| calibration, 1024 tokens, per 10^9 weights: CPU | 22.5 | s |" in page
     assert "| mse | clip search | 1.12 |" in page
     assert "| 4096 | 64 x 64 | 1.50 | 12.2 | 20.5 | 333 | 97.0 | 14% |" in page
     assert "| LLaMA-3-8B | 16 | 2048 | 8 | 250 | 12.5 | 14.5 | 2.75x |" in page
@@ -522,8 +523,8 @@ def test_readme_gets_the_table_between_its_marks(results):
     assert readme.endswith("<!-- performance:end -->\nafter\n")
     assert "old" not in readme
     assert "| W4A4 | best int4 | 2.24x | 2.62x |" in readme
-    assert ("11.5 s to calibrate and 3.25 s to solve; to quantize and write, 3.50 s with "
-            "`--weights mse` in 120 MB." in readme)
+    assert ("CPU seconds: 22.5 to calibrate and 6.25 to solve; to quantize and write, 6.75 with "
+            "`--weights mse` in 120 MB of" in readme)
 
 
 def test_readme_is_left_as_it_is_without_peers(results):
