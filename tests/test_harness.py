@@ -470,7 +470,7 @@ def test_eval_of_tasks_alone_prints_no_perplexity(model, capsys):
     need_lm_eval()
     arguments = ["eval", str(model), "--tasks", "local_choose", "--task-folder", str(TASKS)]
     assert main([*arguments, "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"tasks"}
+    assert set(json.loads(capsys.readouterr().out)) == {"kv_bits", "tasks"}
 
 
 @pytest.mark.parametrize(("options", "named"), [
