@@ -424,8 +424,11 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
 sq_status
 sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y);
 
-/* y [m][ld_y] = x w^T for w [n][k] in 32 or 16 bits through BLAS, in fixed blocks so that results
- * do not depend on the number of threads. */
+/* y [m][ld_y] = x w^T for w [n][k] in 32 or 16 bits, in fixed blocks so that results do not depend
+ * on the number of threads. 16-bit weights and at most SQ_DENSE_FEW tokens: w is widened in
+ * registers, and a token's results do not depend on m either. All else goes through BLAS, whose last
+ * bits follow m. */
+#define SQ_DENSE_FEW 64
 sq_status
 sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
                 float *y, int64_t ld_y);

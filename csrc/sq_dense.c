@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Linears whose weights stay in 32 or 16 bits, conversion to float32, and rows of such tables. */
 #include <limits.h>
-#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -18,8 +17,7 @@ enum {
     OUTPUTS_PER_BLOCK_STEP = 16,
     BLOCKS_WANTED = 16,       /* enough to share a small linear between threads */
     BLOCK_ELEMENTS = 1 << 20, /* of converted weights: 4 MiB of scratch per thread */
-    FEW_TOKENS = 64, /* up to here 16-bit weights are widened in registers, not in memory */
-    FEW_CHUNK_ELEMENTS = 1 << 17, /* of weights, of such a product: 256 KiB */
+    FEW_CHUNK_ELEMENTS = 1 << 17, /* of weights, of a product with few tokens: 256 KiB */
     CONVERT_GRAIN = 1 << 15,      /* elements of one chunk of a conversion */
 };
 
@@ -172,7 +170,7 @@ sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_
         sq_parallel_for(j.blocks_n * j.blocks_m, 1, multiply_float32, &j);
         return SQ_OK;
     }
-    if (m <= FEW_TOKENS) {
+    if (m <= SQ_DENSE_FEW) {
         sq_parallel_for(n, sq_max_i64(OUTPUTS_PER_BLOCK_STEP, FEW_CHUNK_ELEMENTS / k), multiply_few,
                         &j);
         return SQ_OK;

@@ -14,6 +14,7 @@ from .artifacts import KV_BITS, FormatError
 from .forward import build_layer, flat_positions
 
 PREFILL_TOKENS = 2048  # prompt tokens per call
+HEAD_ROWS = 64  # SQ_DENSE_FEW of the core: a row of so many logits knows nothing of the others
 STREAM_CONTEXT = 16  # prompt tokens decoded with new ones: spaces depend on what stands before
 
 
@@ -29,7 +30,7 @@ class Model:
     def __init__(self, checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True) -> None:
         self.checkpoint = checkpoint
         self.kv_bits = own_kv_bits(checkpoint) if kv_bits is None else kv_bits
-        if self.kv_bits not in (*KV_BITS, 32):
+        if not isinstance(self.kv_bits, (int, np.integer)) or self.kv_bits not in (*KV_BITS, 32):
             raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, 32, "
                              f"found {kv_bits!r}")
         self.kv_hadamard = kv_hadamard
@@ -78,8 +79,19 @@ class Model:
         return self._normalized(hidden).reshape(count, length, -1)
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [..., vocab] of final hidden states [..., hidden]."""
-        return _C.linear_dense(hidden, self._head)
+        """Logits [..., vocab] of final hidden states [..., hidden].
+
+        With a head in 16 bits a row's are the same bits whatever rows come with it.
+        """
+        hidden = np.asarray(hidden, np.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if len(rows) <= HEAD_ROWS:
+            return _C.linear_dense(hidden, self._head)
+        out = np.empty((len(rows), len(self._head)), np.float32)
+        for begin in range(0, len(rows), HEAD_ROWS):
+            part = slice(begin, begin + HEAD_ROWS)
+            out[part] = _C.linear_dense(rows[part], self._head)
+        return out.reshape(*hidden.shape[:-1], -1)
 
     def forward(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [count, length, vocab] of windows of tokens [count, length]."""
@@ -118,7 +130,9 @@ class Model:
 
         temperature 0 takes the most likely token; top_k 0 and top_p 1 are off. A sequence ends at a
         stop token (default: the folder's end-of-sequence ids) or after max_new_tokens. The same
-        seed gives the same tokens; a sequence does not depend on its neighbours in the batch.
+        seed gives the same tokens; with packed linears and a head in 16 bits a sequence does not
+        depend on its neighbours in the batch (unquantized linears go through BLAS, whose last bits
+        follow the batch).
         on_token(sequence, token) is called as tokens appear; True ends the sequence, an exception
         cancels.
         ValueError when a prompt is empty or longer than the model's maximum.
@@ -191,11 +205,15 @@ class Session:
         for a sequence that does not exist or stands twice, MemoryError past the cache's limit: the
         session is as it was then.
         """
-        chosen = np.arange(len(tokens)) if sequences is None else np.asarray(sequences, np.int64)
+        if len(tokens) == 0:
+            raise ValueError("tokens: expected at least one sequence's, got none")
+        chosen = np.arange(len(tokens)) if sequences is None else np.asarray(sequences)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise ValueError(f"sequences: expected a list of integers, got {sequences!r}")
         if len(chosen) != len(tokens):
             raise ValueError(f"sequences: expected {len(tokens)}, one for each of tokens, "
                              f"got {len(chosen)}")
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self.lengths):
+        if not 0 <= chosen.min() <= chosen.max() < len(self.lengths):
             raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, "
                              f"got {chosen.tolist()}")
         if len(set(chosen.tolist())) < len(chosen):

@@ -232,10 +232,10 @@ def test_gemm_f32_generic_is_the_plain_chain():
 @pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 17, 33, 250])
 def test_gemm_half_is_within_the_chain_bound_and_knows_no_batch(table, guarded, dtype, k):
     rng = np.random.default_rng(k)
-    for n in (1, 3, 4, 9):
+    for n in (1, 3, 4, 9, 35):
         w = guarded(rng.standard_normal((n, k)).astype(dtype))
         x = guarded(rng.standard_normal((8, k)).astype(np.float32))
-        whole = _C.linear_dense(x, w)
+        whole = _C.linear_dense(x, w)  # 8 tokens and fewer than 4: two loops in the generic table
         wide = w.astype(float)
         bound = k * EPS * (np.abs(x) @ np.abs(wide).T)
         assert (np.abs(whole - x.astype(float) @ wide.T) <= bound).all()

@@ -61,6 +61,26 @@ def test_batch_of_eight_gives_the_bits_of_each_alone(model):
     np.testing.assert_allclose(model.logits(together), model.logits(alone), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("count", [64, 65, 70, 129])
+def test_logits_of_a_row_know_nothing_of_the_others(model, table, count):
+    _C.use_kernels(table)
+    hidden = np.random.default_rng(count).normal(size=(count, 96)).astype(np.float32)
+    together = model.logits(hidden)
+    assert together.shape == (count, 320)
+    for row in (0, 1, 63, count - 1):
+        np.testing.assert_array_equal(together[row], model.logits(hidden[row]))
+    np.testing.assert_array_equal(model.logits(hidden[None]), together[None])
+
+
+@pytest.mark.parametrize("count", [64, 65, 70])
+def test_generate_of_many_prompts_gives_the_tokens_of_each_alone(model, count):
+    batch = [tokens[:6] for tokens in prompts(count, seed=5)]
+    options = {"max_new_tokens": 3, "temperature": 1.0, "stop_tokens": []}
+    together = model.generate(batch, **options)
+    assert together[0] == model.generate(batch[0], **options)  # stream 0, as in the batch
+    assert together[:count // 2] == model.generate(batch[:count // 2], **options)
+
+
 def test_threads_do_not_change_a_bit(model):
     batch = prompts(4, seed=2)
     results = []
@@ -314,6 +334,7 @@ def test_session_at_its_limit_is_as_it_was(model):
 @pytest.mark.parametrize(("sequences", "message"), [
     ([2], r"sequences: expected 0 to 1, got \[2\]"), ([-1], "sequences: expected 0 to 1"),
     ([0, 1], "sequences: expected 1, one for each of tokens, got 2"),
+    ([0.7], r"sequences: expected a list of integers, got \[0.7\]"),
 ])
 def test_session_names_a_bad_sequence(model, sequences, message):
     session = model.new_session(2, 8)
@@ -321,11 +342,13 @@ def test_session_names_a_bad_sequence(model, sequences, message):
         session.append([np.arange(2, 4)], sequences)
     with pytest.raises(ValueError, match="sequences: expected each once"):
         session.append([np.arange(2, 4)] * 2, [1, 1])
+    with pytest.raises(ValueError, match="tokens: expected at least one sequence's, got none"):
+        session.append([])
     with pytest.raises(ValueError, match="sequence: expected 0 to 1, got 2"):
         session.end(2)
 
 
-@pytest.mark.parametrize("bits", [0, 3, 64, "4"])
+@pytest.mark.parametrize("bits", [0, 3, 64, "4", 4.0])
 def test_model_refuses_other_kv_bits(model, bits):
     with pytest.raises(ValueError, match="kv_bits: expected one of 4, 8, 16, 32"):
         sq.load(model.checkpoint.path, bits)

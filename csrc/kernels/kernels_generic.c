@@ -253,18 +253,76 @@ float_of_f16(uint16_t h)
     return float_of_bits(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
 }
 
+static float
+widened(int is_bf16, uint16_t bits)
+{
+    return is_bf16 ? float_of_bits((uint32_t)bits << 16) : float_of_f16(bits);
+}
+
+/* A piece of HALF_OUTPUTS rows of w is widened, transposed, and serves all tokens, whose sums are as
+ * many chains side by side: one alone would wait for every addition. From HALF_TOKENS on that wins
+ * over the plain loop, with the same sums: each is one chain over k, ascending, from zero. */
+enum { HALF_OUTPUTS = 32, HALF_INPUTS = 128, HALF_TOKENS = 4 };
+
+static void
+widen_piece(int is_bf16, int64_t outputs, int64_t inputs, int64_t k, const uint16_t *w,
+            float piece[HALF_INPUTS][HALF_OUTPUTS])
+{
+    for (int64_t j = 0; j < outputs; j++) {
+        for (int64_t p = 0; p < inputs; p++) {
+            piece[p][j] = widened(is_bf16, w[j * k + p]);
+        }
+    }
+}
+
+/* y [outputs] += x [inputs] times the piece; what stands in the columns behind them is ignored. */
+static void
+add_piece(int64_t outputs, int64_t inputs, const float *x, float piece[HALF_INPUTS][HALF_OUTPUTS],
+          float *y)
+{
+    float sums[HALF_OUTPUTS] = {0};
+    memcpy(sums, y, (size_t)outputs * sizeof *y);
+    for (int64_t p = 0; p < inputs; p++) {
+        for (int j = 0; j < HALF_OUTPUTS; j++) {
+            sums[j] += x[p] * piece[p][j];
+        }
+    }
+    memcpy(y, sums, (size_t)outputs * sizeof *y);
+}
+
+static void
+gemm_half_by_piece(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+                   const uint16_t *w, float *y, int64_t ld_y)
+{
+    float piece[HALF_INPUTS][HALF_OUTPUTS] = {{0}};
+    for (int64_t j = 0; j < n; j += HALF_OUTPUTS) {
+        const int64_t outputs = sq_min_i64(HALF_OUTPUTS, n - j);
+        for (int64_t i = 0; i < m; i++) {
+            memset(y + i * ld_y + j, 0, (size_t)outputs * sizeof *y);
+        }
+        for (int64_t p = 0; p < k; p += HALF_INPUTS) {
+            const int64_t inputs = sq_min_i64(HALF_INPUTS, k - p);
+            widen_piece(is_bf16, outputs, inputs, k, w + j * k + p, piece);
+            for (int64_t i = 0; i < m; i++) {
+                add_piece(outputs, inputs, x + i * ld_x + p, piece, y + i * ld_y + j);
+            }
+        }
+    }
+}
+
 static void
 sq_gemm_half__generic(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
                       const uint16_t *w, float *y, int64_t ld_y)
 {
+    if (m >= HALF_TOKENS) {
+        gemm_half_by_piece(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
+        return;
+    }
     for (int64_t i = 0; i < m; i++) {
         for (int64_t j = 0; j < n; j++) {
-            const uint16_t *row = w + j * k;
             float sum = 0.0f;
             for (int64_t p = 0; p < k; p++) {
-                const float weight =
-                    is_bf16 ? float_of_bits((uint32_t)row[p] << 16) : float_of_f16(row[p]);
-                sum += x[i * ld_x + p] * weight;
+                sum += x[i * ld_x + p] * widened(is_bf16, w[j * k + p]);
             }
             y[i * ld_y + j] = sum;
         }
