@@ -20,19 +20,18 @@ COMMON_FLAGS = [
     "-std=c11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
     "-Wall", "-Wextra", "-pthread", "-Icsrc",
 ]
-X86_64 = ("x86_64", "amd64")
-X86 = (*X86_64, "i686")
+X86_64 = ("x86_64", "amd64")  # 32-bit x86 takes the generic table: the others move 64-bit registers
 ARM = ("aarch64", "arm64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
                "-mprefer-vector-width=512"]
-# Instruction set -> (machine prefixes it exists on, flags of its one file).
+# Instruction set -> (machine prefixes it exists on, flags of its one file, the set that it needs).
 KERNEL_FLAGS = {
-    "avx2": (X86, AVX2),
-    "avxvnni": (X86, [*AVX2, "-mavxvnni"]),
-    "avx512vnni": (X86, AVX512_VNNI),
-    "amx": (X86_64, AVX512_VNNI),  # the tile instructions are inline assembly
-    "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
+    "avx2": (X86_64, AVX2, None),
+    "avxvnni": (X86_64, [*AVX2, "-mavxvnni"], "avx2"),
+    "avx512vnni": (X86_64, AVX512_VNNI, "avx2"),
+    "amx": (X86_64, AVX512_VNNI, "avx512vnni"),  # the tile instructions are inline assembly
+    "neon": (ARM, ["-march=armv8.2-a+dotprod"], None),
 }
 
 
@@ -44,7 +43,8 @@ def kernel_sets():
     if switch("GENERIC_ONLY"):
         return {}
     machine = platform.machine().lower()
-    return {isa: flags for isa, (hosts, flags) in KERNEL_FLAGS.items() if machine in hosts}
+    return {isa: (flags, base) for isa, (hosts, flags, base) in KERNEL_FLAGS.items()
+            if machine in hosts}
 
 
 class BuildExt(build_ext):
@@ -52,7 +52,11 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         ext.extra_objects = list(ext.extra_objects)
-        for isa, flags in kernel_sets().items():
+        built = set()
+        for isa, (flags, base) in kernel_sets().items():
+            if base and base not in built:
+                print(f"singlequant: no {isa} kernels, as they need those of {base}")
+                continue
             source = f"csrc/kernels/kernels_{isa}.c"
             try:
                 objects = self.compiler.compile(
@@ -64,6 +68,7 @@ class BuildExt(build_ext):
                     raise
                 print(f"singlequant: no {isa} kernels, the compiler refused {flags}: {error}")
                 continue
+            built.add(isa)
             ext.extra_objects += objects
             ext.define_macros.append((f"SQ_HAVE_{isa.upper()}", "1"))
         super().build_extension(ext)

@@ -4,6 +4,8 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <sys/types.h>
+#include <unistd.h>
 
 #include "py_factor.h"
 
@@ -12,6 +14,7 @@
 typedef struct {
     PyObject_HEAD sq_kv_cache_t *cache; /* owned */
     PyThread_type_lock lock;            /* held by the call that uses cache */
+    pid_t process;                      /* the one that the lock was last seen free in */
     void *workspace;                    /* owned: of the last forward(), for the next one */
     size_t workspace_bytes;
 } KVCache;
@@ -28,17 +31,28 @@ PyDoc_STRVAR(
     "A page is page_tokens positions of one sequence in one layer. It is taken, as zeros, when a\n"
     "position is first written, and given back by release(); nbytes counts the pages in memory: "
     "those of\nsequences and at most as many free ones. May be shared between threads: calls that "
-    "use one cache\nwait for each other, whatever their layers are.\n"
+    "use one cache\nwait for each other, whatever their layers are. In a forked child, a RuntimeError where a "
+    "call used\nthe cache at the fork.\n"
     "ValueError names a size that is out of range; MemoryError if there is not enough.");
 
-static void
-cache_lock(const KVCache *self)
+/* 0, or -1 with RuntimeError. A child process inherits the lock: where it is taken, the thread that
+ * would give it back exists in the parent alone, and what that thread wrote is half done. */
+static int
+cache_lock(KVCache *self)
 {
+    const pid_t process = getpid();
     if (!PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) {
+        if (self->process != process) {
+            PyErr_SetString(PyExc_RuntimeError,
+                            "cache: expected one that no call used when this process was forked");
+            return -1;
+        }
         Py_BEGIN_ALLOW_THREADS;
         PyThread_acquire_lock(self->lock, WAIT_LOCK);
         Py_END_ALLOW_THREADS;
     }
+    self->process = process;
+    return 0;
 }
 
 static void
@@ -47,13 +61,21 @@ cache_unlock(const KVCache *self)
     PyThread_release_lock(self->lock);
 }
 
+static void
+drop_workspace(KVCache *self)
+{
+    free(self->workspace);
+    self->workspace = NULL;
+    self->workspace_bytes = 0;
+}
+
 /* With the lock held: workspace of at least `bytes`, kept because a fresh one costs page faults in
  * every layer of every step. 0, or -1 with MemoryError. */
 static int
 cache_workspace(KVCache *self, size_t bytes)
 {
     if (bytes > self->workspace_bytes) {
-        free(self->workspace);
+        drop_workspace(self);
         self->workspace = sq_alloc(bytes);
         self->workspace_bytes = self->workspace ? bytes : 0;
     }
@@ -114,6 +136,7 @@ cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->lock = PyThread_allocate_lock();
+    self->process = getpid();
     const sq_status status = self->lock ? sq_kv_cache_create(&shape, &self->cache) : SQ_ERR_NOMEM;
     if (status == SQ_OK) {
         return (PyObject *)self;
@@ -134,7 +157,7 @@ cache_dealloc(PyObject *object)
     KVCache *self = (KVCache *)object;
     PyTypeObject *type = Py_TYPE(object);
     sq_kv_cache_destroy(self->cache);
-    free(self->workspace);
+    drop_workspace(self);
     if (self->lock) {
         PyThread_free_lock(self->lock);
     }
@@ -286,10 +309,10 @@ raise_cache(PyObject *module, const KVCache *self, sq_status status, const char 
     const long long limit = sq_kv_cache_shape(self->cache)->limit_bytes;
     if (status == SQ_ERR_NOMEM && limit) {
         return PyErr_Format(PyExc_MemoryError,
-                            "%s: expected pages of at most %lld bytes (limit) and that many free, "
-                            "found %lld held in pages of %lld",
-                            context, limit, (long long)sq_kv_cache_bytes(self->cache),
-                            (long long)sq_kv_cache_page_bytes(self->cache));
+                            "limit: expected room for more pages of %lld bytes, found %lld of %lld "
+                            "bytes taken",
+                            (long long)sq_kv_cache_page_bytes(self->cache),
+                            (long long)sq_kv_cache_bytes(self->cache), limit);
     }
     return sq_py_raise(module, status, context);
 }
@@ -308,19 +331,18 @@ static PyObject *
 cache_reserve(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"sequence", "position", NULL};
-    const KVCache *self = (const KVCache *)object;
+    KVCache *self = (KVCache *)object;
     PyObject *module = PyType_GetModule(Py_TYPE(object)), *sequence, *position;
     struct tokens tokens;
     if (!module ||
         !PyArg_ParseTupleAndKeywords(args, kwargs, "OO:reserve", names, &sequence, &position)) {
         return NULL;
     }
-    if (parse_tokens(self, sequence, position, -1, &tokens)) {
+    if (parse_tokens(self, sequence, position, -1, &tokens) || cache_lock(self)) {
         free_tokens(&tokens);
         return NULL;
     }
     sq_status status;
-    cache_lock(self);
     SQ_BEGIN_NOGIL(SQ_GIL_THRESHOLD)
     status = sq_kv_cache_reserve(self->cache, 0, sq_kv_cache_shape(self->cache)->layers,
                                  tokens.sequence, tokens.position, tokens.m);
@@ -338,7 +360,7 @@ PyDoc_STRVAR(release_doc,
 static PyObject *
 cache_release(PyObject *object, PyObject *arg)
 {
-    const KVCache *self = (const KVCache *)object;
+    KVCache *self = (KVCache *)object;
     const long long sequences = sq_kv_cache_shape(self->cache)->sequences;
     const long long sequence = PyLong_AsLongLong(arg);
     if (sequence == -1 && PyErr_Occurred()) {
@@ -348,8 +370,13 @@ cache_release(PyObject *object, PyObject *arg)
         return PyErr_Format(PyExc_ValueError, "sequence: expected 0 to %lld, got %lld",
                             sequences - 1, sequence);
     }
-    cache_lock(self);
+    if (cache_lock(self)) {
+        return NULL;
+    }
     const sq_status status = sq_kv_cache_release(self->cache, sequence);
+    if (sq_kv_cache_bytes(self->cache) == 0) { /* nothing is being decoded */
+        drop_workspace(self);
+    }
     cache_unlock(self);
     if (status != SQ_OK) {
         return sq_py_raise(PyType_GetModule(Py_TYPE(object)), status, "release");
@@ -368,7 +395,7 @@ static PyObject *
 cache_read(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"layer", "sequence", "count", NULL};
-    const KVCache *self = (const KVCache *)object;
+    KVCache *self = (KVCache *)object;
     const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
     const long long most[3] = {shape->layers - 1, shape->sequences - 1, shape->capacity};
     long long found[3];
@@ -386,11 +413,10 @@ cache_read(PyObject *object, PyObject *args, PyObject *kwargs)
     const npy_intp dims[3] = {found[2], shape->kv_heads, shape->head_dim};
     PyArrayObject *keys = sq_py_empty(3, dims, NPY_FLOAT);
     PyArrayObject *values = keys ? sq_py_empty(3, dims, NPY_FLOAT) : NULL;
-    if (!values) {
+    if (!values || cache_lock(self)) {
         goto done;
     }
     sq_status status;
-    cache_lock(self);
     SQ_BEGIN_NOGIL(PyArray_SIZE(keys))
     status = sq_kv_cache_read(self->cache, found[0], found[1], found[2], PyArray_DATA(keys),
                               PyArray_DATA(values));
@@ -513,6 +539,12 @@ parse_keys(PyObject *dict, PyObject *values[N_KEYS])
 static int
 check_architecture(const struct sq_architecture *a)
 {
+    if (a->heads * a->head_dim > SQ_WIDTH_MAX) {
+        PyErr_Format(PyExc_ValueError,
+                     "architecture: expected heads * head_dim of at most %lld, got %lld * %lld",
+                     (long long)SQ_WIDTH_MAX, (long long)a->heads, (long long)a->head_dim);
+        return -1;
+    }
     if (a->head_dim % 2) {
         PyErr_Format(PyExc_ValueError, "architecture: expected an even head_dim, got %lld",
                      (long long)a->head_dim);
@@ -534,6 +566,8 @@ parse_values(DecoderLayer *self, PyObject *dict)
     struct sq_architecture *a = &self->architecture;
     int64_t *const integers[N_INTEGER_KEYS] = {&a->hidden,   &a->intermediate, &a->heads,
                                                &a->kv_heads, &a->head_dim,     &a->sliding_window};
+    const int64_t most[N_INTEGER_KEYS] = {SQ_WIDTH_MAX, SQ_WIDTH_MAX, SQ_HEADS_MAX,
+                                          SQ_HEADS_MAX, SQ_WIDTH_MAX, INT32_MAX};
     float *const numbers[] = {&a->rms_eps, &a->rope_scale};
     if (parse_keys(dict, values)) {
         return -1;
@@ -556,9 +590,10 @@ parse_values(DecoderLayer *self, PyObject *dict)
         if (*integers[i] == -1 && PyErr_Occurred()) {
             return -1;
         }
-        if (*integers[i] < (i == KEY_SLIDING_WINDOW ? 0 : 1) || *integers[i] > INT32_MAX) {
-            PyErr_Format(PyExc_ValueError, "architecture: %s: out of range: %R", keys[i],
-                         values[i]);
+        const int least = i == KEY_SLIDING_WINDOW ? 0 : 1;
+        if (*integers[i] < least || *integers[i] > most[i]) {
+            PyErr_Format(PyExc_ValueError, "architecture: %s: expected %d to %lld, got %R", keys[i],
+                         least, (long long)most[i], values[i]);
             return -1;
         }
     }
@@ -719,14 +754,12 @@ done:
     return result;
 }
 
-static const int site_first[SQ_N_SITES + 1] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN, SQ_N_LINEARS};
-
 /* The packed linears of a site share their codes: 0 if they agree on which inputs have 8 bits. */
 static int
 check_high(const DecoderLayer *self, int site)
 {
     long long high = -1;
-    for (int i = site_first[site]; i < site_first[site + 1]; i++) {
+    for (int i = sq_site_first[site]; i < sq_site_first[site + 1]; i++) {
         const sq_packed_t *packed = self->layer.linears[i].packed;
         const long long own = packed ? sq_packed_high(packed) : high;
         if (own > 0 && self->layer.sites[site].bits != 4) {
@@ -761,7 +794,7 @@ parse_sites(DecoderLayer *self, PyObject *sites)
     }
     for (int i = 0; i < SQ_N_SITES && !result; i++) {
         result =
-            parse_site(self, i, PyTuple_GET_ITEM(list, i), self->layer.linears[site_first[i]].k);
+            parse_site(self, i, PyTuple_GET_ITEM(list, i), self->layer.linears[sq_site_first[i]].k);
         if (!result) {
             result = check_high(self, i);
         }
@@ -860,6 +893,10 @@ layer_repr(PyObject *object)
 
 /* ---- forward ---------------------------------------------------------------------------- */
 
+/* Positions by which the workspace grows: not with each token. */
+enum { WORKSPACE_STEP = 256 };
+_Static_assert(((int64_t)1 << 31) % WORKSPACE_STEP == 0, "a cache's capacity, rounded up, is one");
+
 /* hidden is written in place, so nothing but the very array will do. Borrowed, or NULL. */
 static PyArrayObject *
 writable_hidden(PyObject *o, int64_t width)
@@ -908,10 +945,9 @@ check_cache(const struct sq_architecture *a, const struct sq_kv_shape *cache, lo
 static PyObject *
 new_record(const struct sq_layer *layer, int64_t m, struct sq_record *record)
 {
-    static const int first[SQ_N_SITES] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN};
     PyObject *tuple = PyTuple_New(SQ_N_SITES);
     for (int i = 0; tuple && i < SQ_N_SITES; i++) {
-        const npy_intp dims[2] = {m, layer->linears[first[i]].k};
+        const npy_intp dims[2] = {m, layer->linears[sq_site_first[i]].k};
         PyArrayObject *array = sq_py_empty(2, dims, NPY_FLOAT);
         if (!array) {
             Py_CLEAR(tuple);
@@ -962,15 +998,22 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     const int64_t m = PyArray_DIM(hidden, 0);
+    if (m > SQ_TOKENS_MAX) {
+        return PyErr_Format(PyExc_ValueError, "hidden: expected at most %lld tokens, got %lld",
+                            (long long)SQ_TOKENS_MAX, (long long)m);
+    }
     if (parse_tokens(cache, sequence_object, position_object, m, &tokens)) {
         goto done;
     }
     if (wants_record && !(recorded = new_record(&self->layer, m, &record))) {
         goto done;
     }
+    if (cache_lock(cache)) {
+        goto done;
+    }
     sq_status status;
-    cache_lock(cache);
-    if (cache_workspace(cache, sq_layer_workspace_bytes(a, &self->layer, m, tokens.length))) {
+    const int64_t length = sq_round_up(tokens.length, WORKSPACE_STEP);
+    if (cache_workspace(cache, sq_layer_workspace_bytes(a, &self->layer, m, length))) {
         cache_unlock(cache);
         goto done;
     }

@@ -426,8 +426,8 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
 
 /* y [m][ld_y] = x w^T for w [n][k] in 32 or 16 bits, in fixed blocks so that results do not depend
  * on the number of threads. 16-bit weights and at most SQ_DENSE_FEW tokens: w is widened in
- * registers, and a token's results do not depend on m either. All else goes through BLAS, whose last
- * bits follow m. */
+ * registers, and a token's results do not depend on m either. All else goes through BLAS, whose
+ * last bits follow m. */
 #define SQ_DENSE_FEW 64
 sq_status
 sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
@@ -462,6 +462,11 @@ struct sq_site {
 
 enum { SQ_Q, SQ_K, SQ_V, SQ_O, SQ_GATE, SQ_UP, SQ_DOWN, SQ_N_LINEARS };
 enum { SQ_SITE_QKV, SQ_SITE_O, SQ_SITE_GATE_UP, SQ_SITE_DOWN, SQ_N_SITES };
+
+/* The most tokens of a call, inputs of a linear, and heads. */
+#define SQ_TOKENS_MAX ((int64_t)1 << 24)
+#define SQ_WIDTH_MAX ((int64_t)1 << 24)
+#define SQ_HEADS_MAX ((int64_t)1 << 16)
 
 struct sq_architecture {
     int64_t hidden, intermediate, heads, kv_heads, head_dim;

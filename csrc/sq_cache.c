@@ -437,7 +437,7 @@ choose_code(const struct sq_kernels *kernels, int bits, const float *x, int64_t 
         code.scale16 = code.minimum16 = F16_NAN;
         return code;
     }
-    code.minimum16 = to_f16(kernels, low);
+    code.minimum16 = to_f16(kernels, low + 0.0f); /* of 0 and -0 extremes may give either: 0 */
     code.minimum = from_f16(kernels, code.minimum16);
     if (code.minimum > low && code.minimum > -65504.0f) {
         /* of float16's bits one less is nearer to zero: of a positive number that is down */

@@ -8,16 +8,13 @@
 #include "sq_threads.h"
 
 /* Limits within which no size below can overflow 63 bits. The largest are a row per token, and the
- * attention scratch: per lane at most MAX_HEADS rows of a score for each position and of a query
+ * attention scratch: per lane at most SQ_HEADS_MAX rows of a score for each position and of a query
  * and two outputs of one head, and a page of that head. */
-#define MAX_TOKENS ((int64_t)1 << 24)
-#define MAX_WIDTH ((int64_t)1 << 24)
-#define MAX_HEADS ((int64_t)1 << 16)
 #define MAX_LENGTH ((int64_t)1 << 31)
-_Static_assert(MAX_TOKENS <= INT64_MAX / 16 / (int64_t)sizeof(float) / MAX_WIDTH,
+_Static_assert(SQ_TOKENS_MAX <= INT64_MAX / 16 / (int64_t)sizeof(float) / SQ_WIDTH_MAX,
                "sixteen buffers of a row per token");
-_Static_assert(MAX_LENGTH + 4 * MAX_WIDTH + 4 * SQ_PAGE_TOKENS <=
-                   INT64_MAX / SQ_ATTENTION_LANES / MAX_HEADS / (int64_t)sizeof(float),
+_Static_assert(MAX_LENGTH + 4 * SQ_WIDTH_MAX + 4 * SQ_PAGE_TOKENS <=
+                   INT64_MAX / SQ_ATTENTION_LANES / SQ_HEADS_MAX / (int64_t)sizeof(float),
                "the attention scratch");
 
 enum {
@@ -124,12 +121,10 @@ struct layer_scratch {
     void *activations, *rotation, *attention;
 };
 
-static const int site_first[SQ_N_SITES + 1] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN, SQ_N_LINEARS};
-
 static int
 site_has_packed(const struct sq_layer *layer, int site)
 {
-    for (int i = site_first[site]; i < site_first[site + 1]; i++) {
+    for (int i = sq_site_first[site]; i < sq_site_first[site + 1]; i++) {
         if (layer->linears[i].packed) {
             return 1;
         }
@@ -154,7 +149,7 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
     size_t used = 0, activations = 0, rotation = 0;
     for (int site = 0; site < SQ_N_SITES; site++) {
         const struct sq_site *rules = &layer->sites[site];
-        const int64_t k = layer->linears[site_first[site]].k;
+        const int64_t k = layer->linears[sq_site_first[site]].k;
         if (site_has_packed(layer, site)) {
             const size_t bytes = sq_activations_workspace_bytes(rules->bits, chunk, k);
             activations = bytes > activations ? bytes : activations;
@@ -188,9 +183,9 @@ check_architecture(const struct sq_architecture *a)
         a->head_dim < 2 || a->head_dim % 2 || a->heads % a->kv_heads) {
         return SQ_ERR_SHAPE;
     }
-    if (a->hidden > MAX_WIDTH || a->intermediate > MAX_WIDTH || a->heads > MAX_HEADS ||
-        a->head_dim > MAX_WIDTH || a->heads * a->head_dim > MAX_WIDTH || a->sliding_window < 0 ||
-        !(a->rms_eps >= 0)) {
+    if (a->hidden > SQ_WIDTH_MAX || a->intermediate > SQ_WIDTH_MAX || a->heads > SQ_HEADS_MAX ||
+        a->head_dim > SQ_WIDTH_MAX || a->heads * a->head_dim > SQ_WIDTH_MAX ||
+        a->sliding_window < 0 || !(a->rms_eps >= 0)) {
         return SQ_ERR_RANGE;
     }
     return SQ_OK;
@@ -201,7 +196,7 @@ static sq_status
 check_high(const struct sq_layer *layer, int site)
 {
     int64_t high = -1;
-    for (int i = site_first[site]; i < site_first[site + 1]; i++) {
+    for (int i = sq_site_first[site]; i < sq_site_first[site + 1]; i++) {
         if (layer->linears[i].packed) {
             const int64_t own = sq_packed_high(layer->linears[i].packed);
             if ((high >= 0 && own != high) || (own && layer->sites[site].bits != 4)) {
@@ -246,7 +241,7 @@ check_layer(const struct sq_architecture *a, const struct sq_layer *layer)
         if (r->kind == SQ_KRONECKER && !sq_product(r->left.order, r->right.order, &order)) {
             return SQ_ERR_SHAPE;
         }
-        if (r->kind && order != k[site_first[site]]) {
+        if (r->kind && order != k[sq_site_first[site]]) {
             return SQ_ERR_SHAPE;
         }
     }
@@ -259,8 +254,8 @@ sq_layer_workspace_bytes(const struct sq_architecture *a, const struct sq_layer 
                          int64_t length)
 {
     struct layer_scratch s;
-    if (!a || !layer || check_architecture(a) || check_layer(a, layer) || m < 0 || m > MAX_TOKENS ||
-        length < 0 || length > MAX_LENGTH) {
+    if (!a || !layer || check_architecture(a) || check_layer(a, layer) || m < 0 ||
+        m > SQ_TOKENS_MAX || length < 0 || length > MAX_LENGTH) {
         return SIZE_MAX / 2;
     }
     return lay_out(a, layer, m, length, NULL, &s);
@@ -287,13 +282,13 @@ enter_site(const struct sq_layer *layer, int site, const float *x, int64_t m,
         return SQ_OK;
     }
     const sq_packed_t *packed = NULL;
-    for (int i = site_first[site]; i < site_first[site + 1] && !packed; i++) {
+    for (int i = sq_site_first[site]; i < sq_site_first[site + 1] && !packed; i++) {
         packed = layer->linears[i].packed;
     }
     return sq_activations_prepare(sq_packed_kernels(packed), rules->bits, rules->clip,
                                   sq_packed_high(packed), &rules->rotation, x, m,
-                                  layer->linears[site_first[site]].k, s->rotation, s->activations,
-                                  &input->activations);
+                                  layer->linears[sq_site_first[site]].k, s->rotation,
+                                  s->activations, &input->activations);
 }
 
 static sq_status
@@ -393,7 +388,7 @@ check_cache(const struct sq_architecture *a, const sq_kv_cache_t *cache, int64_t
     if (shape->kv_heads != a->kv_heads || shape->head_dim != a->head_dim || m < 0) {
         return SQ_ERR_SHAPE;
     }
-    if (m > MAX_TOKENS || index < 0 || index >= shape->layers) {
+    if (m > SQ_TOKENS_MAX || index < 0 || index >= shape->layers) {
         return SQ_ERR_RANGE;
     }
     return SQ_OK;

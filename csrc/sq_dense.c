@@ -15,8 +15,8 @@ enum {
     TOKENS_PER_BLOCK = 256,
     OUTPUTS_PER_BLOCK_MAX = 256,
     OUTPUTS_PER_BLOCK_STEP = 16,
-    BLOCKS_WANTED = 16,       /* enough to share a small linear between threads */
-    BLOCK_ELEMENTS = 1 << 20, /* of converted weights: 4 MiB of scratch per thread */
+    BLOCKS_WANTED = 16,           /* enough to share a small linear between threads */
+    BLOCK_ELEMENTS = 1 << 20,     /* of converted weights: 4 MiB of scratch per thread */
     FEW_CHUNK_ELEMENTS = 1 << 17, /* of weights, of a product with few tokens: 256 KiB */
     CONVERT_GRAIN = 1 << 15,      /* elements of one chunk of a conversion */
 };

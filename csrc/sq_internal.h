@@ -108,10 +108,18 @@ sq_alloc(size_t bytes)
     return aligned_alloc(SQ_ALIGN_BYTES, bytes);
 }
 
+/* Bytes of workspace for sq_rotate and sq_rotate_blocks of m rows or fewer inside a parallel loop,
+ * where they run on one worker. SIZE_MAX / 2 when the sizes are out of range. */
+size_t
+sq_rotation_serial_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m);
+
 /* sq_rotate_each for blocks. */
 sq_status
 sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
                       sq_rows_fn fn, void *context, void *workspace);
+
+/* The linears of a site are sq_site_first[site] .. sq_site_first[site + 1] - 1. */
+static const int sq_site_first[SQ_N_SITES + 1] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN, SQ_N_LINEARS};
 
 /* What sq_pack.c makes and sq_linear.c reads: immutable after sq_packed_create. */
 struct sq_packed_t {

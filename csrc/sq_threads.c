@@ -17,6 +17,8 @@
  * for the next job for SPIN_NS before it sleeps, yielding the CPU to whoever wants it, since the
  * jobs of a decoder follow one another within microseconds and waking a thread takes tens. */
 enum { SPIN_NS = 50000 };
+/* Of a worker: a call of the AMX kernels holds 100 KiB, and some C libraries give 128 KiB. */
+enum { STACK_BYTES = 1 << 20 };
 
 static struct {
     pthread_mutex_t owner; /* held by the caller whose job runs */
@@ -115,6 +117,7 @@ start_workers(void)
             break;
         }
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        (void)pthread_attr_setstacksize(&attributes, STACK_BYTES);
         const int failed =
             pthread_create(&id, &attributes, worker, (void *)(intptr_t)(pool.started + 1));
         pthread_attr_destroy(&attributes);

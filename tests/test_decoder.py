@@ -539,8 +539,11 @@ EYE6, EYE8 = np.eye(6), np.eye(8)
     [
         ({"architecture": {"heads": 5}}, "multiple of kv_heads, got 5 and 2"),
         ({"architecture": {"head_dim": 7}}, "even head_dim, got 7"),
-        ({"architecture": {"hidden": 0}}, "hidden: out of range: 0"),
-        ({"architecture": {"sliding_window": -1}}, "sliding_window: out of range: -1"),
+        ({"architecture": {"hidden": 0}}, "hidden: expected 1 to 16777216, got 0"),
+        ({"architecture": {"hidden": 2**24 + 1}}, "hidden: expected 1 to 16777216, got 16777217"),
+        ({"architecture": {"heads": 2**17}}, "heads: expected 1 to 65536, got 131072"),
+        ({"architecture": {"head_dim": 2**24}}, r"heads \* head_dim of at most 16777216, got"),
+        ({"architecture": {"sliding_window": -1}}, "sliding_window: expected 0 to 2147483647, got"),
         ({"architecture": {"rms_eps": -1.0}}, "rms_eps: expected at least 0"),
         ({"architecture": {"rope_scale": np.nan}}, "rope_scale: expected at least 0"),
         ({"architecture": {"inv_freq": np.ones(5)}}, r"inv_freq: expected shape\[0\] = 4, got 5"),

@@ -6,7 +6,10 @@ compared bit for bit with the NumPy twin of the rounding; attention is compared 
 attention over read()'s own values, so that no code near a rounding boundary blurs either test.
 """
 
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -434,12 +437,13 @@ def test_reserve_takes_the_pages_of_all_layers_or_none(rng):
     cache = attention.cache(4, layers=3, bits=4, limit=7 * page)
     cache.reserve([0, 0, 1], [0, PAGE - 1, 5])
     assert cache.nbytes == 6 * page
-    with pytest.raises(MemoryError, match=rf"reserve: .* at most {7 * page} bytes \(limit\)"):
+    with pytest.raises(MemoryError, match=rf"limit: expected room for more pages of {page} bytes, "
+                                          rf"found {6 * page} of {7 * page} bytes taken"):
         cache.reserve([0, 2], [5, 0])
     assert cache.nbytes == 6 * page
     cache.reserve([0], [7])
     hidden = hiddens(rng, 2)
-    with pytest.raises(MemoryError, match=r"forward: expected pages of at most"):
+    with pytest.raises(MemoryError, match="limit: expected room for more pages of"):
         attention.layer.forward(hidden, [0, 0], [PAGE, 2 * PAGE], cache, 1)
     assert not np.any(cache.read(1, 0, 200))
     attention.layer.forward(hidden, [1, 1], [PAGE, PAGE + 1], cache, 1)  # the seventh
@@ -447,6 +451,38 @@ def test_reserve_takes_the_pages_of_all_layers_or_none(rng):
     cache.release(1)
     cache.reserve([3], [9])  # takes the place of what was freed
     assert cache.nbytes <= 7 * page
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # CPython's note on forking with threads
+def test_cache_in_use_at_a_fork_is_refused_by_the_child_and_an_idle_one_is_not(rng):
+    attention = Attention(rng)
+    many = 12_000  # half a second of attention
+    busy, idle, hidden = attention.cache(capacity=many), attention.cache(), hiddens(rng, many)
+    sq.set_num_threads(1)
+    thread = threading.Thread(target=attention.run, args=(hidden, *tokens(many), busy))
+    thread.start()
+    while not busy.nbytes:
+        time.sleep(0.001)
+    child = os.fork()  # the thread is in the core, in a call that has taken its pages
+    if child == 0:
+        signal.alarm(20)  # ends the child where it would wait for ever
+        failed = 1
+        try:
+            idle.reserve([0], [5])
+            busy.reserve([0], [5])
+        except RuntimeError as error:
+            failed = 0 if "when this process was forked" in str(error) else 2
+        os._exit(failed)
+    _, status = os.waitpid(child, 0)
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_forward_refuses_more_tokens_than_a_call_may_have(rng):
+    attention = Attention(rng)
+    hidden = np.empty((2**24 + 1, 24), np.float32)  # never touched
+    with pytest.raises(ValueError, match="hidden: expected at most 16777216 tokens, got 16777217"):
+        attention.layer.forward(hidden, [0], [0], attention.cache(), 0)
 
 
 def test_limit_below_a_page_is_reached_at_once(rng):

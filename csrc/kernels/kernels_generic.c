@@ -259,9 +259,9 @@ widened(int is_bf16, uint16_t bits)
     return is_bf16 ? float_of_bits((uint32_t)bits << 16) : float_of_f16(bits);
 }
 
-/* A piece of HALF_OUTPUTS rows of w is widened, transposed, and serves all tokens, whose sums are as
- * many chains side by side: one alone would wait for every addition. From HALF_TOKENS on that wins
- * over the plain loop, with the same sums: each is one chain over k, ascending, from zero. */
+/* A piece of HALF_OUTPUTS rows of w is widened, transposed, and serves all tokens, whose sums are
+ * as many chains side by side: one alone would wait for every addition. From HALF_TOKENS on that
+ * wins over the plain loop, with the same sums: each is one chain over k, ascending, from zero. */
 enum { HALF_OUTPUTS = 32, HALF_INPUTS = 128, HALF_TOKENS = 4 };
 
 static void
