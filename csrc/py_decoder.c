@@ -31,7 +31,8 @@ PyDoc_STRVAR(
     "A page is page_tokens positions of one sequence in one layer. It is taken, as zeros, when a\n"
     "position is first written, and given back by release(); nbytes counts the pages in memory: "
     "those of\nsequences and at most as many free ones. May be shared between threads: calls that "
-    "use one cache\nwait for each other, whatever their layers are. In a forked child, a RuntimeError where a "
+    "use one cache\nwait for each other, whatever their layers are. In a forked child, a "
+    "RuntimeError where a "
     "call used\nthe cache at the fork.\n"
     "ValueError names a size that is out of range; MemoryError if there is not enough.");
 

@@ -218,8 +218,8 @@ sq_py_rotation_argument(PyObject *o, int64_t k, struct sq_py_rotation *rotation)
         return sq_py_rotation(o, Py_None, k, "rotation", rotation);
     }
     PyErr_Format(PyExc_TypeError,
-                 "rotation: expected None, (left, right) or (first, permutation, second), got %R",
-                 o);
+                 "rotation: expected None, (left, right) or (first, permutation, second), got %s",
+                 Py_TYPE(o)->tp_name);
     return -1;
 }
 

@@ -146,8 +146,7 @@ done:
 struct weight_arguments {
     PyObject *weight_object, *rotation_object, *columns_object, *rows_object; /* borrowed */
     PyArrayObject *weight, *columns, *rows;                                   /* owned */
-    struct sq_py_factor left, right;
-    struct sq_py_blocks blocks;
+    struct sq_py_rotation rotation;
     struct sq_weight_transform transform;
     sq_dtype dtype;
     int64_t n, k;
@@ -159,9 +158,7 @@ clear_weight_arguments(struct weight_arguments *a)
     Py_CLEAR(a->weight);
     Py_CLEAR(a->columns);
     Py_CLEAR(a->rows);
-    sq_py_factor_clear(&a->left);
-    sq_py_factor_clear(&a->right);
-    sq_py_blocks_clear(&a->blocks);
+    sq_py_rotation_clear(&a->rotation);
 }
 
 /* Factors o [count] into *array and *values, or nothing where o is None. 0, or -1. */
@@ -180,51 +177,6 @@ take_factors(PyObject *o, int64_t count, const char *name, PyArrayObject **array
     return 0;
 }
 
-/* rotation: None, (left, right) or (first, permutation, second). 0, or -1 with an exception. */
-static int
-take_rotation(struct weight_arguments *a)
-{
-    PyObject *o = a->rotation_object;
-    if (o == Py_None) {
-        return 0;
-    }
-    const Py_ssize_t parts = PyTuple_Check(o) ? PyTuple_GET_SIZE(o) : 0;
-    int64_t found;
-    if (parts == 2) {
-        if (sq_py_factor(PyTuple_GET_ITEM(o, 0), SQ_PY_LEFT, "left", &a->left) ||
-            sq_py_factor(PyTuple_GET_ITEM(o, 1), SQ_PY_RIGHT, "right", &a->right)) {
-            return -1;
-        }
-        a->transform.left = &a->left.factor;
-        a->transform.right = &a->right.factor;
-        if (!sq_product(a->left.factor.order, a->right.factor.order, &found)) {
-            found = -1;
-        }
-    }
-    else if (parts == 3) {
-        PyObject *const objects[3] = {PyTuple_GET_ITEM(o, 0), PyTuple_GET_ITEM(o, 1),
-                                      PyTuple_GET_ITEM(o, 2)};
-        if (sq_py_blocks(objects, "", &a->blocks)) {
-            return -1;
-        }
-        a->transform.blocks = &a->blocks.rotation;
-        found = a->blocks.rotation.k;
-    }
-    else {
-        PyErr_Format(PyExc_TypeError,
-                     "rotation: expected None, (left, right) or (first, permutation, second), got "
-                     "%R",
-                     (PyObject *)Py_TYPE(o));
-        return -1;
-    }
-    if (found != a->k) {
-        PyErr_Format(PyExc_ValueError, "rotation: expected one of k = %lld inputs, got %lld",
-                     (long long)a->k, (long long)found);
-        return -1;
-    }
-    return 0;
-}
-
 /* The objects of a, parsed, into its transform. 0, or -1 with an exception. Clear a either way. */
 static int
 take_weight_arguments(struct weight_arguments *a)
@@ -239,11 +191,13 @@ take_weight_arguments(struct weight_arguments *a)
         PyErr_SetString(PyExc_ValueError, "weight: expected k >= 1, got 0");
         return -1;
     }
-    return take_factors(a->columns_object, a->k, "columns", &a->columns, &a->transform.columns) ||
-                   take_factors(a->rows_object, a->n, "rows", &a->rows, &a->transform.rows) ||
-                   take_rotation(a)
-               ? -1
-               : 0;
+    if (take_factors(a->columns_object, a->k, "columns", &a->columns, &a->transform.columns) ||
+        take_factors(a->rows_object, a->n, "rows", &a->rows, &a->transform.rows) ||
+        sq_py_rotation_argument(a->rotation_object, a->k, &a->rotation)) {
+        return -1;
+    }
+    a->transform.rotation = a->rotation.rotation; /* it points to what a->rotation keeps */
+    return 0;
 }
 
 /* The exception of a status (not SQ_OK); NULL. */

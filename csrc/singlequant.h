@@ -317,12 +317,11 @@ sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *
 /* ---- weights (quantize) -------------------------------------------------------------------
  * From a stored weight to the words of the file in one pass, a few rows at a time in cache. */
 
-/* What happens to a weight's rows before they are rounded, in this order. All may be NULL. */
+/* What happens to a weight's rows before they are rounded, in this order. */
 struct sq_weight_transform {
-    const float *columns;                   /* [k] multiplies the columns: a balance */
-    const float *rows;                      /* [n] multiplies the rows */
-    const struct sq_factor *left, *right;   /* sq_rotate, both or neither */
-    const struct sq_block_rotation *blocks; /* sq_rotate_blocks */
+    const float *columns; /* [k] multiplies the columns: a balance; or NULL */
+    const float *rows;    /* [n] multiplies the rows; or NULL */
+    struct sq_rotation rotation;
 };
 
 /* weight [n][k] of dtype -> words [n][ceil(k / 8)] as sq_pack_int4 makes them and scales [n][k / g]

@@ -430,7 +430,8 @@ struct rotate_blocks_job {
     sq_rows_fn fn;
     void *context;
     int64_t m, chunk; /* rows at a time */
-    float *scratch;   /* two chunks per worker */
+    int64_t workers;
+    float *scratch; /* two chunks per worker */
 };
 
 static int64_t
@@ -456,12 +457,11 @@ rotate_blocks_worker(void *context, int64_t begin, int64_t end, int thread)
     const struct rotate_blocks_job *job = context;
     const struct sq_block_rotation *r = job->rotation;
     const int64_t k = r->k, chunks = sq_ceil_div(job->m, job->chunk);
-    const int64_t workers = sq_min_i64(ROTATE_WORKERS, chunks);
     (void)thread;
     for (int64_t worker = begin; worker < end; worker++) {
         float *turned = job->scratch + 2 * worker * job->chunk * k;
         float *dealt = turned + job->chunk * k;
-        for (int64_t c = worker; c < chunks; c += workers) {
+        for (int64_t c = worker; c < chunks; c += job->workers) {
             const int64_t first = c * job->chunk;
             const int64_t rows = sq_min_i64(job->chunk, job->m - first);
             multiply_blocks(job->kernels, r->first, r->b, job->x + first * k, rows, k, turned);
@@ -479,19 +479,30 @@ rotate_blocks_worker(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-size_t
-sq_rotate_blocks_workspace_bytes(int64_t k, int64_t m)
+static size_t
+workspace_bytes(int64_t k, int64_t m, int64_t workers)
 {
     if (k < 1 || k > MAX_K || m < 0) {
         return SIZE_MAX / 2;
     }
-    const int64_t rows = sq_min_i64(chunk_rows(k), m), workers = sq_min_i64(ROTATE_WORKERS, m);
-    return (size_t)(2 * rows * k * workers) * sizeof(float);
+    return (size_t)(2 * sq_min_i64(chunk_rows(k), m) * k * workers) * sizeof(float);
+}
+
+size_t
+sq_rotate_blocks_workspace_bytes(int64_t k, int64_t m)
+{
+    return workspace_bytes(k, m, sq_min_i64(ROTATE_WORKERS, m));
+}
+
+size_t
+sq_rotate_blocks_serial_bytes(int64_t k, int64_t m)
+{
+    return workspace_bytes(k, m, 1);
 }
 
 static sq_status
 rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
-              sq_rows_fn fn, void *context, void *workspace)
+              sq_rows_fn fn, void *context, int64_t workers_max, void *workspace)
 {
     int64_t elements;
     if (!rotation || !rotation->first || !rotation->permutation || !rotation->second || !x ||
@@ -511,7 +522,8 @@ rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t 
         }
     }
     /* No larger than the share of a thread, so that few rows still occupy them all. */
-    const int64_t share = sq_max_i64(1, sq_ceil_div(m, sq_get_num_threads()));
+    const int64_t threads = sq_min_i64(sq_get_num_threads(), workers_max);
+    const int64_t chunk = sq_min_i64(chunk_rows(k), sq_max_i64(1, sq_ceil_div(m, threads)));
     struct rotate_blocks_job job = {.kernels = sq_kernels_active(),
                                     .rotation = rotation,
                                     .x = x,
@@ -519,10 +531,10 @@ rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t 
                                     .fn = fn,
                                     .context = context,
                                     .m = m,
-                                    .chunk = sq_min_i64(chunk_rows(k), share),
+                                    .chunk = chunk,
+                                    .workers = sq_min_i64(workers_max, sq_ceil_div(m, chunk)),
                                     .scratch = workspace};
-    sq_parallel_for(sq_min_i64(ROTATE_WORKERS, sq_ceil_div(m, job.chunk)), 1, rotate_blocks_worker,
-                    &job);
+    sq_parallel_for(job.workers, 1, rotate_blocks_worker, &job);
     return SQ_OK;
 }
 
@@ -530,12 +542,20 @@ sq_status
 sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
                  void *workspace)
 {
-    return y ? rotate_blocks(rotation, x, m, y, NULL, NULL, workspace) : SQ_ERR_NULL;
+    return y ? rotate_blocks(rotation, x, m, y, NULL, NULL, ROTATE_WORKERS, workspace)
+             : SQ_ERR_NULL;
+}
+
+sq_status
+sq_rotate_blocks_serially(const struct sq_block_rotation *rotation, float *x, int64_t m,
+                          void *workspace)
+{
+    return rotate_blocks(rotation, x, m, x, NULL, NULL, 1, workspace);
 }
 
 sq_status
 sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
                       sq_rows_fn fn, void *context, void *workspace)
 {
-    return rotate_blocks(rotation, x, m, NULL, fn, context, workspace);
+    return rotate_blocks(rotation, x, m, NULL, fn, context, ROTATE_WORKERS, workspace);
 }

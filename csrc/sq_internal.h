@@ -108,10 +108,20 @@ sq_alloc(size_t bytes)
     return aligned_alloc(SQ_ALIGN_BYTES, bytes);
 }
 
-/* Bytes of workspace for sq_rotate and sq_rotate_blocks of m rows or fewer inside a parallel loop,
- * where they run on one worker. SIZE_MAX / 2 when the sizes are out of range. */
+/* x [m][k] <- rotated, as sq_rotate and sq_rotate_blocks do, on the calling thread alone whatever
+ * the number of threads is: for calls inside a parallel loop. Workspace for m rows of k or fewer:
+ * _bytes, which is SIZE_MAX / 2 when the sizes are out of range. */
 size_t
 sq_rotation_serial_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m);
+sq_status
+sq_rotate_serially(const struct sq_rotation *rotation, float *x, int64_t m, void *workspace);
+
+/* The same for blocks. */
+size_t
+sq_rotate_blocks_serial_bytes(int64_t k, int64_t m);
+sq_status
+sq_rotate_blocks_serially(const struct sq_block_rotation *rotation, float *x, int64_t m,
+                          void *workspace);
 
 /* sq_rotate_each for blocks. */
 sq_status

@@ -803,7 +803,7 @@ rotate_few(struct rotate_job *job)
 
 static sq_status
 rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
-       float *y, sq_rows_fn fn, void *context, void *workspace)
+       float *y, sq_rows_fn fn, void *context, int64_t workers_max, void *workspace)
 {
     if (!left || !right || !x || !workspace || (right->matrix && !right->matrix_t)) {
         return SQ_ERR_NULL;
@@ -816,7 +816,7 @@ rotate(const struct sq_factor *left, const struct sq_factor *right, const float 
     if (m == 0) {
         return SQ_OK;
     }
-    const int64_t workers = sq_min_i64(sq_min_i64(sq_get_num_threads(), SQ_ROTATE_WORKERS), m);
+    const int64_t workers = sq_min_i64(sq_min_i64(sq_get_num_threads(), workers_max), m);
     struct rotate_job job = {.kernels = sq_kernels_active(),
                              .left = left,
                              .right = right,
@@ -840,7 +840,7 @@ sq_status
 sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
           float *y, void *workspace)
 {
-    return y ? rotate(left, right, x, m, y, NULL, NULL, workspace) : SQ_ERR_NULL;
+    return y ? rotate(left, right, x, m, y, NULL, NULL, SQ_ROTATE_WORKERS, workspace) : SQ_ERR_NULL;
 }
 
 size_t
@@ -865,10 +865,41 @@ sq_rotate_each(const struct sq_rotation *rotation, const float *x, int64_t m, sq
     }
     switch (rotation->kind) {
         case SQ_KRONECKER:
-            return rotate(&rotation->left, &rotation->right, x, m, NULL, fn, context, workspace);
+            return rotate(&rotation->left, &rotation->right, x, m, NULL, fn, context,
+                          SQ_ROTATE_WORKERS, workspace);
         case SQ_BLOCKS:
             return sq_rotate_blocks_each(&rotation->blocks, x, m, fn, context, workspace);
         default:
             return SQ_ERR_RANGE;
+    }
+}
+
+size_t
+sq_rotation_serial_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m)
+{
+    const struct sq_factor *left = &rotation->left, *right = &rotation->right;
+    switch (rotation->kind) {
+        case SQ_KRONECKER:
+            if (left->order < 1 || right->order < 1 || sizes_overflow(left, right, m)) {
+                return SIZE_MAX / 2;
+            }
+            return scratch_layout(left, right, m).total_bytes;
+        case SQ_BLOCKS:
+            return sq_rotate_blocks_serial_bytes(k, m);
+        default:
+            return 0;
+    }
+}
+
+sq_status
+sq_rotate_serially(const struct sq_rotation *rotation, float *x, int64_t m, void *workspace)
+{
+    switch (rotation->kind) {
+        case SQ_KRONECKER:
+            return rotate(&rotation->left, &rotation->right, x, m, x, NULL, NULL, 1, workspace);
+        case SQ_BLOCKS:
+            return sq_rotate_blocks_serially(&rotation->blocks, x, m, workspace);
+        default:
+            return SQ_OK;
     }
 }

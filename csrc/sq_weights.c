@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A stored weight to packed words: widened, scaled, rotated, rounded and packed in cache. */
-#define _DEFAULT_SOURCE /* madvise */
 #include "sq_quantize.h"
 
 #include <stdatomic.h>
@@ -72,8 +71,8 @@ scale_row(const struct sq_weight_transform *t, int64_t row, int64_t k, float *SQ
     }
 }
 
-/* Rows first .. first + rows - 1 as they are to be rounded, in x. Calls inside the parallel loop
- * run on this thread. The number of the first row of NaN or Inf goes to *bad. */
+/* Rows first .. first + rows - 1 as they are to be rounded, in x. The number of the first row of
+ * NaN or Inf goes to *bad. */
 static sq_status
 load_rows(const struct weight_job *job, int64_t first, int64_t rows, float *x, void *workspace,
           int64_t *bad)
@@ -87,10 +86,7 @@ load_rows(const struct weight_job *job, int64_t first, int64_t rows, float *x, v
         }
         scale_row(t, first + r, job->k, x + r * job->k);
     }
-    if (t->left) {
-        SQ_TRY(sq_rotate(t->left, t->right, x, rows, x, workspace));
-    }
-    return t->blocks ? sq_rotate_blocks(t->blocks, x, rows, x, workspace) : SQ_OK;
+    return sq_rotate_serially(&t->rotation, x, rows, workspace);
 }
 
 /* One row's groups to words and scales; 0 if it holds NaN or Inf. */
@@ -176,11 +172,10 @@ run(struct weight_job *job, int64_t *bad_row)
 {
     const struct sq_weight_transform *t = job->transform;
     const int64_t k = job->k, n = job->n;
-    if (t->left && (t->left->order < 1 || t->right->order < 1 || k % t->left->order ||
-                    k / t->left->order != t->right->order)) {
-        return SQ_ERR_SHAPE;
-    }
-    if (t->blocks && t->blocks->k != k) {
+    const struct sq_rotation *r = &t->rotation;
+    int64_t order = r->blocks.k;
+    if ((r->kind == SQ_KRONECKER && !sq_product(r->left.order, r->right.order, &order)) ||
+        (r->kind != SQ_UNROTATED && order != k)) {
         return SQ_ERR_SHAPE;
     }
     /* no longer than a worker's share, so that few rows still occupy all */
@@ -188,9 +183,7 @@ run(struct weight_job *job, int64_t *bad_row)
     const int64_t share = workers ? sq_ceil_div(n, workers) : 1;
     job->block = sq_max_i64(1, sq_min_i64(BLOCK_ELEMENTS / k, share));
     job->rows_bytes = job->out ? 0 : sq_align_bytes((size_t)(job->block * k) * sizeof(float));
-    job->rotate_bytes = t->left     ? sq_rotate_workspace_bytes(t->left, t->right, job->block)
-                        : t->blocks ? sq_rotate_blocks_workspace_bytes(k, job->block)
-                                    : 0;
+    job->rotate_bytes = sq_rotation_serial_bytes(r, k, job->block);
     if (job->rotate_bytes >= SIZE_MAX / 2) {
         return SQ_ERR_RANGE;
     }
@@ -211,11 +204,14 @@ check(const struct sq_weight_transform *t, sq_dtype dtype, const void *weight, i
       const void *out, const int64_t *bad_row)
 {
     int64_t count;
-    if (!t || !bad_row || (!t->left) != (!t->right) || (n > 0 && (!weight || !out))) {
+    if (!t || !bad_row || (n > 0 && (!weight || !out))) {
         return SQ_ERR_NULL;
     }
     if (dtype != SQ_F32 && dtype != SQ_F16 && dtype != SQ_BF16) {
         return SQ_ERR_DTYPE;
+    }
+    if (t->rotation.kind < SQ_UNROTATED || t->rotation.kind > SQ_BLOCKS) {
+        return SQ_ERR_RANGE;
     }
     return k < 1 || !sq_product(n, k, &count) || count > INT64_MAX / 8 ? SQ_ERR_SHAPE : SQ_OK;
 }

@@ -103,6 +103,18 @@ def test_kv_quantize_equals_twin(rng, bits, n):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", [2, 3, 8, 9, 17, 40])
+def test_smallest_value_of_either_zero_is_stored_as_zero(bits, n):
+    x = np.ones((n, n), np.float32)
+    x[np.arange(n), np.arange(n)] = -0.0  # at every place of a vector
+    x[:, 0], x[0] = 0.0, [-0.0] + [1.0] * (n - 1)
+    both = np.concatenate([x, x[:, ::-1], np.full((1, n), -0.0, np.float32)])
+    _, _, minima = _C.kv_quantize(both, bits)
+    np.testing.assert_array_equal(minima.view(np.uint16), 0)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kv_quantize_is_within_half_a_step(rng, bits):
     x = (rng.normal(size=(500, 64)) * 3 + rng.normal(size=(500, 1)) * 20).astype(np.float32)
