@@ -14,7 +14,7 @@ sq_cpu_feature_name(int bit)
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
-#if defined(__linux__) && defined(__x86_64__)
+#ifdef __x86_64__
 #include <errno.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -43,19 +43,48 @@ has_bits(uint64_t value, uint64_t mask)
 
 /* Linux hands out the 8 KiB of tile data on request only; without permission the first tile
  * instruction is a SIGILL. The permission holds for all threads of the process. */
+enum {
+    ARCH_GET_XCOMP_SUPP = 0x1021, /* what may be asked for */
+    ARCH_REQ_XCOMP_PERM = 0x1023,
+    XFEATURE_XTILEDATA = 18
+};
+
+#ifdef __x86_64__
 static int
-permit_tiles(void)
+succeeds(long option, uintptr_t argument)
 {
-#if defined(__linux__) && defined(__x86_64__)
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     const int before = errno;
-    const long failed = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+    const long failed = syscall(SYS_arch_prctl, option, argument);
     errno = before;
     return failed == 0;
-#else
-    return 0;
-#endif
 }
+
+static int
+may_ask_for_tiles(void)
+{
+    uint64_t components = 0;
+    return succeeds(ARCH_GET_XCOMP_SUPP, (uintptr_t)&components) &&
+           has_bits(components, 1u << XFEATURE_XTILEDATA);
+}
+
+int
+sq_cpu_permit(uint32_t features)
+{
+    return !(features & SQ_CPU_AMX_INT8) || succeeds(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+#else
+static int
+may_ask_for_tiles(void)
+{
+    return 0;
+}
+
+int
+sq_cpu_permit(uint32_t features)
+{
+    return !(features & SQ_CPU_AMX_INT8);
+}
+#endif
 
 uint32_t
 sq_cpu_features(void)
@@ -77,7 +106,7 @@ sq_cpu_features(void)
     if (has_bits(saved, STATE_ZMM) && has_bits(b, 0xc0030000u) && ((c >> 11) & 1)) {
         features |= SQ_CPU_AVX512_VNNI;
         /* AMX-TILE (24) and AMX-INT8 (25) of edx */
-        if (has_bits(saved, STATE_TILE) && has_bits(d, 0x03000000u) && permit_tiles()) {
+        if (has_bits(saved, STATE_TILE) && has_bits(d, 0x03000000u) && may_ask_for_tiles()) {
             features |= SQ_CPU_AMX_INT8;
         }
     }
@@ -86,7 +115,15 @@ sq_cpu_features(void)
     }
     return features;
 }
-#elif defined(__aarch64__) && defined(__linux__)
+#else
+int
+sq_cpu_permit(uint32_t features)
+{
+    (void)features;
+    return 1;
+}
+
+#ifdef __aarch64__
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 
@@ -96,21 +133,11 @@ sq_cpu_features(void)
 {
     return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? SQ_CPU_NEON_DOT : 0;
 }
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
-
-uint32_t
-sq_cpu_features(void)
-{
-    int has = 0;
-    size_t size = sizeof has;
-    const int failed = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0);
-    return !failed && has ? SQ_CPU_NEON_DOT : 0;
-}
 #else
 uint32_t
 sq_cpu_features(void)
 {
     return 0;
 }
+#endif
 #endif

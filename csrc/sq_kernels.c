@@ -29,7 +29,7 @@ enum { N_TABLES = sizeof sources / sizeof sources[0] };
 
 static struct sq_kernels tables[N_TABLES];
 static const struct sq_kernels *listed[N_TABLES + 1];
-static const struct sq_kernels *active = &sq_kernels_generic;
+static const struct sq_kernels *_Atomic active = &sq_kernels_generic;
 static uint32_t features;
 static int off[N_TABLES]; /* named as disabled */
 
@@ -107,6 +107,21 @@ sq_kernels_runnable(const struct sq_kernels *table)
     return !sq_kernels_missing_features(table);
 }
 
+/* Selects a table that can run. 0, or -1 where the system refuses what it needs: it lacks that. */
+static int
+activate(const struct sq_kernels *table)
+{
+    if (!sq_kernels_runnable(table)) {
+        return -1;
+    }
+    if (!sq_cpu_permit(table->required_features)) {
+        features &= ~(uint32_t)SQ_CPU_AMX_INT8;
+        return -1;
+    }
+    active = table;
+    return 0;
+}
+
 int
 sq_kernels_disabled(const struct sq_kernels *table)
 {
@@ -142,8 +157,7 @@ sq_kernels_init(const char *disabled)
         p += length + (p[length] == ',');
     }
     for (int i = 0; i < N_TABLES; i++) {
-        if (!sq_kernels_disabled(&tables[i]) && sq_kernels_runnable(&tables[i])) {
-            active = &tables[i];
+        if (!sq_kernels_disabled(&tables[i]) && !activate(&tables[i])) {
             break;
         }
     }
@@ -160,9 +174,5 @@ int
 sq_kernels_use(const char *name)
 {
     const struct sq_kernels *t = find(name, strlen(name));
-    if (!t || !sq_kernels_runnable(t)) {
-        return -1;
-    }
-    active = t;
-    return 0;
+    return t ? activate(t) : -1;
 }

@@ -89,7 +89,8 @@ struct sq_kernels {
     void (*gemm_half)(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
                       const uint16_t *w, float *y, int64_t ld_y);
 
-    /* Smallest and largest of x [k], k >= 1; 1 is returned if all are finite (else ignore them). */
+    /* Smallest and largest of x [k], k >= 1, a zero of either sign where both are there; 1 is
+     * returned if all are finite (else ignore them). */
     int (*extremes)(const float *x, int64_t k, float *min, float *max);
     /* codes [k] <- clamp(rint(x * inv_scale), low, high) + offset, low 8 bits; halves to even. low
      * and high are integers in -255 .. 255. Equal bytes on every table. */

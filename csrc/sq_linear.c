@@ -2,7 +2,6 @@
 /* Activations for the packed linears, and the blocking loops and tails around the microkernels. */
 #include "sq_internal.h"
 
-#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -142,9 +141,10 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
     if (high < 0 || high >= k || high % SQ_K_ALIGN || (high && bits != 4)) {
         return SQ_ERR_RANGE;
     }
-    if (rotated &&
-        k != (rotation->kind == SQ_BLOCKS ? rotation->blocks.k
-                                          : rotation->left.order * rotation->right.order)) {
+    int64_t order = rotated ? rotation->blocks.k : k;
+    if ((rotated && rotation->kind != SQ_BLOCKS &&
+         !sq_product(rotation->left.order, rotation->right.order, &order)) ||
+        order != k) {
         return SQ_ERR_SHAPE;
     }
     const struct sections s = activation_sections(bits, m, k);
@@ -208,6 +208,9 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
                                  .w_scales = w->scales + p * w->groups * nr,
                                  .y = y,
                                  .ld_y = ld_y};
+    SQ_ASSERT(args.m >= 1 && args.k >= 1 && args.k % SQ_K_ALIGN == 0);
+    SQ_ASSERT(args.g % SQ_K_ALIGN == 0 && args.k % args.g == 0);
+    SQ_ASSERT((uintptr_t)args.panel % SQ_ALIGN_BYTES == 0);
     if (w->g) {
         args.w_scales += begin / w->g * nr;
     }

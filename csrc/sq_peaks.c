@@ -167,10 +167,10 @@ amx_loop(int64_t rounds)
         "tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3\n\t"
         "tilezero %%tmm4\n\ttilezero %%tmm5\n\ttilezero %%tmm6\n\ttilezero %%tmm7\n"
         "1:\n\t"
-        "tdpbssd %%tmm2, %%tmm0, %%tmm4\n\t"
-        "tdpbssd %%tmm3, %%tmm0, %%tmm5\n\t"
-        "tdpbssd %%tmm2, %%tmm1, %%tmm6\n\t"
-        "tdpbssd %%tmm3, %%tmm1, %%tmm7\n\t"
+        "tdpbsud %%tmm2, %%tmm0, %%tmm4\n\t"
+        "tdpbsud %%tmm3, %%tmm0, %%tmm5\n\t"
+        "tdpbsud %%tmm2, %%tmm1, %%tmm6\n\t"
+        "tdpbsud %%tmm3, %%tmm1, %%tmm7\n\t"
         "dec %0\n\t"
         "jnz 1b\n\t"
         "tilerelease"
@@ -223,7 +223,7 @@ static const struct sq_peak peaks[] = {
     {"dpbusd 256", has_avxvnni, dpbusd_256, 2 * 32 * CHAINS},
     {"fma 512", has_avx512, fma_512, 2 * 16 * CHAINS},
     {"dpbusd 512", has_avx512vnni, dpbusd_512, 2 * 64 * CHAINS},
-    {"tdpbssd", has_amx_int8, amx_loop, 2 * 4 * 16 * 16 * 64},
+    {"tdpbsud", has_amx_int8, amx_loop, 2 * 4 * 16 * 16 * 64},
 #endif
 #if defined(__aarch64__)
     {"fma neon", always, fma_neon, 2 * 4 * CHAINS},

@@ -17,7 +17,7 @@
  *    With both from L2 the loads would be the bound.
  *  - Between slabs a block's sums wait in memory: 4 loads and 4 stores of a tile for 64 products.
  *  - row_block_bytes of activations stay in L2 while the panels pass, beside a panel, the outputs
- *    and the buffers below: 384 rows of 4096 inputs, 142 of 11008. */
+ *    and the buffers below: 384 rows of 4096 inputs, 128 of 11008. */
 #define TILE_BITS 512
 #define TILE_MR 12
 #define TILE_DOT _mm512_dpbusd_epi32
@@ -283,7 +283,7 @@ sq_gemm_a8w4_f32_32x32__amx(const struct sq_panel_args *args)
 const struct sq_kernels sq_kernels_amx = {
     .name = "amx",
     .required_features = REQUIRED_FEATURES,
-    .steps = {"tdpbssd", "tdpbssd", NULL},
+    .steps = {"tdpbsud", "tdpbsud", NULL},
     .base = &sq_kernels_avx512vnni,
     .mr = BLOCK_ROWS,
     .row_block_bytes = 3 << 19,

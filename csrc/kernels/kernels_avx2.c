@@ -51,8 +51,6 @@ sq_gemm_half__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x,
     gemm_half(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
 }
 
-enum { STEPS_AT_ONCE = 4 }; /* of the clip search */
-
 /* ---- quantizers ------------------------------------------------------------------------- */
 
 static ALWAYS_INLINE float
@@ -162,6 +160,8 @@ sq_quantize_codes__avx2(const float *x, int64_t k, float inv_scale, float low, f
         }
     }
 }
+
+enum { STEPS_AT_ONCE = 4 }; /* of the clip search */
 
 /* Errors of a few steps in one pass over x: their chains of additions overlap. */
 static ALWAYS_INLINE void
