@@ -11,8 +11,12 @@ build: $(VENV)/bin/pytest ## build the extension in place
 	$(VENV)/bin/pip install -q -e '.[test]'
 test: build ## run the tests
 	$(VENV)/bin/pytest
-ladder: build ## the tests once per instruction set, newest to oldest
-	$(VENV)/bin/pytest && SINGLEQUANT_DISABLE_CPU=avx2 $(VENV)/bin/pytest
+ladder: build ## the tests once per runnable kernel table, best to generic
+	better=; tables=$$($(VENV)/bin/python -c "from singlequant import _C; print(*_C.kernels()['runnable'])") && \
+	for table in $$tables; do \
+		echo "kernels: $$table" && SINGLEQUANT_DISABLE_CPU=$$better $(VENV)/bin/pytest || exit 1; \
+		better=$$better,$$table; \
+	done
 amx: build ## the kernels' tests with the AMX table on tiles in plain C
 	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
 	VENV=$(VENV) tools/run_emulated_amx.sh
