@@ -78,6 +78,12 @@ extern PyMethodDef sq_py_outliers_methods[];
 extern PyMethodDef sq_py_bench_methods[];
 extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */
 
+/* linear(x, weight, bits=4, clip=1.0, rotation=None): y, and in seconds, unless NULL, what
+ * preparing the activations and multiplying took. format ends in the function's name. */
+PyObject *
+sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
+             double seconds[2]);
+
 /* The PackedWeight behind o, borrowed, or NULL with TypeError naming the argument. */
 const sq_packed_t *
 sq_py_packed(PyObject *module, PyObject *o, const char *name);

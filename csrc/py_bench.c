@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the benchmarks: peaks of the machine, the read loop, a linear's two parts timed. */
-#include "py_factor.h"
+#include "py_args.h"
 
 #include <stdlib.h>
 
@@ -108,71 +108,19 @@ done:
 
 PyDoc_STRVAR(measure_linear_doc,
              "measure_linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
-             "What linear does for x [m, k], timed in its two parts: (seconds of rotating and "
+             "What linear does for x [..., k], timed in its two parts: (seconds of rotating and "
              "quantizing the activations,\nseconds of multiplying). Errors as linear's.");
 
 static PyObject *
 measure_linear(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
-    PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
-    struct sq_py_rotation rotation = {0};
-    void *workspace = NULL, *rotation_workspace = NULL;
-    float *y = NULL;
-    int bits = 4;
-    float clip = 1.0f;
-    int64_t n, k, g;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|ifO:measure_linear", names, &x_object,
-                                     &weight_object, &bits, &clip, &rotation_object)) {
+    double seconds[2];
+    PyObject *y = sq_py_linear(module, args, kwargs, "OO|ifO:measure_linear", seconds);
+    if (!y) {
         return NULL;
     }
-    const sq_packed_t *weight = sq_py_packed(module, weight_object, "weight");
-    PyArrayObject *x = weight ? sq_py_array(x_object, NPY_FLOAT32, 2, "x") : NULL;
-    if (!x) {
-        goto done;
-    }
-    sq_packed_shape(weight, &n, &k, &g);
-    if (sq_py_check_dim(x, 1, k, "x")) {
-        goto done;
-    }
-    if (bits != 4 && bits != 8 && bits != 16) {
-        PyErr_Format(PyExc_ValueError, "bits: expected 4, 8 or 16, got %d", bits);
-        goto done;
-    }
-    if (sq_py_rotation_argument(rotation_object, k, &rotation)) {
-        goto done;
-    }
-    const int64_t m = PyArray_DIM(x, 0);
-    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(&rotation.rotation, k, m));
-    workspace = sq_alloc(sq_activations_workspace_bytes(bits, m, k));
-    y = sq_alloc((size_t)(m * n) * sizeof *y);
-    if (!workspace || !rotation_workspace || !y) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    struct sq_activations a;
-    double begin, prepared, end;
-    sq_status status;
-    SQ_BEGIN_NOGIL(m * k + n * k);
-    begin = sq_clock();
-    status = sq_activations_prepare(sq_packed_kernels(weight), bits, clip, sq_packed_high(weight),
-                                    &rotation.rotation, PyArray_DATA(x), m, k, rotation_workspace,
-                                    workspace, &a);
-    prepared = sq_clock();
-    if (status == SQ_OK) {
-        status = sq_linear_packed(weight, &a, y, n);
-    }
-    end = sq_clock();
-    SQ_END_NOGIL;
-    result = status == SQ_OK ? Py_BuildValue("dd", prepared - begin, end - prepared)
-                             : sq_py_raise(module, status, "x, bits or clip");
-done:
-    sq_py_rotation_clear(&rotation);
-    free(workspace);
-    free(rotation_workspace);
-    free(y);
-    Py_XDECREF(x);
-    return result;
+    Py_DECREF(y);
+    return Py_BuildValue("dd", seconds[0], seconds[1]);
 }
 
 PyMethodDef sq_py_bench_methods[] = {

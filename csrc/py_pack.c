@@ -4,6 +4,7 @@
 
 #include "sq_internal.h"
 #include "sq_kernels.h"
+#include "sq_peaks.h"
 
 #define SQ_KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
 
@@ -406,8 +407,9 @@ check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
     return 0;
 }
 
-static PyObject *
-linear(PyObject *module, PyObject *args, PyObject *kwargs)
+PyObject *
+sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
+             double seconds[2])
 {
     static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
     PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
@@ -417,8 +419,8 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
     int bits = 4;
     float clip = 1.0f;
     int64_t n, k, g;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|ifO:linear", names, &x_object,
-                                     &weight_object, &bits, &clip, &rotation_object)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &x_object, &weight_object, &bits,
+                                     &clip, &rotation_object)) {
         return NULL;
     }
     const sq_packed_t *weight = sq_py_packed(module, weight_object, "weight");
@@ -447,12 +449,19 @@ linear(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     struct sq_activations a;
     sq_status status;
+    double begin, prepared;
     const struct sq_kernels *kernels = sq_packed_kernels(weight);
     SQ_BEGIN_NOGIL(m * k + n * k);
+    begin = sq_clock();
     status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), &rotation.rotation,
                                     PyArray_DATA(x), m, k, rotation_workspace, workspace, &a);
+    prepared = sq_clock();
     if (status == SQ_OK) {
         status = sq_linear_packed(weight, &a, PyArray_DATA(y), n);
+    }
+    if (seconds) {
+        seconds[0] = prepared - begin;
+        seconds[1] = sq_clock() - prepared;
     }
     SQ_END_NOGIL;
     if (status != SQ_OK) {
@@ -467,6 +476,12 @@ done:
     Py_XDECREF(x);
     Py_XDECREF(y);
     return result;
+}
+
+static PyObject *
+linear(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    return sq_py_linear(module, args, kwargs, "OO|ifO:linear", NULL);
 }
 
 PyMethodDef sq_py_pack_methods[] = {

@@ -394,7 +394,8 @@ def test_quantize_weight_error_texts():
         _C.transform_weight(weight, rows=np.ones(6))
     with pytest.raises(ValueError, match=r"rotation: expected orders .* = 6, got 3 \* 3"):
         _C.quantize_weight(weight, rotation=(eye, eye))
-    with pytest.raises(TypeError, match=r"rotation: expected None, .left, right. or .first.* got numpy\.ndarray$"):
+    text = r"rotation: expected None, .left, right. or .first.* got numpy\.ndarray$"
+    with pytest.raises(TypeError, match=text):
         _C.quantize_weight(weight, rotation=eye)
     with pytest.raises(ValueError, match="rotation: left factor: expected a square matrix"):
         _C.transform_weight(weight, (np.ones((2, 3)), eye))

@@ -4,6 +4,7 @@
 #define TILE_MR 4 /* 4 rows x 16 outputs are 8 accumulators of 16 registers */
 #define TILE_GEMM
 #include "kernels_x86_template.h"
+#include "panel_dwords.h"
 
 #include <math.h>
 
@@ -14,7 +15,7 @@
 static void
 sq_pack_panel_4x32__avx2(const int32_t *words, int64_t k, uint8_t *panel)
 {
-    pack_sub_panels(words, k, panel);
+    pack_sub_panels(words, k, SUBS, SUB, panel);
 }
 
 static void

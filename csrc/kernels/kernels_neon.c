@@ -18,6 +18,7 @@
 #include "../sq_cpu.h"
 #include "../sq_internal.h"
 #include "../sq_kernels.h"
+#include "panel_dwords.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #ifdef __clang__
@@ -67,30 +68,10 @@ _Static_assert(SQ_K_ALIGN % (2 * BLOCK_K) == 0, "a group is whole pairs of block
 
 /* ---- panels ----------------------------------------------------------------------------- */
 
-/* Moves nibble j to the low half of byte j (j < 4) or the high half of byte j - 4. */
-static inline uint32_t
-interleave_nibbles(uint32_t word)
-{
-    uint32_t low = word & 0xffff, high = word >> 16;
-    low = (low | low << 8) & 0x00ff00ff;
-    low = (low | low << 4) & 0x0f0f0f0f;
-    high = (high | high << 8) & 0x00ff00ff;
-    high = (high | high << 4) & 0x0f0f0f0f;
-    return low | high << 4;
-}
-
 static void
 sq_pack_panel_8x16__neon(const int32_t *words, int64_t k, uint8_t *panel)
 {
-    const int64_t blocks = k / BLOCK_K;
-    for (int64_t s = 0; s < SUBS; s++) {
-        for (int64_t b = 0; b < blocks; b++) {
-            for (int64_t j = 0; j < SUB; j++) {
-                const uint32_t v = interleave_nibbles((uint32_t)words[(s * SUB + j) * blocks + b]);
-                memcpy(panel + (s * blocks + b) * SUB_BLOCK_BYTES + j * 4, &v, sizeof v);
-            }
-        }
-    }
+    pack_sub_panels(words, k, SUBS, SUB, panel);
 }
 
 /* Vector v of a block that starts at w, sub-panels being sub_bytes apart. */
