@@ -252,7 +252,8 @@ linear(const struct sq_kernels *t, int slot, int bits, const struct shape *s, co
     void *memory = guarded(slot + 1, (int64_t)sq_align_bytes(bytes));
     int status = sq_packed_create(t, words, scales, s->n, s->k, s->g, s->high, &w);
     if (!status) {
-        status = sq_activations_prepare(t, bits, 0.9f, s->high, x, s->m, s->k, memory, a);
+        status =
+            sq_activations_prepare(t, bits, 0.9f, s->high, NULL, x, s->m, s->k, NULL, memory, a);
     }
     if (!status) {
         status = sq_linear_packed(w, a, y, s->n);
