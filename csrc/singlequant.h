@@ -389,8 +389,9 @@ sq_packed_kernels(const sq_packed_t *w);
 /* ---- linears (runtime) ------------------------------------------------------------------ */
 
 /* A token's activations as the linears read them. k is padded with zeros to ld, a multiple of
- * SQ_K_ALIGN that suits the caches. sums[b] is the sum of the token's codes before block b of SQ_K_ALIGN, so that
- * a weight group's sum is one difference (the kernels multiply code + 8 and correct by it). */
+ * SQ_K_ALIGN that suits the caches. sums[b] is the sum of the token's codes before block b of
+ * SQ_K_ALIGN, so that a weight group's sum is one difference (the kernels multiply code + 8 and
+ * correct by it). */
 #define SQ_K_ALIGN 32
 struct sq_activations {
     int bits; /* 4, 8: codes; 16: values */
