@@ -70,7 +70,8 @@ def test_read_loop_sees_the_panels_and_no_thread_changes_it():
         _C.set_num_threads(count)
         found.add(_C.read_loop(weight, 0, 2))
     assert len(found) == 1
-    other = _C.PackedWeight(words[::-1].copy() ^ 1, np.ones(70, np.float32), 4096)
+    words[0, 0] ^= 1  # the sum is an exclusive or: one bit shows
+    other = _C.PackedWeight(words, np.ones(70, np.float32), 4096)
     assert _C.read_loop(other) != found.pop()
 
 
