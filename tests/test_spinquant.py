@@ -87,7 +87,8 @@ def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint
     view = spinquant_checkpoint(checkpoint, R1.numpy(), R2.numpy())
     config = QuantConfig(method="none", weights="rtn", clip=0.9)
     layers = [online_rotations(view.shape, i, "spinquant") for i in range(view.shape.layers)]
-    packed = load(save(quantize(view, layers, config), tmp_path / "out", view, config))
+    out = save(quantize(view, layers, config), tmp_path / "out", view, config)
+    packed = load(out, kv_bits=32)  # as torch's attention
     tokens = tokens_of(checkpoint)
     expected, plain = packed.forward(tokens), Model(checkpoint).forward(tokens)
     found = torch_logits(checkpoint, tokens, R1, R2, 4, 4, 0.9)
