@@ -15,6 +15,14 @@
 #define SQ_RESTRICT restrict
 #define SQ_ALIGN_BYTES 64
 
+/* For inner loops whose bounds are constants once they are inlined. */
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #ifdef SQ_DEBUG
 #include <assert.h>
 #define SQ_ASSERT(x) assert(x)

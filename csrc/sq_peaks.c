@@ -17,12 +17,6 @@
  * operands. */
 enum { CHAINS = 10 };
 
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 /* A loop of `step` on acc[c], c = 0 .. CHAINS - 1. HOLD makes a value opaque, so that the compiler
  * neither hoists the step nor drops its result. */
 #define HOLD(reg, x) __asm__ volatile("" : "+" reg(x))

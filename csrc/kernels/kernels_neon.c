@@ -20,13 +20,6 @@
 #include "../sq_kernels.h"
 #include "panel_dwords.h"
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum {
     MR = 8,
     SUB = 8,  /* outputs of a sub-panel */

@@ -21,13 +21,6 @@
 #include "../sq_internal.h"
 #include "../sq_kernels.h"
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum {
     SUB = 16, /* outputs of a sub-panel */
     SUBS = 2, /* sub-panels of a panel */
