@@ -105,7 +105,8 @@ setup(
             "singlequant._C",
             sources=sorted(
                 p.relative_to(ROOT).as_posix()
-                for p in [*ROOT.glob("csrc/*.c"), ROOT / "csrc/kernels/kernels_generic.c"]
+                for p in ROOT.glob("csrc/*/*.c")
+                if p.name == "kernels_generic.c" or not p.name.startswith("kernels_")
             ),
             depends=sorted(
                 p.relative_to(ROOT).as_posix()

@@ -29,7 +29,7 @@ neon=$(flags KERNEL_FLAGS)
 [ -n "$common" ] && [ -n "$neon" ]
 compile() { $CC $common -Werror -O3 -DNDEBUG -DSQ_HAVE_NEON=1 "$@"; }
 
-for source in csrc/sq_*.c csrc/kernels/kernels_generic.c csrc/kernels/kernels_neon.c; do
+for source in csrc/*/sq_*.c csrc/kernels/kernels_generic.c csrc/kernels/kernels_neon.c; do
     own=
     case $source in
         */sq_blas.c) continue ;;

@@ -9,9 +9,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "sq_internal.h"
-#include "sq_kernels.h"
-#include "sq_threads.h"
+#include "core/sq_internal.h"
+#include "kernels/sq_kernels.h"
+#include "core/sq_threads.h"
 
 static long passed, failed;
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import singlequant as sq
-from singlequant.compare import ROWS_FILE
 from singlequant.files import save_figure, write_file
-from singlequant.sweep import read_text
+from singlequant.study.compare import ROWS_FILE
+from singlequant.sweep.run import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"windows": 2, "seq_len": 128, "calibration_tokens": 256}
@@ -164,7 +164,7 @@ def _halves(path: Path, folder: Path) -> tuple[Path, Path]:
 
 def _c_sources() -> str:
     """The core's sources: a domain far from the bundled model's, in every checkout."""
-    return "".join(path.read_text("utf-8") for path in sorted((ROOT / "csrc").glob("*.c")))
+    return "".join(path.read_text("utf-8") for path in sorted((ROOT / "csrc").rglob("*.c")))
 
 
 # ---- results ------------------------------------------------------------------------------------

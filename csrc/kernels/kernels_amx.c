@@ -21,16 +21,16 @@
 #define TILE_BITS 512
 #define TILE_MR 12
 #define TILE_DOT _mm512_dpbusd_epi32
-#include "kernels_x86_template.h"
+#include "kernels/kernels_x86_template.h"
 
-#include "../sq_cpu.h"
+#include "core/sq_cpu.h"
 
 /* ---- tiles ------------------------------------------------------------------------------ */
 
 /* Inline assembly, since gcc 12's intrinsics tell the optimizer too little: _tile_loadconfig names
  * 8 of the 64 bytes it reads, and _tile_loadd none. Tiles are numbers 0 to 7, written out. */
 #ifdef SQ_AMX_EMULATED
-#include "amx_emulated.h"
+#include "kernels/amx_emulated.h"
 #define REQUIRED_FEATURES SQ_CPU_AVX512_VNNI
 #define TILE_LOADCONFIG(config) amx_load_config(config)
 #define TILE_RELEASE() amx_release()

@@ -3,12 +3,12 @@
 #define TILE_BITS 256
 #define TILE_MR 4 /* 4 rows x 16 outputs are 8 accumulators of 16 registers */
 #define TILE_GEMM
-#include "kernels_x86_template.h"
-#include "panel_dwords.h"
+#include "kernels/kernels_x86_template.h"
+#include "kernels/panel_dwords.h"
 
 #include <math.h>
 
-#include "../sq_cpu.h"
+#include "core/sq_cpu.h"
 
 /* ---- packed int4 ------------------------------------------------------------------------ */
 

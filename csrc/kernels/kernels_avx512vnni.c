@@ -4,9 +4,9 @@
 #define TILE_MR 12 /* 12 rows x 32 outputs are 24 accumulators of 32 registers */
 #define TILE_DOT _mm512_dpbusd_epi32
 #define TILE_GEMM
-#include "kernels_x86_template.h"
+#include "kernels/kernels_x86_template.h"
 
-#include "../sq_cpu.h"
+#include "core/sq_cpu.h"
 
 /* vpdpbusd sums into 32 bits whatever the codes' width is: one kernel for both. */
 static void

@@ -3,9 +3,9 @@
 #define TILE_BITS 256
 #define TILE_MR 6 /* 12 accumulators of 16 registers */
 #define TILE_DOT _mm256_dpbusd_avx_epi32
-#include "kernels_x86_template.h"
+#include "kernels/kernels_x86_template.h"
 
-#include "../sq_cpu.h"
+#include "core/sq_cpu.h"
 
 static void
 sq_gemm_a8w4_f32_6x32__avxvnni(const struct sq_panel_args *args)

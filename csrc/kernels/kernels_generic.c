@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Scalar truth: complete, readable, never tuned. */
-#include "../sq_kernels.h"
+#include "kernels/sq_kernels.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-#include "../sq_internal.h"
+#include "core/sq_internal.h"
 
 enum { MR = 4, NR = 8, LANES = 8 };
 

@@ -15,10 +15,10 @@
 #include <math.h>
 #include <string.h>
 
-#include "../sq_cpu.h"
-#include "../sq_internal.h"
-#include "../sq_kernels.h"
-#include "panel_dwords.h"
+#include "core/sq_cpu.h"
+#include "core/sq_internal.h"
+#include "kernels/sq_kernels.h"
+#include "kernels/panel_dwords.h"
 
 enum {
     MR = 8,

@@ -18,8 +18,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "../sq_internal.h"
-#include "../sq_kernels.h"
+#include "core/sq_internal.h"
+#include "kernels/sq_kernels.h"
 
 enum {
     SUB = 16, /* outputs of a sub-panel */

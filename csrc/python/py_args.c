@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Array converters and the mapping from sq_status to exceptions. */
+#include "python/py_args.h"
+
+/* 0 if every element of the integer array a fits the signed integer type, or -1 and ValueError. */
+static int
+check_range(PyArrayObject *a, int type, const char *name)
+{
+    const int bits = type == NPY_INT8 ? 8 : type == NPY_INT16 ? 16 : type == NPY_INT32 ? 32 : 64;
+    if (bits == 64 || PyArray_ITEMSIZE(a) * 8 < bits || PyArray_TYPE(a) == type ||
+        PyArray_SIZE(a) == 0) {
+        return 0;
+    }
+    int outside = 0;
+    for (int upper = 0; upper < 2 && !outside; upper++) {
+        PyObject *extreme =
+            upper ? PyArray_Max(a, NPY_RAVEL_AXIS, NULL) : PyArray_Min(a, NPY_RAVEL_AXIS, NULL);
+        PyObject *number = extreme ? PyNumber_Index(extreme) : NULL;
+        const long long value = number ? PyLong_AsLongLongAndOverflow(number, &outside) : 0;
+        Py_XDECREF(extreme);
+        Py_XDECREF(number);
+        if (PyErr_Occurred()) {
+            return -1;
+        }
+        outside |= value < -(1LL << (bits - 1)) || value >= 1LL << (bits - 1);
+    }
+    if (outside) {
+        PyErr_Format(PyExc_ValueError, "%s: expected integers of %d bits, found larger ones", name,
+                     bits);
+        return -1;
+    }
+    return 0;
+}
+
+PyArrayObject *
+sq_py_array(PyObject *o, int type, int ndim, const char *name)
+{
+    PyArrayObject *any = (PyArrayObject *)PyArray_FromAny(o, NULL, 0, 0, 0, NULL);
+    if (!any) {
+        return NULL;
+    }
+    const int found = PyArray_TYPE(any);
+    const int wants_integer = PyTypeNum_ISINTEGER(type);
+    /* ml_dtypes' bfloat16 and friends are user types: numpy's safe cast decides for them. */
+    const int fits = wants_integer ? PyTypeNum_ISINTEGER(found)
+                                   : PyTypeNum_ISFLOAT(found) || PyTypeNum_ISINTEGER(found) ||
+                                         PyTypeNum_ISUSERDEF(found);
+    PyArray_Descr *want = PyArray_DescrFromType(type);
+    if (!fits) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an array of %R, got %R", name, want,
+                     PyArray_DESCR(any));
+        Py_DECREF(want);
+        Py_DECREF(any);
+        return NULL;
+    }
+    if (ndim >= 0 && PyArray_NDIM(any) != ndim) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, got %d", name, ndim,
+                     PyArray_NDIM(any));
+        Py_DECREF(want);
+        Py_DECREF(any);
+        return NULL;
+    }
+    if (wants_integer && check_range(any, type, name)) {
+        Py_DECREF(want);
+        Py_DECREF(any);
+        return NULL;
+    }
+    /* steals want */
+    PyArrayObject *array = (PyArrayObject *)PyArray_FromArray(
+        any, want, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_FORCECAST);
+    Py_DECREF(any);
+    return array;
+}
+
+PyArrayObject *
+sq_py_bits_array(PyObject *o, int type, int ndim, const char *name)
+{
+    PyArrayObject *any = (PyArrayObject *)PyArray_FromAny(o, NULL, 0, 0, 0, NULL);
+    PyArray_Descr *want = PyArray_DescrFromType(type);
+    PyArrayObject *array = NULL;
+    if (!any || !want) {
+        goto done;
+    }
+    if (!PyTypeNum_ISINTEGER(PyArray_TYPE(any)) ||
+        PyArray_ITEMSIZE(any) != PyDataType_ELSIZE(want)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an array of %R, got %R", name, want,
+                     PyArray_DESCR(any));
+        goto done;
+    }
+    if (ndim >= 0 && PyArray_NDIM(any) != ndim) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, got %d", name, ndim,
+                     PyArray_NDIM(any));
+        goto done;
+    }
+    /* steals a reference; signed and unsigned of one width cast to each other bit by bit */
+    array = (PyArrayObject *)PyArray_FromArray(
+        any, (PyArray_Descr *)Py_NewRef(want),
+        NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_FORCECAST);
+done:
+    Py_XDECREF(any);
+    Py_XDECREF(want);
+    return array;
+}
+
+PyArrayObject *
+sq_py_empty(int ndim, const npy_intp *dims, int type)
+{
+    return (PyArrayObject *)PyArray_EMPTY(ndim, dims, type, 0);
+}
+
+int
+sq_py_check_dim(PyArrayObject *a, int axis, int64_t expected, const char *name)
+{
+    if (PyArray_DIM(a, axis) == expected) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected shape[%d] = %lld, got %lld", name, axis,
+                 (long long)expected, (long long)PyArray_DIM(a, axis));
+    return -1;
+}
+
+PyObject *
+sq_py_raise(PyObject *module, sq_status status, const char *context)
+{
+    PyObject *type = PyExc_SystemError;
+    switch (status) {
+        case SQ_ERR_NULL:
+        case SQ_ERR_SHAPE:
+        case SQ_ERR_RANGE:
+        case SQ_ERR_NONFINITE:
+            type = PyExc_ValueError;
+            break;
+        case SQ_ERR_DTYPE:
+            type = PyExc_TypeError;
+            break;
+        case SQ_ERR_NOMEM:
+            type = PyExc_MemoryError;
+            break;
+        case SQ_ERR_FORMAT: {
+            struct sq_module_state *state = PyModule_GetState(module);
+            type = state->format_error;
+            break;
+        }
+        case SQ_OK:
+        case SQ_ERR_INTERNAL:
+            break;
+    }
+    return PyErr_Format(type, "%s: %s", context, sq_status_text(status));
+}

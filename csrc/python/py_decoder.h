@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the two binding files of the runtime stage share. */
+#ifndef SQ_PY_DECODER_H
+#define SQ_PY_DECODER_H
+
+#include "python/py_args.h"
+
+#include "core/sq_internal.h"
+
+/* New reference to o as a C-contiguous, aligned, native array of float32, float16 or bfloat16,
+ * without a copy where o is one already; ndim < 0: any. NULL with an exception naming it. */
+PyArrayObject *
+sq_py_dense(PyObject *o, int ndim, const char *name, sq_dtype *dtype);
+
+#endif

@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Bindings of GPTQ: Gram matrix, factor, rounding. */
+#include "python/py_args.h"
+
+/* 0 if k inputs are within what the core takes, otherwise -1 and a ValueError that names them. */
+static int
+check_k(int64_t k, const char *name)
+{
+    if (k >= 1 && k <= SQ_GPTQ_K_MAX) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected 1 <= k <= %d, got k = %lld", name, SQ_GPTQ_K_MAX,
+                 (long long)k);
+    return -1;
+}
+
+/* New reference to o itself when it can be written as [k][k] float32 in place; NULL and TypeError
+ * or ValueError otherwise. k < 0: any. */
+static PyArrayObject *
+writable_square(PyObject *o, int64_t k, const char *name)
+{
+    if (!PyArray_Check(o) || PyArray_TYPE((PyArrayObject *)o) != NPY_FLOAT32 ||
+        !PyArray_ISCARRAY((PyArrayObject *)o)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected a writable, contiguous float32 array, as it is updated in place",
+                     name);
+        return NULL;
+    }
+    PyArrayObject *array = (PyArrayObject *)o; /* borrowed until returned */
+    if (PyArray_NDIM(array) != 2) {
+        PyErr_Format(PyExc_ValueError, "%s: expected 2 dimensions, got %d", name,
+                     PyArray_NDIM(array));
+        return NULL;
+    }
+    k = k < 0 ? PyArray_DIM(array, 0) : k;
+    if (sq_py_check_dim(array, 0, k, name) || sq_py_check_dim(array, 1, k, name)) {
+        return NULL;
+    }
+    return (PyArrayObject *)Py_NewRef(o);
+}
+
+/* 0 if a and b, contiguous, share no memory, otherwise -1 and a ValueError. */
+static int
+check_apart(PyArrayObject *a, PyArrayObject *b, const char *name)
+{
+    const uintptr_t begin_a = (uintptr_t)PyArray_DATA(a), begin_b = (uintptr_t)PyArray_DATA(b);
+    if (begin_a + (size_t)PyArray_NBYTES(a) <= begin_b ||
+        begin_b + (size_t)PyArray_NBYTES(b) <= begin_a) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected memory of its own, got some of an input's", name);
+    return -1;
+}
+
+PyDoc_STRVAR(gram_doc,
+             "gram(x, out=None)\n--\n\n"
+             "out + x^T x for x [m, k]: float32 [k, k], the sum over tokens of x x^T. out, which "
+             "is symmetric, is\nupdated in place and returned; None starts from zero. The same "
+             "bytes at any thread count. ValueError\nfor NaN, Inf, bad shapes and an out that "
+             "shares memory with x (out is left as it was), TypeError for\nan out that cannot be "
+             "written in place.");
+
+static PyObject *
+gram(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "out", NULL};
+    PyObject *x_object, *out_object = Py_None, *result = NULL;
+    PyArrayObject *x = NULL, *out = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:gram", names, &x_object, &out_object)) {
+        return NULL;
+    }
+    x = sq_py_array(x_object, NPY_FLOAT32, 2, "x");
+    if (!x) {
+        goto done;
+    }
+    const int64_t m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
+    if (check_k(k, "x")) {
+        goto done;
+    }
+    npy_intp dims[2] = {k, k};
+    out = out_object == Py_None ? (PyArrayObject *)PyArray_ZEROS(2, dims, NPY_FLOAT32, 0)
+                                : writable_square(out_object, k, "out");
+    if (!out || check_apart(x, out, "out")) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(m * k + k * k);
+    status = sq_gram_update(PyArray_DATA(x), m, k, PyArray_DATA(out));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "x");
+        goto done;
+    }
+    result = Py_NewRef((PyObject *)out);
+done:
+    Py_XDECREF(x);
+    Py_XDECREF(out);
+    return result;
+}
+
+PyDoc_STRVAR(
+    gptq_factor_doc,
+    "gptq_factor(gram, damping=0.01, order=False, overwrite=False)\n--\n\n"
+    "(factor [k, k] float32, permutation [k] int32) of a Gram matrix, for gptq_round: the lower\n"
+    "triangular L with L L^T = H[p][:, p], H = gram + damping * mean(diagonal) * I, p the\n"
+    "permutation. Inputs are rounded from the last row of L to the first: in their own order, or "
+    "with\norder=True by falling diagonal (act order). overwrite=True makes the factor in "
+    "gram's memory, which\nan error spoils. ValueError for NaN, Inf, a gram that is not square, "
+    "and one that is not "
+    "positive definite after\ndamping. The same bytes at any thread count. Source: GPTQ, arXiv "
+    "2210.17323; LDL form: QuIP,\narXiv 2307.13304, theorem 6.");
+
+static PyObject *
+gptq_factor(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"gram", "damping", "order", "overwrite", NULL};
+    PyObject *gram_object, *result = NULL;
+    PyArrayObject *given = NULL, *factor = NULL, *permutation = NULL;
+    float damping = 0.01f;
+    int order = 0, overwrite = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|fpp:gptq_factor", names, &gram_object,
+                                     &damping, &order, &overwrite)) {
+        return NULL;
+    }
+    if (!(damping >= 0.0f) || damping > 1e6f) { /* NaN too */
+        PyObject *found = PyFloat_FromDouble(damping);
+        PyErr_Format(PyExc_ValueError, "damping: expected a number from 0 to 1e6, got %S", found);
+        Py_XDECREF(found);
+        return NULL;
+    }
+    if (overwrite) {
+        factor = writable_square(gram_object, -1, "gram");
+    }
+    else {
+        given = sq_py_array(gram_object, NPY_FLOAT32, 2, "gram");
+        factor = given && !sq_py_check_dim(given, 1, PyArray_DIM(given, 0), "gram")
+                     ? (PyArrayObject *)PyArray_NewCopy(given, NPY_CORDER)
+                     : NULL;
+    }
+    if (!factor || check_k(PyArray_DIM(factor, 0), "gram")) {
+        goto done;
+    }
+    npy_intp k = PyArray_DIM(factor, 0);
+    permutation = sq_py_empty(1, &k, NPY_INT32);
+    if (!permutation) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(k * k);
+    status = sq_gptq_factor(PyArray_DATA(factor), k, damping, order, PyArray_DATA(permutation));
+    SQ_END_NOGIL;
+    if (status == SQ_ERR_RANGE) { /* the rest was checked above */
+        PyErr_SetString(PyExc_ValueError,
+                        "gram: expected a matrix that is positive definite after damping; raise "
+                        "damping or calibrate on more tokens");
+        goto done;
+    }
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "gram");
+        goto done;
+    }
+    result = Py_BuildValue("OO", factor, permutation);
+done:
+    Py_XDECREF(given);
+    Py_XDECREF(factor);
+    Py_XDECREF(permutation);
+    return result;
+}
+
+PyDoc_STRVAR(
+    gptq_round_doc,
+    "gptq_round(weights, factor, permutation, bits=4, group=0, search=False)\n--\n\n"
+    "Round weights [n, k] to (codes [n, k] int8, scales [n, k / g] float32) with error feedback "
+    "through\ngptq_factor's factor [k, k] and permutation [k]. Symmetric grid; search as in "
+    "quantize. group = g\ninputs share a scale, taken when their first column is reached, of the "
+    "updated weights; with act\norder of the weights as given (static groups), as are those of "
+    "whole rows (group 0). The same bytes\nat any thread count; rows do not depend on each other. "
+    "ValueError for NaN, Inf, bad shapes, a\npermutation or a factor that is none. Source: GPTQ, "
+    "arXiv 2210.17323.");
+
+/* 0 if the core will take bits and group, otherwise -1 with ValueError. */
+static int
+check_grid(const struct sq_quantizer *q, int64_t k)
+{
+    if (q->bits != 4 && q->bits != 8) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 4 or 8, got %d", q->bits);
+        return -1;
+    }
+    if (q->group < 0 || (q->group && k % q->group)) {
+        PyErr_Format(PyExc_ValueError, "group: expected 0 or a divisor of k = %lld, got %lld",
+                     (long long)k, (long long)q->group);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+gptq_round(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"weights", "factor", "permutation", "bits", "group", "search", NULL};
+    PyObject *weights_object, *factor_object, *permutation_object, *result = NULL;
+    PyArrayObject *weights = NULL, *factor = NULL, *permutation = NULL, *codes = NULL,
+                  *scales = NULL;
+    struct sq_quantizer q = {.bits = 4, .symmetric = 1, .clip = 1.0f};
+    long long group = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|iLp:gptq_round", names, &weights_object,
+                                     &factor_object, &permutation_object, &q.bits, &group,
+                                     &q.search)) {
+        return NULL;
+    }
+    q.group = group;
+    weights = sq_py_array(weights_object, NPY_FLOAT32, 2, "weights");
+    factor = weights ? sq_py_array(factor_object, NPY_FLOAT32, 2, "factor") : NULL;
+    permutation = factor ? sq_py_array(permutation_object, NPY_INT32, 1, "permutation") : NULL;
+    if (!permutation) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(weights, 0), k = PyArray_DIM(weights, 1);
+    if (check_k(k, "weights") || sq_py_check_dim(factor, 0, k, "factor") ||
+        sq_py_check_dim(factor, 1, k, "factor") ||
+        sq_py_check_dim(permutation, 0, k, "permutation") || check_grid(&q, k)) {
+        goto done;
+    }
+    npy_intp dims[2] = {n, group ? k / group : 1};
+    codes = sq_py_empty(2, PyArray_DIMS(weights), NPY_INT8);
+    scales = sq_py_empty(2, dims, NPY_FLOAT32);
+    if (!codes || !scales) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(n * k + k * k);
+    status = sq_gptq_round(&q, PyArray_DATA(factor), PyArray_DATA(permutation),
+                           PyArray_DATA(weights), n, k, PyArray_DATA(codes), PyArray_DATA(scales));
+    SQ_END_NOGIL;
+    if (status == SQ_ERR_RANGE) { /* bits were checked above */
+        PyErr_SetString(PyExc_ValueError,
+                        "factor, permutation: expected what gptq_factor returns, got a diagonal "
+                        "that is not positive or indices that are no permutation");
+        goto done;
+    }
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "weights, factor");
+        goto done;
+    }
+    result = Py_BuildValue("OO", codes, scales);
+done:
+    Py_XDECREF(weights);
+    Py_XDECREF(factor);
+    Py_XDECREF(permutation);
+    Py_XDECREF(codes);
+    Py_XDECREF(scales);
+    return result;
+}
+
+PyMethodDef sq_py_gptq_methods[] = {
+    {"gram", (PyCFunction)(void (*)(void))gram, METH_VARARGS | METH_KEYWORDS, gram_doc},
+    {"gptq_factor", (PyCFunction)(void (*)(void))gptq_factor, METH_VARARGS | METH_KEYWORDS,
+     gptq_factor_doc},
+    {"gptq_round", (PyCFunction)(void (*)(void))gptq_round, METH_VARARGS | METH_KEYWORDS,
+     gptq_round_doc},
+    {NULL, NULL, 0, NULL},
+};

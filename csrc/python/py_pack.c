@@ -1,0 +1,492 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Bindings of the pack stage: words, packed weights, the linear that multiplies them. */
+#include "python/py_factor.h"
+
+#include "core/sq_internal.h"
+#include "kernels/sq_kernels.h"
+#include "kernels/sq_peaks.h"
+
+#define SQ_KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
+
+/* ---- words ------------------------------------------------------------------------------ */
+
+/* Codes as int8 [n][k]. Wider integers are clamped to int8 instead of wrapped, so that values out
+ * of range stay out of range. New reference, or NULL with the error set. */
+static PyArrayObject *
+convert_codes(PyObject *o)
+{
+    PyArrayObject *any = (PyArrayObject *)PyArray_FromAny(o, NULL, 0, 0, 0, NULL);
+    PyArrayObject *values = NULL, *codes = NULL;
+    if (!any) {
+        return NULL;
+    }
+    const int type = PyArray_TYPE(any);
+    if (type == NPY_INT8 || !PyTypeNum_ISINTEGER(type)) {
+        codes = sq_py_array((PyObject *)any, NPY_INT8, 2, "codes");
+        goto done;
+    }
+    values = sq_py_array((PyObject *)any, NPY_FLOAT64, 2, "codes");
+    codes = values ? sq_py_empty(2, PyArray_DIMS(values), NPY_INT8) : NULL;
+    if (codes) {
+        const double *from = PyArray_DATA(values);
+        int8_t *to = PyArray_DATA(codes);
+        for (npy_intp i = 0; i < PyArray_SIZE(values); i++) {
+            to[i] = (int8_t)(from[i] < -128 ? -128 : from[i] > 127 ? 127 : from[i]);
+        }
+    }
+done:
+    Py_DECREF(any);
+    Py_XDECREF(values);
+    return codes;
+}
+
+PyDoc_STRVAR(
+    pack_doc,
+    "pack(codes)\n--\n\n"
+    "Words [n, ceil(k / 8)] int32 of codes [n, k] in -8 .. 7: 8 codes along k per word, low "
+    "nibble first,\neach as code + 8 (the pack-quantized layout of compressed-tensors); the "
+    "tail is code 0.\nValueError for codes outside.");
+
+static PyObject *
+pack(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"codes", NULL};
+    PyObject *codes_object, *result = NULL;
+    PyArrayObject *codes = NULL, *words = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:pack", names, &codes_object)) {
+        return NULL;
+    }
+    codes = convert_codes(codes_object);
+    if (!codes) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(codes, 0), k = PyArray_DIM(codes, 1);
+    if (k < 1) {
+        PyErr_SetString(PyExc_ValueError, "codes: expected k >= 1, got 0");
+        goto done;
+    }
+    npy_intp dims[2] = {n, sq_packed_words(k)};
+    words = sq_py_empty(2, dims, NPY_INT32);
+    if (!words) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(n * k);
+    status = sq_pack_int4(PyArray_DATA(codes), n, k, PyArray_DATA(words));
+    SQ_END_NOGIL;
+    if (status == SQ_ERR_RANGE) {
+        PyErr_SetString(PyExc_ValueError, "codes: expected values in -8 .. 7, got others");
+        goto done;
+    }
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "codes");
+        goto done;
+    }
+    result = Py_NewRef((PyObject *)words);
+done:
+    Py_XDECREF(codes);
+    Py_XDECREF(words);
+    return result;
+}
+
+/* 0 if words [n][ceil(k / 8)] fit k, otherwise -1 with ValueError. */
+static int
+check_words(PyArrayObject *words, long long k)
+{
+    if (k < 1) {
+        PyErr_Format(PyExc_ValueError, "k: expected k >= 1, got %lld", k);
+        return -1;
+    }
+    if (PyArray_DIM(words, 1) != sq_packed_words(k)) {
+        PyErr_Format(PyExc_ValueError,
+                     "words: expected (n, ceil(k / 8)) = (%lld, %lld), got "
+                     "(%lld, %lld)",
+                     (long long)PyArray_DIM(words, 0), (long long)sq_packed_words(k),
+                     (long long)PyArray_DIM(words, 0), (long long)PyArray_DIM(words, 1));
+        return -1;
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(
+    unpack_doc,
+    "unpack(words, k)\n--\n\n"
+    "Codes [n, k] int8 of words [n, ceil(k / 8)] int32; the reverse of pack. ValueError for "
+    "shapes that\ndo not agree, TypeError for words of another width than 32 bits.");
+
+static PyObject *
+unpack(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"words", "k", NULL};
+    PyObject *words_object, *result = NULL;
+    PyArrayObject *words = NULL, *codes = NULL;
+    long long k;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL:unpack", names, &words_object, &k)) {
+        return NULL;
+    }
+    words = sq_py_bits_array(words_object, NPY_INT32, 2, "words");
+    if (!words || check_words(words, k)) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(words, 0);
+    npy_intp dims[2] = {n, k};
+    codes = sq_py_empty(2, dims, NPY_INT8);
+    if (!codes) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(n * k);
+    status = sq_unpack_int4(PyArray_DATA(words), n, k, PyArray_DATA(codes));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "words");
+        goto done;
+    }
+    result = Py_NewRef((PyObject *)codes);
+done:
+    Py_XDECREF(words);
+    Py_XDECREF(codes);
+    return result;
+}
+
+/* ---- PackedWeight ----------------------------------------------------------------------- */
+
+/* Immutable: made whole by __new__, never written again, hence shared between threads freely. */
+typedef struct {
+    PyObject_HEAD sq_packed_t *packed; /* owned */
+} packed_object;
+
+/* scales as [n][groups] float32, finite, from [n, groups], or from [n] when there is one group. */
+static PyArrayObject *
+convert_scales(PyObject *o, int64_t n, int64_t groups)
+{
+    PyArrayObject *scales = sq_py_array(o, NPY_FLOAT32, -1, "scales");
+    if (!scales) {
+        return NULL;
+    }
+    const int ndim = PyArray_NDIM(scales);
+    const int fits =
+        (ndim == 2 && PyArray_DIM(scales, 0) == n && PyArray_DIM(scales, 1) == groups) ||
+        (ndim == 1 && groups == 1 && PyArray_DIM(scales, 0) == n);
+    if (!fits) {
+        PyObject *shape = PyObject_GetAttrString((PyObject *)scales, "shape");
+        if (shape) {
+            PyErr_Format(PyExc_ValueError, "scales: expected (n, groups) = (%lld, %lld), got %R",
+                         (long long)n, (long long)groups, shape);
+            Py_DECREF(shape);
+        }
+        Py_DECREF(scales);
+        return NULL;
+    }
+    const float *values = PyArray_DATA(scales);
+    for (int64_t i = 0; i < n * groups; i++) {
+        if (!(values[i] - values[i] == 0.0f)) {
+            PyErr_Format(PyExc_ValueError, "scales: expected finite values, got %s in row %lld",
+                         values[i] != values[i] ? "NaN" : "Inf", (long long)(i / groups));
+            Py_DECREF(scales);
+            return NULL;
+        }
+    }
+    return scales;
+}
+
+/* 0 if the core will take k and group, otherwise -1 with ValueError. */
+static int
+check_group(long long k, long long group, long long high)
+{
+    if (k > SQ_PACKED_K_MAX) {
+        PyErr_Format(PyExc_ValueError, "k: expected k <= %d, got %lld", SQ_PACKED_K_MAX, k);
+        return -1;
+    }
+    if (group < 0 || (group && (group % SQ_K_ALIGN || k % group))) {
+        PyErr_Format(PyExc_ValueError,
+                     "group: expected 0 or a multiple of %d that divides k = %lld, got %lld",
+                     SQ_K_ALIGN, k, group);
+        return -1;
+    }
+    const long long step = group ? group : SQ_K_ALIGN;
+    if (high < 0 || high >= k || high % step) {
+        PyErr_Format(PyExc_ValueError, "high: expected a multiple of %lld below k = %lld, got %lld",
+                     step, k, high);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"words", "scales", "k", "group", "high", NULL};
+    PyObject *words_object, *scales_object;
+    PyArrayObject *words = NULL, *scales = NULL;
+    packed_object *self = NULL;
+    sq_packed_t *packed = NULL;
+    long long k, group = 0, high = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|LL:PackedWeight", names, &words_object,
+                                     &scales_object, &k, &group, &high)) {
+        return NULL;
+    }
+    words = sq_py_bits_array(words_object, NPY_INT32, 2, "words");
+    if (!words || check_words(words, k) || check_group(k, group, high)) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(words, 0);
+    if (n < 1) {
+        PyErr_SetString(PyExc_ValueError, "words: expected n >= 1, got 0");
+        goto done;
+    }
+    scales = convert_scales(scales_object, n, group ? k / group : 1);
+    if (!scales) {
+        goto done;
+    }
+    sq_status status;
+    const struct sq_kernels *kernels = sq_kernels_active();
+    SQ_BEGIN_NOGIL(n * k);
+    status = sq_packed_create(kernels, PyArray_DATA(words), PyArray_DATA(scales), n, k, group, high,
+                              &packed);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(PyType_GetModule(type), status, "PackedWeight");
+        goto done;
+    }
+    self = (packed_object *)type->tp_alloc(type, 0);
+    if (self) {
+        self->packed = packed;
+        packed = NULL;
+    }
+done:
+    sq_packed_destroy(packed);
+    Py_XDECREF(words);
+    Py_XDECREF(scales);
+    return (PyObject *)self;
+}
+
+static void
+packed_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    sq_packed_destroy(((packed_object *)self)->packed);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *
+packed_shape(PyObject *self, void *Py_UNUSED(closure))
+{
+    int64_t n, k, g;
+    sq_packed_shape(((packed_object *)self)->packed, &n, &k, &g);
+    return Py_BuildValue("LL", (long long)n, (long long)k);
+}
+
+static PyObject *
+packed_group(PyObject *self, void *Py_UNUSED(closure))
+{
+    int64_t n, k, g;
+    sq_packed_shape(((packed_object *)self)->packed, &n, &k, &g);
+    return PyLong_FromLongLong(g);
+}
+
+static PyObject *
+packed_high(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(sq_packed_high(((packed_object *)self)->packed));
+}
+
+static PyObject *
+packed_kernels(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyUnicode_FromString(sq_packed_kernels(((packed_object *)self)->packed)->name);
+}
+
+static PyObject *
+packed_nbytes(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(sq_packed_bytes(((packed_object *)self)->packed));
+}
+
+static PyObject *
+packed_repr(PyObject *self)
+{
+    int64_t n, k, g;
+    const sq_packed_t *packed = ((packed_object *)self)->packed;
+    sq_packed_shape(packed, &n, &k, &g);
+    return PyUnicode_FromFormat("PackedWeight(shape=(%lld, %lld), group=%lld, kernels='%s')",
+                                (long long)n, (long long)k, (long long)g,
+                                sq_packed_kernels(packed)->name);
+}
+
+static PyGetSetDef packed_getset[] = {
+    {"shape", packed_shape, NULL, "(n, k)", NULL},
+    {"group", packed_group, NULL, "Inputs that share a scale; 0: one scale per output.", NULL},
+    {"high", packed_high, NULL, "Leading inputs whose activations have 8 bits instead of 4.", NULL},
+    {"kernels", packed_kernels, NULL, "Name of the kernel table that made the panels.", NULL},
+    {"nbytes", packed_nbytes, NULL, "Memory held by panels and scales.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+PyDoc_STRVAR(packed_doc,
+             "PackedWeight(words, scales, k, group=0, high=0)\n--\n\n"
+             "int4 weights [n, k] in the panels of the active kernel table. words [n, ceil(k / 8)] "
+             "int32 as pack\nmakes them, scales [n, k / group] float32 (or [n]); group = 0 is one "
+             "scale per output, otherwise a\nmultiple of 32 that divides k. high: leading inputs "
+             "whose activations get 8 bits "
+             "where the others\nget 4, a multiple of 32 and of group. Immutable; copies its "
+             "arguments. ValueError for shapes that do not\nagree and scales that are not finite.");
+
+static PyType_Slot packed_slots[] = {
+    {Py_tp_doc, (void *)packed_doc}, {Py_tp_new, packed_new},       {Py_tp_dealloc, packed_dealloc},
+    {Py_tp_repr, packed_repr},       {Py_tp_getset, packed_getset}, {0, NULL},
+};
+
+static PyType_Spec packed_spec = {
+    .name = "singlequant._C.PackedWeight",
+    .basicsize = sizeof(packed_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = packed_slots,
+};
+
+int
+sq_py_add_pack_types(PyObject *module)
+{
+    struct sq_module_state *state = PyModule_GetState(module);
+    state->packed_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &packed_spec, NULL);
+    return state->packed_type ? PyModule_AddType(module, state->packed_type) : -1;
+}
+
+const sq_packed_t *
+sq_py_packed(PyObject *module, PyObject *o, const char *name)
+{
+    struct sq_module_state *state = PyModule_GetState(module);
+    if (!PyObject_TypeCheck(o, state->packed_type)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a PackedWeight, got %.200s", name,
+                     Py_TYPE(o)->tp_name);
+        return NULL;
+    }
+    return ((packed_object *)o)->packed;
+}
+
+/* ---- linear ----------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    linear_doc,
+    "linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
+    "x [..., k] float32 times a PackedWeight [n, k] transposed: [..., n] float32. bits 4 or 8 "
+    "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range; the "
+    "weight's high "
+    "inputs get 8 bits\nover their own unclipped range); 16 "
+    "leaves it in float32.\nrotation turns each token before: (left, right) as in rotate(), or "
+    "(first, permutation, second)\nas in rotate_blocks().\nInteger sums are exact; a token's "
+    "values do not depend on the "
+    "others or on the number of threads.\nValueError for NaN, Inf, bad shapes, bits or clip.");
+
+/* 0 if the arguments go together, otherwise -1 with ValueError. */
+static int
+check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
+{
+    const int ndim = PyArray_NDIM(x);
+    if (ndim < 1) {
+        PyErr_SetString(PyExc_ValueError, "x: expected at least 1 dimension, got 0");
+        return -1;
+    }
+    if (sq_py_check_dim(x, ndim - 1, k, "x")) {
+        return -1;
+    }
+    if (bits != 4 && bits != 8 && bits != 16) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 4, 8 or 16, got %d", bits);
+        return -1;
+    }
+    if (high && bits != 4) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 4, as the weight has high inputs, got %d",
+                     bits);
+        return -1;
+    }
+    if (!(clip > 0.0f && clip <= 1.0f)) {
+        PyErr_SetString(PyExc_ValueError, "clip: expected 0 < clip <= 1");
+        return -1;
+    }
+    return 0;
+}
+
+PyObject *
+sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
+             double seconds[2])
+{
+    static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
+    PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
+    struct sq_py_rotation rotation = {0};
+    PyArrayObject *x = NULL, *y = NULL;
+    void *workspace = NULL, *rotation_workspace = NULL;
+    int bits = 4;
+    float clip = 1.0f;
+    int64_t n, k, g;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &x_object, &weight_object, &bits,
+                                     &clip, &rotation_object)) {
+        return NULL;
+    }
+    const sq_packed_t *weight = sq_py_packed(module, weight_object, "weight");
+    x = weight ? sq_py_array(x_object, NPY_FLOAT32, -1, "x") : NULL;
+    if (!x) {
+        goto done;
+    }
+    sq_packed_shape(weight, &n, &k, &g);
+    if (check_linear(x, k, sq_packed_high(weight), bits, clip) ||
+        sq_py_rotation_argument(rotation_object, k, &rotation)) {
+        goto done;
+    }
+    const int ndim = PyArray_NDIM(x);
+    const int64_t m = PyArray_SIZE(x) / k;
+    npy_intp dims[NPY_MAXDIMS];
+    memcpy(dims, PyArray_DIMS(x), (size_t)ndim * sizeof *dims);
+    dims[ndim - 1] = n;
+    y = sq_py_empty(ndim, dims, NPY_FLOAT32);
+    workspace = sq_alloc(sq_activations_workspace_bytes(bits, m, k));
+    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(&rotation.rotation, k, m));
+    if (!workspace || !rotation_workspace) {
+        PyErr_NoMemory();
+    }
+    if (!y || !workspace || !rotation_workspace) {
+        goto done;
+    }
+    struct sq_activations a;
+    sq_status status;
+    double begin, prepared;
+    const struct sq_kernels *kernels = sq_packed_kernels(weight);
+    SQ_BEGIN_NOGIL(m * k + n * k);
+    begin = seconds ? sq_clock() : 0;
+    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), &rotation.rotation,
+                                    PyArray_DATA(x), m, k, rotation_workspace, workspace, &a);
+    prepared = seconds ? sq_clock() : 0;
+    if (status == SQ_OK) {
+        status = sq_linear_packed(weight, &a, PyArray_DATA(y), n);
+    }
+    if (seconds) {
+        seconds[0] = prepared - begin;
+        seconds[1] = sq_clock() - prepared;
+    }
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "x");
+        goto done;
+    }
+    result = Py_NewRef((PyObject *)y);
+done:
+    sq_py_rotation_clear(&rotation);
+    free(workspace);
+    free(rotation_workspace);
+    Py_XDECREF(x);
+    Py_XDECREF(y);
+    return result;
+}
+
+static PyObject *
+linear(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    return sq_py_linear(module, args, kwargs, "OO|ifO:linear", NULL);
+}
+
+PyMethodDef sq_py_pack_methods[] = {
+    {"pack", SQ_KEYWORDS(pack), pack_doc},
+    {"unpack", SQ_KEYWORDS(unpack), unpack_doc},
+    {"linear", SQ_KEYWORDS(linear), linear_doc},
+    {NULL, NULL, 0, NULL},
+};

@@ -1,0 +1,871 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Bindings of the rotate stage: factor sizes, Hadamard matrices, chains and their solvers, rotation
+ * of activations, streaming statistics. */
+#include "python/py_decoder.h"
+#include "python/py_factor.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/sq_internal.h"
+
+/* ---- shared converters ------------------------------------------------------------------ */
+
+static double *
+f64(PyArrayObject *a)
+{
+    return PyArray_DATA(a);
+}
+
+/* New reference to a writable copy of o as float64, never o itself. */
+static PyArrayObject *
+copy_f64(PyObject *o, int ndim, const char *name)
+{
+    PyArrayObject *a = sq_py_array(o, NPY_FLOAT64, ndim, name);
+    if (!a) {
+        return NULL;
+    }
+    PyArrayObject *copy = (PyArrayObject *)PyArray_NewCopy(a, NPY_CORDER);
+    Py_DECREF(a);
+    return copy;
+}
+
+/* Room for a chain of at most `capacity` steps, cut to `steps` of them once they are known. */
+struct chain {
+    PyArrayObject *pairs, *angles; /* owned */
+};
+
+static int
+chain_new(struct chain *c, npy_intp capacity)
+{
+    c->pairs = sq_py_empty(2, (npy_intp[]){capacity, 2}, NPY_INT32);
+    c->angles = sq_py_empty(1, &capacity, NPY_FLOAT64);
+    return c->pairs && c->angles ? 0 : -1;
+}
+
+static void
+chain_clear(struct chain *c)
+{
+    Py_CLEAR(c->pairs);
+    Py_CLEAR(c->angles);
+}
+
+/* Exact copies of the first steps, so that no result keeps the full room alive. */
+static int
+chain_cut(struct chain *c, npy_intp steps)
+{
+    if (PyArray_DIM(c->angles, 0) == steps) {
+        return 0;
+    }
+    struct chain cut = {NULL, NULL};
+    if (chain_new(&cut, steps)) {
+        chain_clear(&cut);
+        return -1;
+    }
+    memcpy(PyArray_DATA(cut.pairs), PyArray_DATA(c->pairs), (size_t)steps * 2 * sizeof(int32_t));
+    memcpy(PyArray_DATA(cut.angles), PyArray_DATA(c->angles), (size_t)steps * sizeof(double));
+    chain_clear(c);
+    *c = cut;
+    return 0;
+}
+
+/* (pairs, angles) of the first steps, new reference. */
+static PyObject *
+chain_result(struct chain *c, npy_intp steps)
+{
+    return chain_cut(c, steps) ? NULL : Py_BuildValue("OO", c->pairs, c->angles);
+}
+
+/* 0 if max_steps may size a chain, otherwise -1 and a ValueError. */
+static int
+check_max_steps(Py_ssize_t max_steps)
+{
+    if (max_steps >= 0 && max_steps <= PY_SSIZE_T_MAX / 16) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "max_steps: expected 0 to %zd, got %zd", PY_SSIZE_T_MAX / 16,
+                 max_steps);
+    return -1;
+}
+
+/* ---- factors and Hadamard matrices ------------------------------------------------------ */
+
+PyDoc_STRVAR(
+    factor_sizes_doc,
+    "factor_sizes(k)\n--\n\n"
+    "(k1, k2) with k1 * k2 = k, both as near sqrt(k) as possible, k2 an order that carries a\n"
+    "Hadamard matrix: a power of two, or 12 * 2^i or 20 * 2^i where that halves the larger\n"
+    "factor. Every k >= 1 has an answer (odd k: k2 = 1). ValueError for k < 1.");
+
+static PyObject *
+factor_sizes(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"k", NULL};
+    long long k;
+    int64_t k1, k2;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L:factor_sizes", names, &k)) {
+        return NULL;
+    }
+    if (sq_factor_sizes(k, &k1, &k2) != SQ_OK) {
+        return PyErr_Format(PyExc_ValueError, "k: expected at least 1, got %lld", k);
+    }
+    return Py_BuildValue("LL", (long long)k1, (long long)k2);
+}
+
+PyDoc_STRVAR(givens_angle_doc,
+             "givens_angle(a, b)\n--\n\n"
+             "pi/4 - atan2(b, a) in radians: the rotation that makes both entries of (a, b)\n"
+             "sqrt((a^2 + b^2) / 2) (SingleQuant, arXiv 2511.22316, the angle of ART).");
+
+static PyObject *
+givens_angle(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"a", "b", NULL};
+    double a, b;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dd:givens_angle", names, &a, &b)) {
+        return NULL;
+    }
+    if (!isfinite(a) || !isfinite(b)) {
+        return sq_py_raise(module, SQ_ERR_NONFINITE, isfinite(a) ? "b" : "a");
+    }
+    return PyFloat_FromDouble(sq_givens_angle(a, b));
+}
+
+PyDoc_STRVAR(
+    hadamard_matrix_doc,
+    "hadamard_matrix(n)\n--\n\n"
+    "Orthonormal float64 matrix [n, n] with near-flat entries, for every n from 1 on:\n"
+    "Sylvester, Paley I and II and their Kronecker products with Sylvester where the rule of\n"
+    "csrc/sq_hadamard.c finds one, otherwise Hartley kron Sylvester. ValueError for n < 1.");
+
+static PyObject *
+hadamard_matrix(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"n", NULL};
+    Py_ssize_t n;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "n:hadamard_matrix", names, &n)) {
+        return NULL;
+    }
+    if (n < 1 || n > INT32_MAX) {
+        return PyErr_Format(PyExc_ValueError, "n: expected 1 to %d, got %zd", INT32_MAX, n);
+    }
+    PyArrayObject *h = sq_py_empty(2, (npy_intp[]){n, n}, NPY_FLOAT64);
+    if (!h) {
+        return NULL;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(n * n);
+    status = sq_hadamard_matrix(n, f64(h));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        Py_DECREF(h);
+        return sq_py_raise(module, status, "hadamard_matrix");
+    }
+    return (PyObject *)h;
+}
+
+/* The last dimension of x, its rows in *rows; -1 and ValueError if there is none or it is empty. */
+static npy_intp
+last_axis(PyArrayObject *x, npy_intp *rows, const char *name)
+{
+    const int ndim = PyArray_NDIM(x);
+    if (ndim < 1 || PyArray_DIM(x, ndim - 1) < 1) {
+        PyErr_Format(PyExc_ValueError, "%s: expected [..., n] with n >= 1, got %d dimensions%s",
+                     name, ndim, ndim < 1 ? "" : " and n = 0");
+        return -1;
+    }
+    const npy_intp n = PyArray_DIM(x, ndim - 1);
+    *rows = PyArray_SIZE(x) / n;
+    return n;
+}
+
+PyDoc_STRVAR(
+    hadamard_transform_doc,
+    "hadamard_transform(x)\n--\n\n"
+    "x [..., n] with hadamard_matrix(n) applied to each vector of the last axis, as a new\n"
+    "float64 array, by the fast transform.");
+
+static PyObject *
+hadamard_transform(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", NULL};
+    PyObject *x_object;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:hadamard_transform", names, &x_object)) {
+        return NULL;
+    }
+    double *workspace = NULL;
+    PyObject *result = NULL;
+    npy_intp rows, n;
+    PyArrayObject *x = copy_f64(x_object, -1, "x");
+    if (!x || (n = last_axis(x, &rows, "x")) < 0) {
+        goto done;
+    }
+    workspace = PyMem_RawMalloc((size_t)n * 3 * sizeof(double));
+    if (!workspace) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(x) * n); /* an odd core costs its order per element */
+    status = sq_hadamard_transform(f64(x), rows, n, workspace);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "hadamard_transform");
+        goto done;
+    }
+    result = Py_NewRef(x);
+done:
+    PyMem_RawFree(workspace);
+    Py_XDECREF(x);
+    return result;
+}
+
+/* ---- chains ----------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    chain_apply_doc,
+    "chain_apply(pairs, angles, x)\n--\n\n"
+    "x [..., n] with the rotations pairs [g, 2], angles [g] (radians) applied in order to each\n"
+    "vector v of the last axis, as a new float64 array: v_i' = c v_i - s v_j,\n"
+    "v_j' = s v_i + c v_j. ValueError for indices outside 0 .. n - 1 or equal ones.");
+
+static PyObject *
+chain_apply(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"pairs", "angles", "x", NULL};
+    PyObject *pairs_object, *angles_object, *x_object, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:chain_apply", names, &pairs_object,
+                                     &angles_object, &x_object)) {
+        return NULL;
+    }
+    PyArrayObject *pairs = NULL, *angles = NULL, *x = copy_f64(x_object, -1, "x");
+    npy_intp rows, n;
+    if (!x || (n = last_axis(x, &rows, "x")) < 0 ||
+        !(pairs = sq_py_pairs(pairs_object, n, "pairs")) ||
+        !(angles = sq_py_array(angles_object, NPY_FLOAT64, 1, "angles")) ||
+        sq_py_check_dim(angles, 0, PyArray_DIM(pairs, 0), "angles")) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(x) + PyArray_SIZE(pairs));
+    status =
+        sq_chain_apply(PyArray_DATA(pairs), f64(angles), PyArray_DIM(pairs, 0), f64(x), rows, n);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, status == SQ_ERR_NONFINITE ? "angles" : "chain_apply");
+        goto done;
+    }
+    result = Py_NewRef(x);
+done:
+    Py_XDECREF(pairs);
+    Py_XDECREF(angles);
+    Py_XDECREF(x);
+    return result;
+}
+
+PyDoc_STRVAR(
+    art_extremes_doc,
+    "art_extremes(v, threshold, max_steps)\n--\n\n"
+    "ART on signed extremes v [n]: (pairs [g, 2] int32, angles [g] float64). Pairs the index\n"
+    "of largest magnitude with the smallest and makes them equal, until none exceeds\n"
+    "threshold * median|v| or max_steps were made (SingleQuant, arXiv 2511.22316).");
+
+static PyObject *
+art_extremes(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"v", "threshold", "max_steps", NULL};
+    PyObject *v_object, *result = NULL;
+    double threshold;
+    Py_ssize_t max_steps;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Odn:art_extremes", names, &v_object, &threshold,
+                                     &max_steps)) {
+        return NULL;
+    }
+    if (!(threshold >= 0)) {
+        PyObject *given = PyFloat_FromDouble(threshold);
+        PyErr_Format(PyExc_ValueError, "threshold: expected at least 0, got %S", given);
+        Py_XDECREF(given);
+        return NULL;
+    }
+    struct chain chain = {NULL, NULL};
+    PyArrayObject *v = NULL;
+    if (check_max_steps(max_steps) || !(v = copy_f64(v_object, 1, "v")) ||
+        chain_new(&chain, max_steps)) {
+        goto done;
+    }
+    int64_t steps;
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(v) + max_steps);
+    status = sq_art_extremes(f64(v), PyArray_DIM(v, 0), threshold, max_steps,
+                             PyArray_DATA(chain.pairs), f64(chain.angles), &steps);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "v");
+        goto done;
+    }
+    result = chain_result(&chain, steps);
+done:
+    Py_XDECREF(v);
+    chain_clear(&chain);
+    return result;
+}
+
+PyDoc_STRVAR(
+    art_columns_doc,
+    "art_columns(columns, max_steps)\n--\n\n"
+    "Token-exact ART on columns [n, rows] (one axis index each, rows = tokens x the other\n"
+    "axis): (pairs [g, 2] int32, angles [g] float64). Rotates the column of largest peak with\n"
+    "the one of smallest, by the angle that equals them in the row of the peak; stops when\n"
+    "the pair's peak no longer falls or at max_steps.");
+
+static PyObject *
+art_columns(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"columns", "max_steps", NULL};
+    PyObject *columns_object, *result = NULL;
+    Py_ssize_t max_steps;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "On:art_columns", names, &columns_object,
+                                     &max_steps)) {
+        return NULL;
+    }
+    struct chain chain = {NULL, NULL};
+    PyArrayObject *columns = NULL;
+    if (check_max_steps(max_steps) || !(columns = copy_f64(columns_object, 2, "columns")) ||
+        chain_new(&chain, max_steps)) {
+        goto done;
+    }
+    int64_t steps;
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(columns));
+    status = sq_art_columns(f64(columns), PyArray_DIM(columns, 0), PyArray_DIM(columns, 1),
+                            max_steps, PyArray_DATA(chain.pairs), f64(chain.angles), &steps);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "columns");
+        goto done;
+    }
+    result = chain_result(&chain, steps);
+done:
+    Py_XDECREF(columns);
+    chain_clear(&chain);
+    return result;
+}
+
+PyDoc_STRVAR(
+    urt_doc,
+    "urt(v, u)\n--\n\n"
+    "URT: (pairs [g, 2] int32, angles [g] float64), the chain of G_u^T G_v that takes v [n]\n"
+    "onto u [n] scaled to |v|; at most 2 (n - 1) rotations (SingleQuant, arXiv 2511.22316).\n"
+    "No rotations for v = 0. ValueError when no rotation exists: u = 0, or n = 1 and opposite\n"
+    "signs.");
+
+static PyObject *
+urt(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"v", "u", NULL};
+    PyObject *v_object, *u_object, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:urt", names, &v_object, &u_object)) {
+        return NULL;
+    }
+    struct chain chain = {NULL, NULL};
+    PyArrayObject *u = NULL, *v = sq_py_array(v_object, NPY_FLOAT64, 1, "v");
+    if (!v || !(u = sq_py_array(u_object, NPY_FLOAT64, 1, "u")) ||
+        sq_py_check_dim(u, 0, PyArray_DIM(v, 0), "u") || chain_new(&chain, 2 * PyArray_DIM(v, 0))) {
+        goto done;
+    }
+    int64_t steps;
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(v));
+    status = sq_urt(f64(v), f64(u), PyArray_DIM(v, 0), PyArray_DATA(chain.pairs), f64(chain.angles),
+                    &steps);
+    SQ_END_NOGIL;
+    if (status == SQ_ERR_RANGE) {
+        PyErr_SetString(PyExc_ValueError, "u: no rotation takes v onto it");
+        goto done;
+    }
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "v, u");
+        goto done;
+    }
+    result = chain_result(&chain, steps);
+done:
+    Py_XDECREF(v);
+    Py_XDECREF(u);
+    chain_clear(&chain);
+    return result;
+}
+
+/* ---- the uniformity sweep --------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    uniformity_sweep_doc,
+    "uniformity_sweep(columns, sweeps=1)\n--\n\n"
+    "Uniformity sweeps on columns [n, rows]: (pairs [g, 2] int32, angles [g] float64, columns\n"
+    "after them). Each sweep rotates every pair of columns once, round-robin, by the angle\n"
+    "(pi - arg sum z^4) / 4, z = a + i b, which minimises sum(a^4 + b^4). The result does not\n"
+    "depend on the number of threads. ValueError for NaN, Inf or magnitudes above 2^200.");
+
+/* The sweeps, one chain behind the other. */
+static sq_status
+run_sweeps(PyArrayObject *columns, Py_ssize_t sweeps, struct chain *chain, int64_t *steps)
+{
+    int32_t *pairs = PyArray_DATA(chain->pairs);
+    double *angles = f64(chain->angles);
+    *steps = 0;
+    for (Py_ssize_t i = 0; i < sweeps; i++) {
+        int64_t made;
+        const sq_status status =
+            sq_uniformity_sweep(f64(columns), PyArray_DIM(columns, 0), PyArray_DIM(columns, 1),
+                                pairs + 2 * *steps, angles + *steps, &made);
+        if (status != SQ_OK) {
+            return status;
+        }
+        *steps += made;
+    }
+    return SQ_OK;
+}
+
+static PyObject *
+uniformity_sweep(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"columns", "sweeps", NULL};
+    PyObject *columns_object, *result = NULL;
+    Py_ssize_t sweeps = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|n:uniformity_sweep", names, &columns_object,
+                                     &sweeps)) {
+        return NULL;
+    }
+    struct chain chain = {NULL, NULL};
+    PyArrayObject *columns = copy_f64(columns_object, 2, "columns");
+    if (!columns) {
+        return NULL;
+    }
+    npy_intp n = PyArray_DIM(columns, 0), capacity;
+    if (n < 2 && sweeps > 0) {
+        sweeps = 1; /* no pair to turn: one round is as good as many */
+    }
+    if (sweeps < 0 || n > INT32_MAX - 1 ||
+        __builtin_mul_overflow(n * (n - 1) / 2, sweeps, &capacity) ||
+        capacity > NPY_MAX_INTP / 16) {
+        PyErr_Format(PyExc_ValueError,
+                     "sweeps: expected 0 or more sweeps of %zd columns that fit "
+                     "memory, got %zd",
+                     (Py_ssize_t)n, sweeps);
+        goto done;
+    }
+    if (chain_new(&chain, capacity)) {
+        goto done;
+    }
+    int64_t steps;
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(columns) + capacity * PyArray_DIM(columns, 1));
+    status = run_sweeps(columns, sweeps, &chain, &steps);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "columns");
+        goto done;
+    }
+    if (chain_cut(&chain, steps) == 0) {
+        result = Py_BuildValue("OOO", chain.pairs, chain.angles, columns);
+    }
+done:
+    Py_DECREF(columns);
+    chain_clear(&chain);
+    return result;
+}
+
+/* ---- rotation of activations ------------------------------------------------------------ */
+
+PyDoc_STRVAR(
+    rotate_doc,
+    "rotate(x, left, right)\n--\n\n"
+    "y [..., k] float32: each row of x, reshaped to X [k1, k2], becomes L X R^T. A factor is a\n"
+    "matrix [n, n] or a tuple (order, hadamard, pairs [g, 2], angles [g]) that stands for\n"
+    "chain(H v). left has order k1, right k2; ValueError unless k1 * k2 = k. A row's result\n"
+    "depends on that row alone.");
+
+static PyObject *
+rotate(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "left", "right", NULL};
+    PyObject *x_object, *left_object, *right_object, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:rotate", names, &x_object, &left_object,
+                                     &right_object)) {
+        return NULL;
+    }
+    struct sq_py_factor left = {.matrix = NULL}, right = {.matrix = NULL};
+    PyArrayObject *y = NULL, *x = sq_py_array(x_object, NPY_FLOAT32, -1, "x");
+    void *workspace = NULL;
+    npy_intp rows, k;
+    if (!x || sq_py_factor(left_object, SQ_PY_LEFT, "left", &left) ||
+        sq_py_factor(right_object, SQ_PY_RIGHT, "right", &right) ||
+        (k = last_axis(x, &rows, "x")) < 0) {
+        goto done;
+    }
+    int64_t product;
+    const int64_t k1 = left.factor.order, k2 = right.factor.order;
+    if (__builtin_mul_overflow(k1, k2, &product) || product != k) {
+        PyErr_Format(PyExc_ValueError, "x: expected shape[-1] = k1 * k2 = %lld * %lld, got %zd",
+                     (long long)k1, (long long)k2, (Py_ssize_t)k);
+        goto done;
+    }
+    y = sq_py_empty(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT32);
+    workspace = sq_alloc(sq_rotate_workspace_bytes(&left.factor, &right.factor, rows));
+    if (!y || !workspace) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(x) + left.factor.steps + right.factor.steps);
+    status =
+        sq_rotate(&left.factor, &right.factor, PyArray_DATA(x), rows, PyArray_DATA(y), workspace);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "rotate");
+        goto done;
+    }
+    result = Py_NewRef(y);
+done:
+    free(workspace);
+    Py_XDECREF(x);
+    Py_XDECREF(y);
+    sq_py_factor_clear(&left);
+    sq_py_factor_clear(&right);
+    return result;
+}
+
+PyDoc_STRVAR(
+    chain_from_matrix_doc,
+    "chain_from_matrix(matrix)\n--\n\n"
+    "The chain (pairs [steps, 2] int32, angles [steps] rad) that maps v to matrix v, for an "
+    "orthogonal\nmatrix [n, n]: Givens rotations that clear it column by column. With determinant "
+    "-1 the last row comes\nout negated. ValueError unless the matrix is square and orthogonal "
+    "within 1e-6.");
+
+static PyObject *
+chain_from_matrix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"matrix", NULL};
+    PyObject *matrix_object, *result = NULL;
+    struct chain chain = {NULL, NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:chain_from_matrix", names, &matrix_object)) {
+        return NULL;
+    }
+    PyArrayObject *matrix = copy_f64(matrix_object, 2, "matrix");
+    if (!matrix || sq_py_check_dim(matrix, 1, PyArray_DIM(matrix, 0), "matrix")) {
+        goto done;
+    }
+    const int64_t n = PyArray_DIM(matrix, 0);
+    if (n < 1 || n > SQ_CHAIN_MATRIX_MAX) {
+        PyErr_Format(PyExc_ValueError, "matrix: expected an order from 1 to %d, got %lld",
+                     SQ_CHAIN_MATRIX_MAX, (long long)n);
+        goto done;
+    }
+    if (chain_new(&chain, n * (n - 1) / 2)) {
+        goto done;
+    }
+    int64_t steps;
+    sq_status status;
+    SQ_BEGIN_NOGIL(n * n);
+    status =
+        sq_chain_from_matrix(f64(matrix), n, PyArray_DATA(chain.pairs), f64(chain.angles), &steps);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        PyErr_SetString(PyExc_ValueError, "matrix: expected an orthogonal one (within 1e-6)");
+        goto done;
+    }
+    result = chain_result(&chain, steps);
+done:
+    Py_XDECREF(matrix);
+    chain_clear(&chain);
+    return result;
+}
+
+PyDoc_STRVAR(
+    principal_directions_doc,
+    "principal_directions(gram)\n--\n\n"
+    "Eigenvectors of a symmetric matrix [n, n] as rows [n, n] float64, eigenvalues falling, by "
+    "cyclic Jacobi\nrotations: the same bytes at any number of threads. ValueError unless it is "
+    "square and finite.");
+
+static PyObject *
+principal_directions(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"gram", NULL};
+    PyObject *object, *result = NULL;
+    PyArrayObject *gram = NULL, *directions = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:principal_directions", names, &object)) {
+        return NULL;
+    }
+    gram = sq_py_array(object, NPY_FLOAT64, 2, "gram");
+    if (!gram || sq_py_check_dim(gram, 1, PyArray_DIM(gram, 0), "gram")) {
+        goto done;
+    }
+    npy_intp dims[2] = {PyArray_DIM(gram, 0), PyArray_DIM(gram, 0)};
+    if (dims[0] < 1 || dims[0] > SQ_CHAIN_MATRIX_MAX) {
+        PyErr_Format(PyExc_ValueError, "gram: expected an order from 1 to %d, got %lld",
+                     SQ_CHAIN_MATRIX_MAX, (long long)dims[0]);
+        goto done;
+    }
+    directions = sq_py_empty(2, dims, NPY_FLOAT64);
+    if (!directions) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(dims[0] * dims[0]);
+    status = sq_principal_directions(f64(gram), dims[0], f64(directions));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "gram");
+        goto done;
+    }
+    result = Py_NewRef((PyObject *)directions);
+done:
+    Py_XDECREF(gram);
+    Py_XDECREF(directions);
+    return result;
+}
+
+/* ---- statistics ------------------------------------------------------------------------- */
+
+enum { N_STATISTICS = 7 };
+static const char *const statistics_names[N_STATISTICS] = {"min",  "max",   "sum",  "sum2",
+                                                           "sum4", "gram1", "gram2"};
+
+/* A state under construction: new arrays, and the core's view of them. */
+struct statistics_arg {
+    PyArrayObject *arrays[N_STATISTICS]; /* owned */
+    struct sq_statistics s;
+};
+
+static void
+statistics_clear(struct statistics_arg *a)
+{
+    for (int i = 0; i < N_STATISTICS; i++) {
+        Py_CLEAR(a->arrays[i]);
+    }
+}
+
+static void
+statistics_view(struct statistics_arg *a)
+{
+    double **const fields[N_STATISTICS] = {&a->s.min,  &a->s.max,   &a->s.sum,  &a->s.sum2,
+                                           &a->s.sum4, &a->s.gram1, &a->s.gram2};
+    for (int i = 0; i < N_STATISTICS; i++) {
+        *fields[i] = f64(a->arrays[i]);
+    }
+}
+
+/* Zeroed arrays for k1 x k2. -1 with MemoryError. */
+static int
+statistics_new(struct statistics_arg *a, int64_t k1, int64_t k2)
+{
+    const npy_intp vector[] = {k1 * k2}, square1[] = {k1, k1}, square2[] = {k2, k2};
+    a->s.k1 = k1;
+    a->s.k2 = k2;
+    for (int i = 0; i < N_STATISTICS; i++) {
+        const int is_gram = i >= 5;
+        const npy_intp *dims = !is_gram ? vector : i == 5 ? square1 : square2;
+        a->arrays[i] = sq_py_empty(is_gram ? 2 : 1, dims, NPY_FLOAT64);
+        if (!a->arrays[i]) {
+            return -1;
+        }
+    }
+    statistics_view(a);
+    return sq_statistics_reset(&a->s) == SQ_OK ? 0 : -1;
+}
+
+/* Copies a state tuple (count, min, max, sum, sum2, sum4, gram1, gram2); sizes from its Grams. */
+static int
+statistics_from(PyObject *tuple, const char *name, struct statistics_arg *a)
+{
+    char label[64];
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != N_STATISTICS + 1) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tuple of %d, as statistics_update returns",
+                     name, N_STATISTICS + 1);
+        return -1;
+    }
+    a->s.count = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 0));
+    if (a->s.count < 0) {
+        if (!PyErr_Occurred()) {
+            PyErr_Format(PyExc_ValueError, "%s.count: expected at least 0, got %lld", name,
+                         (long long)a->s.count);
+        }
+        return -1;
+    }
+    for (int i = 0; i < N_STATISTICS; i++) {
+        PyOS_snprintf(label, sizeof label, "%s.%s", name, statistics_names[i]);
+        a->arrays[i] = copy_f64(PyTuple_GET_ITEM(tuple, i + 1), i < 5 ? 1 : 2, label);
+        if (!a->arrays[i]) {
+            return -1;
+        }
+    }
+    a->s.k1 = PyArray_DIM(a->arrays[5], 0);
+    a->s.k2 = PyArray_DIM(a->arrays[6], 0);
+    for (int i = N_STATISTICS - 1; i >= 0; i--) { /* the squares first: they bound k1 * k2 */
+        PyOS_snprintf(label, sizeof label, "%s.%s", name, statistics_names[i]);
+        const int64_t size = i == 5 ? a->s.k1 : i == 6 ? a->s.k2 : a->s.k1 * a->s.k2;
+        if (sq_py_check_dim(a->arrays[i], i < 5 ? 0 : 1, size, label)) {
+            return -1;
+        }
+    }
+    statistics_view(a);
+    return 0;
+}
+
+static PyObject *
+statistics_tuple(const struct statistics_arg *a)
+{
+    return Py_BuildValue("LOOOOOOO", (long long)a->s.count, a->arrays[0], a->arrays[1],
+                         a->arrays[2], a->arrays[3], a->arrays[4], a->arrays[5], a->arrays[6]);
+}
+
+PyDoc_STRVAR(
+    column_moments_doc,
+    "column_moments(weight)\n--\n\n"
+    "(largest magnitude [k], sum of squares [k]), float64, of the columns of weight [n, k] "
+    "(float32, float16\nor bfloat16). ValueError for NaN or Inf.");
+
+static PyObject *
+column_moments(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"weight", NULL};
+    PyObject *object, *result = NULL;
+    PyArrayObject *w = NULL, *max_abs = NULL, *sum2 = NULL;
+    sq_dtype dtype;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:column_moments", names, &object)) {
+        return NULL;
+    }
+    w = sq_py_dense(object, 2, "weight", &dtype);
+    if (!w) {
+        return NULL;
+    }
+    npy_intp k = PyArray_DIM(w, 1);
+    if (k < 1) {
+        PyErr_SetString(PyExc_ValueError, "weight: expected at least 1 column, got 0");
+        goto done;
+    }
+    max_abs = sq_py_empty(1, &k, NPY_FLOAT64);
+    sum2 = sq_py_empty(1, &k, NPY_FLOAT64);
+    if (!max_abs || !sum2) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(w));
+    status = sq_column_moments(dtype, PyArray_DATA(w), PyArray_DIM(w, 0), k, PyArray_DATA(max_abs),
+                               PyArray_DATA(sum2));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "weight");
+        goto done;
+    }
+    result = PyTuple_Pack(2, (PyObject *)max_abs, (PyObject *)sum2);
+done:
+    Py_XDECREF(w);
+    Py_XDECREF(max_abs);
+    Py_XDECREF(sum2);
+    return result;
+}
+
+PyDoc_STRVAR(
+    statistics_update_doc,
+    "statistics_update(x, k1, k2, state=None)\n--\n\n"
+    "A new state with the tokens x [m, k], k = k1 * k2, added: (count, min [k], max [k],\n"
+    "sum [k], sum of squares [k], sum of fourth powers [k], gram1 [k1, k1] = sum X X^T,\n"
+    "gram2 [k2, k2] = sum X^T X), float64. State None is the empty one. ValueError for NaN or\n"
+    "Inf. Sums run over tokens in order: cutting x into several updates changes no bit.");
+
+static PyObject *
+statistics_update(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "k1", "k2", "state", NULL};
+    PyObject *x_object, *state = Py_None, *result = NULL;
+    long long k1, k2;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OLL|O:statistics_update", names, &x_object, &k1,
+                                     &k2, &state)) {
+        return NULL;
+    }
+    /* below 2^30 each, so that neither k nor a Gram matrix overflows */
+    if (k1 < 1 || k2 < 1 || k1 > 1 << 30 || k2 > 1 << 30) {
+        const int first = k1 < 1 || k1 > 1 << 30;
+        return PyErr_Format(PyExc_ValueError, "%s: expected 1 to %d, got %lld", first ? "k1" : "k2",
+                            1 << 30, first ? k1 : k2);
+    }
+    struct statistics_arg a = {.s.count = 0};
+    PyArrayObject *x = sq_py_array(x_object, NPY_FLOAT32, 2, "x");
+    if (!x || sq_py_check_dim(x, 1, k1 * k2, "x") ||
+        (state == Py_None ? statistics_new(&a, k1, k2) : statistics_from(state, "state", &a))) {
+        goto done;
+    }
+    if (a.s.k1 != k1 || a.s.k2 != k2) {
+        PyErr_Format(PyExc_ValueError, "state: expected (k1, k2) = (%lld, %lld), got (%lld, %lld)",
+                     k1, k2, (long long)a.s.k1, (long long)a.s.k2);
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(x));
+    status = sq_statistics_update(&a.s, PyArray_DATA(x), PyArray_DIM(x, 0));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "x");
+        goto done;
+    }
+    result = statistics_tuple(&a);
+done:
+    Py_XDECREF(x);
+    statistics_clear(&a);
+    return result;
+}
+
+PyDoc_STRVAR(statistics_merge_doc,
+             "statistics_merge(a, b)\n--\n\n"
+             "The state of both inputs together, as a new state. ValueError if k1 or k2 differ.");
+
+static PyObject *
+statistics_merge(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"a", "b", NULL};
+    PyObject *a_object, *b_object, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:statistics_merge", names, &a_object,
+                                     &b_object)) {
+        return NULL;
+    }
+    struct statistics_arg a = {.s.count = 0}, b = {.s.count = 0};
+    if (statistics_from(a_object, "a", &a) || statistics_from(b_object, "b", &b)) {
+        goto done;
+    }
+    if (a.s.k1 != b.s.k1 || a.s.k2 != b.s.k2) {
+        PyErr_Format(PyExc_ValueError, "b: expected (k1, k2) = (%lld, %lld), got (%lld, %lld)",
+                     (long long)a.s.k1, (long long)a.s.k2, (long long)b.s.k1, (long long)b.s.k2);
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(a.s.k1 * a.s.k2);
+    status = sq_statistics_merge(&a.s, &b.s);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "statistics_merge");
+        goto done;
+    }
+    result = statistics_tuple(&a);
+done:
+    statistics_clear(&a);
+    statistics_clear(&b);
+    return result;
+}
+
+#define SQ_METHOD(name)                                                                    \
+    {                                                                                      \
+#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, name##_doc \
+    }
+
+PyMethodDef sq_py_rotate_methods[] = {
+    SQ_METHOD(factor_sizes),      SQ_METHOD(givens_angle),
+    SQ_METHOD(hadamard_matrix),   SQ_METHOD(hadamard_transform),
+    SQ_METHOD(chain_apply),       SQ_METHOD(art_extremes),
+    SQ_METHOD(art_columns),       SQ_METHOD(urt),
+    SQ_METHOD(uniformity_sweep),  SQ_METHOD(rotate),
+    SQ_METHOD(chain_from_matrix), SQ_METHOD(principal_directions),
+    SQ_METHOD(column_moments),    SQ_METHOD(statistics_update),
+    SQ_METHOD(statistics_merge),  {NULL, NULL, 0, NULL},
+};

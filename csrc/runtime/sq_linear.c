@@ -1,0 +1,323 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Activations for the packed linears, and the blocking loops and tails around the microkernels. */
+#include "core/sq_internal.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "kernels/sq_kernels.h"
+#include "core/sq_threads.h"
+
+/* ---- activations ------------------------------------------------------------------------ */
+
+/* Inputs quantized in one chunk of the parallel loop. */
+enum { PREPARE_CHUNK = 1 << 15 };
+
+/* A tile walks down as many as 12 rows at once. A stride of 8 n cache lines would put them into at
+ * most 8 of the 64 sets of a first-level cache, a multiple of 4 KiB into one: such a row gets a
+ * line more. */
+int64_t
+sq_activations_ld(int64_t k)
+{
+    const int64_t ld = sq_round_up(k, SQ_ALIGN_BYTES), lines = ld / SQ_ALIGN_BYTES;
+    return ld + (lines % 8 ? 0 : SQ_ALIGN_BYTES);
+}
+
+/* Sections of the workspace: codes or values, then scales, then sums. */
+struct sections {
+    size_t data_bytes, scales_bytes, sums_bytes;
+};
+
+static struct sections
+activation_sections(int bits, int64_t m, int64_t k)
+{
+    const int64_t ld = sq_activations_ld(k);
+    if (bits == 16) {
+        return (struct sections){.data_bytes = sq_align_bytes((size_t)(m * ld) * sizeof(float))};
+    }
+    const size_t sums = (size_t)(m * (ld / SQ_K_ALIGN + 1));
+    return (struct sections){.data_bytes = sq_align_bytes((size_t)(m * ld)),
+                             .scales_bytes = sq_align_bytes((size_t)m * 2 * sizeof(float)),
+                             .sums_bytes = sq_align_bytes(sums * sizeof(int32_t))};
+}
+
+size_t
+sq_activations_workspace_bytes(int bits, int64_t m, int64_t k)
+{
+    const struct sections s = activation_sections(bits, m, k);
+    return s.data_bytes + s.scales_bytes + s.sums_bytes;
+}
+
+struct prepare_job {
+    const struct sq_kernels *kernels;
+    const float *x;
+    float clip;
+    struct sq_activations *a;
+    atomic_int nonfinite;
+};
+
+/* sums[b] = sum of the codes before block b of SQ_K_ALIGN. */
+static void
+running_sums(const int8_t *codes, int64_t ld, int32_t *sums)
+{
+    int32_t total = 0;
+    for (int64_t b = 0; b < ld / SQ_K_ALIGN; b++) {
+        sums[b] = total;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < SQ_K_ALIGN; j++) {
+            sum += codes[b * SQ_K_ALIGN + j];
+        }
+        total += sum;
+    }
+    sums[ld / SQ_K_ALIGN] = total;
+}
+
+/* Codes and scales of token i; 0 if a value is NaN or Inf. */
+static int
+quantize_token(const struct prepare_job *job, const float *x, int64_t i, int8_t *codes)
+{
+    const struct sq_activations *a = job->a;
+    const int64_t high = a->high;
+    if (high && sq_quantize_row(job->kernels, 8, 1.0f, x, high, codes, a->scales + a->m + i)) {
+        return 0;
+    }
+    return sq_quantize_row(job->kernels, a->bits, job->clip, x + high, a->k - high, codes + high,
+                           a->scales + i) == SQ_OK;
+}
+
+/* Tokens first .. first + rows - 1 from values [rows][k], rotated or as given. */
+static void
+prepare_rows(void *context, int64_t first, int64_t rows, const float *values)
+{
+    struct prepare_job *job = context;
+    struct sq_activations *a = job->a;
+    const size_t padding = (size_t)(a->ld - a->k);
+    for (int64_t i = first; i < first + rows; i++, values += a->k) {
+        int finite;
+        if (a->bits == 16) {
+            float min, max, *copy = a->values + i * a->ld;
+            finite = job->kernels->extremes(values, a->k, &min, &max);
+            memcpy(copy, values, (size_t)a->k * sizeof(float));
+            memset(copy + a->k, 0, padding * sizeof(float));
+        }
+        else {
+            int8_t *codes = a->codes + i * a->ld;
+            finite = quantize_token(job, values, i, codes);
+            memset(codes + a->k, 0, padding);
+            running_sums(codes, a->ld, a->sums + i * (a->ld / SQ_K_ALIGN + 1));
+        }
+        if (!finite) { /* the arguments were checked: nothing else can be wrong */
+            atomic_store(&job->nonfinite, 1);
+            return;
+        }
+    }
+}
+
+static void
+prepare_range(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct prepare_job *job = context;
+    (void)thread;
+    prepare_rows(context, begin, end - begin, job->x + begin * job->a->k);
+}
+
+sq_status
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
+                       const struct sq_rotation *rotation, const float *x, int64_t m, int64_t k,
+                       void *rotation_workspace, void *workspace, struct sq_activations *a)
+{
+    int64_t product;
+    const int rotated = rotation && rotation->kind != SQ_UNROTATED;
+    if (!kernels || !a || (m > 0 && (!x || !workspace || (rotated && !rotation_workspace)))) {
+        return SQ_ERR_NULL;
+    }
+    if ((bits != 4 && bits != 8 && bits != 16) || !(clip > 0.0f && clip <= 1.0f) ||
+        k > SQ_PACKED_K_MAX) {
+        return SQ_ERR_RANGE;
+    }
+    if (k < 1 || !sq_product(m, sq_activations_ld(k) * (int64_t)sizeof(float), &product)) {
+        return SQ_ERR_SHAPE;
+    }
+    if (high < 0 || high >= k || high % SQ_K_ALIGN || (high && bits != 4)) {
+        return SQ_ERR_RANGE;
+    }
+    int64_t order = rotated ? rotation->blocks.k : k;
+    if ((rotated && rotation->kind != SQ_BLOCKS &&
+         !sq_product(rotation->left.order, rotation->right.order, &order)) ||
+        order != k) {
+        return SQ_ERR_SHAPE;
+    }
+    const struct sections s = activation_sections(bits, m, k);
+    char *memory = workspace;
+    *a = (struct sq_activations){
+        .bits = bits, .m = m, .k = k, .ld = sq_activations_ld(k), .high = high};
+    if (bits == 16) {
+        a->values = workspace;
+    }
+    else if (m > 0) {
+        a->codes = workspace;
+        a->scales = (float *)(memory + s.data_bytes);
+        a->sums = (int32_t *)(memory + s.data_bytes + s.scales_bytes);
+    }
+    struct prepare_job job = {.kernels = kernels, .x = x, .clip = clip, .a = a};
+    if (rotated) {
+        SQ_TRY(sq_rotate_each(rotation, x, m, prepare_rows, &job, rotation_workspace));
+    }
+    else {
+        sq_parallel_for(m, sq_max_i64(1, PREPARE_CHUNK / k), prepare_range, &job);
+    }
+    return atomic_load(&job.nonfinite) ? SQ_ERR_NONFINITE : SQ_OK;
+}
+
+/* ---- packed ----------------------------------------------------------------------------- */
+
+/* A chunk is a run of panels; inside it the rows go by blocks whose activations stay in the second
+ * level cache (the table's row_block_bytes) while the chunk's panels (CHUNK_BYTES, never fewer than
+ * one panel) pass over them, and a panel stays in the first level while mr rows at a time meet it.
+ */
+enum { CHUNK_BYTES = 1 << 18 };
+/* Rows of the last panel, whose missing columns need a buffer. */
+enum { TAIL_ROWS = 32 };
+/* Multiply-adds below which waking the pool costs more than it brings. */
+enum { SERIAL_WORK = 1 << 19 };
+
+struct linear_job {
+    const sq_packed_t *w;
+    const struct sq_activations *a;
+    sq_panel_kernel kernel, high_kernel;
+    int64_t row_block;
+    float *y;
+    int64_t ld_y;
+};
+
+/* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
+ * `end`, which are all, the high ones or the others, which are added to them. */
+static void
+panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t begin,
+           int64_t end, float *y, int64_t ld_y)
+{
+    const sq_packed_t *w = job->w;
+    const struct sq_activations *a = job->a;
+    const int64_t nr = w->kernels->nr;
+    struct sq_panel_args args = {.m = rows,
+                                 .k = end - begin,
+                                 .g = w->g ? w->g : end - begin,
+                                 .ld_a = a->ld,
+                                 .ld_sums = a->ld / SQ_K_ALIGN + 1,
+                                 .panel = w->panels + p * w->panel_stride_bytes + begin * nr / 2,
+                                 .w_scales = w->scales + p * w->groups * nr,
+                                 .y = y,
+                                 .ld_y = ld_y};
+    SQ_ASSERT(args.m >= 1 && args.k >= 1 && args.k % SQ_K_ALIGN == 0);
+    SQ_ASSERT(args.g % SQ_K_ALIGN == 0 && args.k % args.g == 0);
+    SQ_ASSERT((uintptr_t)args.panel % SQ_ALIGN_BYTES == 0);
+    if (w->g) {
+        args.w_scales += begin / w->g * nr;
+    }
+    if (a->bits == 16) {
+        args.a = a->values + row * a->ld;
+        job->kernel(&args);
+        return;
+    }
+    const int high = end <= a->high;
+    args.accumulate = begin > 0;
+    args.a = a->codes + row * a->ld + begin;
+    args.a_scales = a->scales + (high ? a->m : 0) + row;
+    args.a_sums = a->sums + row * args.ld_sums + begin / SQ_K_ALIGN;
+    (high ? job->high_kernel : job->kernel)(&args);
+}
+
+/* Rows row .. row + rows - 1 against panel p, nr columns of y. */
+static void
+panel_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, float *y,
+           int64_t ld_y)
+{
+    const int64_t high = job->w->high;
+    if (high) { /* in the order of memory */
+        panel_part(job, p, row, rows, 0, high, y, ld_y);
+    }
+    panel_part(job, p, row, rows, high, job->w->k_padded, y, ld_y);
+}
+
+/* The same for the last panel, by way of a buffer: only `columns` of y exist. */
+static void
+tail_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t columns)
+{
+    const int64_t nr = job->w->kernels->nr;
+    _Alignas(SQ_ALIGN_BYTES) float buffer[TAIL_ROWS * SQ_NR_MAX];
+    for (int64_t begin = 0; begin < rows; begin += TAIL_ROWS) {
+        const int64_t count = sq_min_i64(TAIL_ROWS, rows - begin);
+        float *to = job->y + (row + begin) * job->ld_y + p * nr;
+        panel_rows(job, p, row + begin, count, buffer, nr);
+        for (int64_t i = 0; i < count; i++) {
+            memcpy(to + i * job->ld_y, buffer + i * nr, (size_t)columns * sizeof *to);
+        }
+    }
+}
+
+static void
+linear_panels(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct linear_job *job = context;
+    const int64_t m = job->a->m, nr = job->w->kernels->nr;
+    (void)thread;
+    for (int64_t row = 0; row < m; row += job->row_block) {
+        const int64_t rows = sq_min_i64(job->row_block, m - row);
+        for (int64_t p = begin; p < end; p++) {
+            const int64_t columns = job->w->n - p * nr;
+            if (columns < nr) {
+                tail_rows(job, p, row, rows, columns);
+            }
+            else {
+                panel_rows(job, p, row, rows, job->y + row * job->ld_y + p * nr, job->ld_y);
+            }
+        }
+    }
+}
+
+static sq_panel_kernel
+kernel_for(const struct sq_kernels *kernels, int bits)
+{
+    switch (bits) {
+        case 4:
+            return kernels->gemm_a4w4;
+        case 8:
+            return kernels->gemm_a8w4;
+        case 16:
+            return kernels->gemm_a16w4;
+        default:
+            return NULL;
+    }
+}
+
+sq_status
+sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y)
+{
+    if (!w || !a || (a->m > 0 && !y)) {
+        return SQ_ERR_NULL;
+    }
+    const sq_panel_kernel kernel = kernel_for(w->kernels, a->bits);
+    if (!kernel) {
+        return SQ_ERR_RANGE;
+    }
+    int64_t product;
+    if (a->k != w->k || a->high != w->high || ld_y < w->n || !sq_product(a->m, ld_y, &product)) {
+        return SQ_ERR_SHAPE;
+    }
+    const int64_t mr = w->kernels->mr;
+    const int64_t row_bytes = a->ld * (a->bits == 16 ? (int64_t)sizeof(float) : 1);
+    struct linear_job job = {
+        .w = w,
+        .a = a,
+        .kernel = kernel,
+        .high_kernel = w->kernels->gemm_a8w4,
+        .row_block = sq_max_i64(mr, w->kernels->row_block_bytes / row_bytes / mr * mr),
+        .y = y,
+        .ld_y = ld_y};
+    const int small = (double)a->m * (double)w->n * (double)w->k < SERIAL_WORK;
+    const int64_t grain = small ? w->n_panels : sq_max_i64(1, CHUNK_BYTES / w->panel_bytes);
+    if (a->m > 0) {
+        sq_parallel_for(w->n_panels, grain, linear_panels, &job);
+    }
+    return SQ_OK;
+}
