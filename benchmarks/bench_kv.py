@@ -59,7 +59,7 @@ def parse(argv):
 def evaluations(arguments, tokens, reference):
     """Yields (scheme or 'original', row, bits per number, Evaluation)."""
     import singlequant as sq
-    from singlequant.runtime import Model
+    from singlequant.runtime.model import Model
 
     def judge(model):
         return sq.evaluate(model, tokens, arguments.seq_len, reference)
@@ -84,7 +84,7 @@ def main():
     import common
 
     import singlequant as sq
-    from singlequant.evaluate import CachedScorer
+    from singlequant.study.evaluate import CachedScorer
 
     arguments = parse(sys.argv[1:])
     model = sq.load(arguments.model)

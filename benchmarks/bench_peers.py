@@ -38,7 +38,7 @@ for folder in (FOLDER, FOLDER / "peers"):
 import common  # noqa: E402
 from base import Peer  # noqa: E402
 
-from singlequant.bench import (  # noqa: E402
+from singlequant.study.bench import (  # noqa: E402
     MEMORY_BYTES_MAX,
     ROTATE_ROWS,
     last_level_bytes,

@@ -30,19 +30,19 @@ from numpy.typing import NDArray
 
 from singlequant import _C, QuantConfig, load_checkpoint
 from singlequant.artifacts import LayerRotations, SiteStatistics
-from singlequant.bench import best_read
-from singlequant.calibrate import calibrate
-from singlequant.forward import ROWS_PER_BLOCK
-from singlequant.pack import layer_tensors, write_safetensors
-from singlequant.quantize import (
+from singlequant.export.writer import layer_tensors, write_safetensors
+from singlequant.methods.solve import solve_layer
+from singlequant.rows import ROWS_PER_BLOCK
+from singlequant.study.bench import best_read
+from singlequant.sweep.calibrate import calibrate
+from singlequant.sweep.layer import (
     GptqFactor,
     Rotation,
     quantize_layer,
     round_inputs,
     transform_inputs,
 )
-from singlequant.rotate import solve_layer
-from singlequant.sweep import PeakMemory, calibration_tokens
+from singlequant.sweep.run import PeakMemory, calibration_tokens
 
 HIDDEN, INTERMEDIATE = LLAMA_2_7B.hidden, LLAMA_2_7B.intermediate
 WEIGHTS = LLAMA_2_7B.layer_weights

@@ -22,7 +22,7 @@ import singlequant as sq
 from singlequant import arrays
 from singlequant.artifacts import LayerRotations
 
-rotate = importlib.import_module("singlequant.rotate")
+rotate = importlib.import_module("singlequant.methods.solve")
 
 VARIANTS = {
     "none": "none",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from singlequant import _C, files
-from singlequant.bench import interleave, summary
+from singlequant.study.bench import interleave, summary
 
 __all__ = ["ROOT", "add_output", "better_tables", "commit", "environment", "integers",
            "interleave", "machine_name", "print_environment", "seconds", "shape", "shown_arguments",

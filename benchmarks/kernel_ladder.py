@@ -29,7 +29,7 @@ if str(FOLDER) not in sys.path:
 import common  # noqa: E402
 
 from singlequant import _C  # noqa: E402
-from singlequant.bench import (  # noqa: E402
+from singlequant.study.bench import (  # noqa: E402
     ROTATE_ROWS,
     ROWS,
     SHAPE,

@@ -14,16 +14,16 @@ from .artifacts import (
     SiteRotation,
     SiteStatistics,
 )
-from .calibrate import calibrate, calibration_windows, load_statistics, save_statistics
-from .checkpoint import Checkpoint, load_checkpoint
-from .compare import Comparison, compare
-from .evaluate import Evaluation, evaluate
+from .sweep.calibrate import calibrate, calibration_windows, load_statistics, save_statistics
+from .checkpoint.folder import Checkpoint, load_checkpoint
+from .study.compare import Comparison, compare
+from .study.evaluate import Evaluation, evaluate
 from .info import __version__, show_runtime
-from .outliers import Inspection, inspect_model
-from .quantize import quantize
-from .rotate import solve_rotations
-from .runtime import Model
-from .sweep import (
+from .study.inspect import Inspection, inspect_model
+from .sweep.layer import quantize
+from .methods.solve import solve_rotations
+from .runtime.model import Model
+from .sweep.run import (
     Estimate,
     Summary,
     bundled_model,

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from .runtime import Model, render_chat
-from .sweep import load
+from .runtime.model import Model, render_chat
+from .sweep.run import load
 
 TOKENS_PER_STEP = 1024  # KV slots of a batch: all layers' keys and values live at once
 HEAD_ROWS = 256  # rows of logits alive at once

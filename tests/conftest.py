@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from singlequant import _C
 from singlequant.artifacts import Factor, PackedLinear, QuantConfig, QuantizedLayer, SiteRotation
-from singlequant.checkpoint import Checkpoint
+from singlequant.checkpoint.folder import Checkpoint
 
 REFERENCE_MODEL = Path(__file__).resolve().parents[2] / "shared" / "models" / "lm25m"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 import singlequant as sq
 from singlequant import _C
 from singlequant.artifacts import SITES, BlockRotation, Factor, LayerRotations, SiteRotation
-from singlequant.calibrate import site_statistics
-from singlequant.forward import rotate_rows
-from singlequant.quantize import producer_scales, quantize_layer
-from singlequant.rotate import METHODS, solve_site
+from singlequant.methods.solve import METHODS, solve_site
+from singlequant.rows import rotate_rows
+from singlequant.sweep.calibrate import site_statistics
+from singlequant.sweep.layer import producer_scales, quantize_layer
 
 BALANCED = [name for name, method in METHODS.items() if method.balance]
 TOKENS = np.random.default_rng(5).integers(0, 320, (2, 20))

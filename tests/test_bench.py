@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from singlequant import _C, bench
-from singlequant.__main__ import main
+from singlequant import _C
+from singlequant.cli.main import main
+from singlequant.study import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -81,7 +82,7 @@ def test_bench_reports_every_scheme_and_advises(tmp_path, capsys, monkeypatch):
 
 
 def test_bench_names_the_tables_that_are_switched_off():
-    script = ("from singlequant import bench\n"
+    script = ("from singlequant.study import bench\n"
               "print(bench.report(bench.bench(0.1, (64, 128), (1,), ('w4a8',))))")
     off = ",".join(t for t in _C.kernels()["runnable"] if t != "generic")
     if not off:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant.__main__ import main
-from singlequant.architectures import parse_shape
+from singlequant.cli.main import main
+from singlequant.models.family import parse_shape
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ import pytest
 from conftest import DTYPES, write_json, write_weights
 from safetensors.numpy import load_file
 
-from singlequant.architectures import (
+from singlequant.artifacts import FormatError, QuantConfig
+from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
+from singlequant.models.family import (
     ARCHITECTURES,
     iterate_tensors,
     parse_shape,
     rope_frequencies,
 )
-from singlequant.artifacts import FormatError, QuantConfig
-from singlequant.checkpoint import Checkpoint, load_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,14 +11,14 @@ import pytest
 
 import singlequant as sq
 from singlequant import artifacts
-from singlequant.__main__ import main
-from singlequant.compare import Row, RowsFile, default_methods
-from singlequant.evaluate import CachedScorer
+from singlequant.cli.main import main
 from singlequant.files import check_file, check_picture
-from singlequant.runtime import Model
+from singlequant.runtime.model import Model
+from singlequant.study.compare import Row, RowsFile, default_methods
+from singlequant.study.evaluate import CachedScorer
 
-compare_module = sys.modules["singlequant.compare"]
-rotate_module = sys.modules["singlequant.rotate"]
+compare_module = sys.modules["singlequant.study.compare"]
+rotate_module = sys.modules["singlequant.methods.solve"]
 METHODS = ("none", "hadamard")
 
 

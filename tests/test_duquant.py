@@ -12,11 +12,12 @@ from test_pack_file import edit_tensors
 import singlequant as sq
 from singlequant import _C, _reference
 from singlequant.artifacts import BlockRotation, FormatError, QuantConfig, QuantizedLayer
-from singlequant.calibrate import site_statistics
-from singlequant.checkpoint import load_checkpoint
-from singlequant.duquant import block_size, solve_site_duquant
-from singlequant.forward import architecture_row, rotate_rows
-from singlequant.pack import ModelWriter, estimate_size
+from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.export.writer import ModelWriter, estimate_size
+from singlequant.methods.duquant import block_size, solve_site_duquant
+from singlequant.rows import rotate_rows
+from singlequant.runtime.layers import architecture_row
+from singlequant.sweep.calibrate import site_statistics
 
 PREFIX = "model.layers.0.rotations.qkv"
 

@@ -15,7 +15,7 @@ import singlequant as sq
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
-rotate = sys.modules["singlequant.rotate"]
+rotate = sys.modules["singlequant.methods.solve"]
 
 
 def run(script, *arguments, expect=0):
@@ -56,7 +56,7 @@ def site():
     x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     x[:, [3, 40]] *= 20
     weights = [np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)]
-    return sys.modules["singlequant.calibrate"].site_statistics(x, weights)
+    return sys.modules["singlequant.sweep.calibrate"].site_statistics(x, weights)
 
 
 def load(name, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant import spinquant
+from singlequant.methods import spinquant
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:

@@ -11,8 +11,8 @@ from test_golden import GOLDEN
 
 from singlequant import _C
 from singlequant.artifacts import PackedLinear, QuantConfig
-from singlequant.checkpoint import load_checkpoint
-from singlequant.pack import ModelWriter
+from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.export.writer import ModelWriter
 
 ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (521, 2)}
 

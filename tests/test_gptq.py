@@ -13,12 +13,12 @@ import pytest
 
 import singlequant as sq
 from singlequant import _C, _reference as reference
-from singlequant.__main__ import main
 from singlequant.artifacts import GPTQ_INPUTS, SITES
-from singlequant.calibrate import load_statistics, save_statistics
-from singlequant.quantize import gptq_factor, quantize_layer, quantize_linear, transform_inputs
-from singlequant.rotate import solve_layer
-from singlequant.sweep import dry_run
+from singlequant.cli.main import main
+from singlequant.methods.solve import solve_layer
+from singlequant.sweep.calibrate import load_statistics, save_statistics
+from singlequant.sweep.layer import gptq_factor, quantize_layer, quantize_linear, transform_inputs
+from singlequant.sweep.run import dry_run
 
 
 def correlated(rng, m, k):

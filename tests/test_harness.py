@@ -13,7 +13,7 @@ import pytest
 
 import singlequant as sq
 from singlequant import harness
-from singlequant.__main__ import main
+from singlequant.cli.main import main
 from singlequant.harness import evaluate_tasks, score_continuations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +136,7 @@ def test_equal_contexts_are_fed_once(loaded, monkeypatch):
         fed.extend(len(t) for t in tokens)
         return append(self, tokens, sequences)
 
-    monkeypatch.setattr("singlequant.runtime.Session.append", counting)
+    monkeypatch.setattr("singlequant.runtime.model.Session.append", counting)
     context = list(range(2, 52))
     scores_of(loaded, [(context, [7]), (context, [8]), (context, [8, 9, 10]), (context, [8])])
     assert sum(fed) == len(context) + 2
@@ -161,7 +161,7 @@ def test_pair_that_cannot_be_scored_is_an_error(pair, loaded):
 
 
 def test_importing_the_package_never_imports_the_harness():
-    code = ("import sys, singlequant.harness, singlequant.__main__\n"
+    code = ("import sys, singlequant.harness, singlequant.cli.main\n"
             "print('lm_eval' in sys.modules)")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

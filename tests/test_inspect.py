@@ -9,11 +9,13 @@ import pytest
 from conftest import random_factor
 
 import singlequant as sq
-from singlequant import _C, _reference, files, outliers
-from singlequant.__main__ import main
+from singlequant import _C, _reference, files
 from singlequant.artifacts import SITES, Factor, QuantConfig, SiteRotation
-from singlequant.forward import rotate_rows
-from singlequant.outliers import (
+from singlequant.cli.main import main
+from singlequant.methods.solve import METHODS, solve_site
+from singlequant.rows import rotate_rows
+from singlequant.study import inspect as outliers
+from singlequant.study.inspect import (
     Inspection,
     StoredRotation,
     inspect_model,
@@ -22,7 +24,6 @@ from singlequant.outliers import (
     transform_weights,
     transformation_steps,
 )
-from singlequant.rotate import METHODS, solve_site
 
 F32 = np.float32
 

@@ -17,9 +17,9 @@ from test_hygiene import leaks
 
 import singlequant as sq
 from singlequant import _C, _reference as reference
-from singlequant.residual import ValueCheckpoint
-from singlequant.runtime import Model
-from singlequant.sweep import prepare
+from singlequant.checkpoint.views import ValueCheckpoint
+from singlequant.runtime.model import Model
+from singlequant.sweep.run import prepare
 
 PAGE = _C.KVCache(1, 1, 1, 2, 1).page_tokens
 TOLERANCE = 2e-5  # absolute, of values of order 1, as in test_attention.py

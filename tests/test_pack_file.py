@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from singlequant import _C
 from singlequant.artifacts import Factor, FormatError, PackedLinear, QuantConfig, SiteRotation
-from singlequant.checkpoint import Checkpoint, load_checkpoint
-from singlequant.pack import ModelWriter, estimate_size
+from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
+from singlequant.export.writer import ModelWriter, estimate_size
 
 ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (12, 8)}
 CONFIG = QuantConfig()
@@ -406,8 +406,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import random_layer
 from singlequant.artifacts import QuantConfig
-from singlequant.checkpoint import load_checkpoint
-from singlequant.pack import ModelWriter
+from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.export.writer import ModelWriter
 source, config = load_checkpoint({model!r}), QuantConfig()
 layers = [random_layer(source, config, i)[0] for i in range(2)]
 with ModelWriter({out!r}, source, config) as writer:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from singlequant import _C, _reference, bench
+from singlequant import _C, _reference
+from singlequant.study import bench
 
 
 @pytest.fixture(autouse=True)

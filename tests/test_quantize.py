@@ -14,12 +14,12 @@ from test_kernels import Guarded
 
 from singlequant import _C, QuantConfig, _reference as reference, load_checkpoint
 from singlequant.artifacts import BlockRotation, Factor, SiteRotation
-from singlequant.calibrate import calibrate
-from singlequant.forward import ROWS_PER_BLOCK
-from singlequant.pack import ModelWriter
-from singlequant.quantize import GptqFactor, quantize_layer, quantize_linear, transform_rows
-from singlequant.rotate import solve_layer
-from singlequant.sweep import calibration_tokens, quantize_folder, read_ahead
+from singlequant.export.writer import ModelWriter
+from singlequant.methods.solve import solve_layer
+from singlequant.rows import ROWS_PER_BLOCK
+from singlequant.sweep.calibrate import calibrate
+from singlequant.sweep.layer import GptqFactor, quantize_layer, quantize_linear, transform_rows
+from singlequant.sweep.run import calibration_tokens, quantize_folder, read_ahead
 
 TABLES = _C.kernels()["runnable"]
 

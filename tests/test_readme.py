@@ -32,7 +32,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_shell_blocks_name_existing_options():
-    from singlequant.__main__ import parser
+    from singlequant.cli.main import parser
 
     lines = [line for b in blocks("sh") for line in b.splitlines()]
     commands = [line for line in lines if line.startswith("singlequant ")]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from singlequant.__main__ import main
+from singlequant.cli.main import main
 
 pytestmark = pytest.mark.slow
 

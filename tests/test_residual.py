@@ -7,11 +7,8 @@ import pytest
 
 from singlequant import _C, _reference
 from singlequant.artifacts import LayerRotations, QuantConfig
-from singlequant.calibrate import calibrate
-from singlequant.checkpoint import load_checkpoint
-from singlequant.pack import estimate_size
-from singlequant.quantize import quantize
-from singlequant.residual import (
+from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.checkpoint.views import (
     DenseRotation,
     RandomizedHadamard,
     ResidualCheckpoint,
@@ -19,9 +16,12 @@ from singlequant.residual import (
     quarot_checkpoint,
     spinquant_checkpoint,
 )
-from singlequant.rotate import solve_rotations
-from singlequant.runtime import Model
-from singlequant.sweep import (
+from singlequant.export.writer import estimate_size
+from singlequant.methods.solve import solve_rotations
+from singlequant.runtime.model import Model
+from singlequant.sweep.calibrate import calibrate
+from singlequant.sweep.layer import quantize
+from singlequant.sweep.run import (
     bundled_model,
     bundled_text,
     check_outer,

@@ -6,8 +6,9 @@ import pytest
 import singlequant as sq
 from singlequant import _C, _reference
 from singlequant.artifacts import SITES
-from singlequant.forward import architecture_row, flat_positions, rotate_rows
-from singlequant.rotate import METHODS
+from singlequant.methods.solve import METHODS
+from singlequant.rows import rotate_rows
+from singlequant.runtime.layers import architecture_row, flat_positions
 
 
 def rotated_linear(weight, rotation):

@@ -6,7 +6,7 @@ from tokenizers import pre_tokenizers
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.runtime import _prefill_calls, stream_text
+from singlequant.runtime.model import _prefill_calls, stream_text
 
 TEXT = "the quick brown fox rotates its tail. " * 60
 
@@ -122,7 +122,7 @@ def test_generate_is_the_same_alone_and_in_a_batch(model):
 def test_generate_does_not_depend_on_how_prompts_are_cut(model, monkeypatch, room):
     batch = prompts(5, seed=4)
     whole = model.generate(batch, 4)
-    monkeypatch.setattr("singlequant.runtime.PREFILL_TOKENS", room)
+    monkeypatch.setattr("singlequant.runtime.model.PREFILL_TOKENS", room)
     calls = list(_prefill_calls([len(p) for p in batch]))
     assert all(sum(end - begin for _, begin, end in call) == room for call in calls[:-1])
     for i, prompt in enumerate(batch):

@@ -9,10 +9,10 @@ import pytest
 import singlequant as sq
 from singlequant import _reference, artifacts
 from singlequant.artifacts import Factor, QuantConfig, SiteRotation, SiteStatistics
-from singlequant.calibrate import site_statistics
-from singlequant.forward import rotate_rows
-from singlequant.quantize import high_inputs
-from singlequant.rotate import METHODS, arrange, solve_layer, solve_site
+from singlequant.methods.solve import METHODS, arrange, solve_layer, solve_site
+from singlequant.rows import rotate_rows
+from singlequant.sweep.calibrate import site_statistics
+from singlequant.sweep.layer import high_inputs
 
 KRONECKER = [method for method in METHODS if method != "duquant"]
 

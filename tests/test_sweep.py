@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant.artifacts import SITES
-from singlequant.sweep import PeakMemory, dry_run
+from singlequant.sweep.run import PeakMemory, dry_run
 
 
 def config(**changes) -> sq.QuantConfig:
@@ -183,7 +183,7 @@ def test_resume_solves_the_rest_to_the_bytes_of_an_uninterrupted_run(
         sq.quantize_folder(model, tmp_path / "out", config(), text, progress=stop_after_one)
     assert not (tmp_path / "out").exists()
     first = (tmp_path / "out.partial" / "model-00002-of-00003.safetensors").stat().st_mtime_ns
-    rotate, solved, seen = sys.modules["singlequant.rotate"], [], []
+    rotate, solved, seen = sys.modules["singlequant.methods.solve"], [], []
     solve = rotate.solve_site
     monkeypatch.setattr(rotate, "solve_site", lambda *a: solved.append(1) or solve(*a))
     summary = sq.quantize_folder(model, tmp_path / "out", config(), text, resume=True,

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import singlequant as sq  # noqa: E402
-from singlequant.__main__ import main  # noqa: E402
-from singlequant.evaluate import split_windows  # noqa: E402
+from singlequant.cli.main import main  # noqa: E402
+from singlequant.study.evaluate import split_windows  # noqa: E402
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,

@@ -29,11 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant import spinquant
-from singlequant.evaluate import CachedScorer, Evaluation
+from singlequant.checkpoint.views import online_rotations, spinquant_checkpoint
 from singlequant.files import save_figure
-from singlequant.residual import online_rotations, spinquant_checkpoint
-from singlequant.sweep import read_text
+from singlequant.methods import spinquant
+from singlequant.study.evaluate import CachedScorer, Evaluation
+from singlequant.sweep.run import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.architectures import ModelShape, rope_frequencies
 from singlequant.artifacts import (
     FACTOR_DENSE_MAX,
     HIGH_STEP,
@@ -41,12 +40,13 @@ from singlequant.artifacts import (
     SiteRotation,
     SiteStatistics,
 )
-from singlequant.evaluate import CachedScorer, split_windows
 from singlequant.files import write_file
-from singlequant.sweep import bundled_model, bundled_text, calibration_tokens, read_text
+from singlequant.models.family import ModelShape, rope_frequencies
+from singlequant.study.evaluate import CachedScorer, split_windows
+from singlequant.sweep.run import bundled_model, bundled_text, calibration_tokens, read_text
 
 # `singlequant.rotate` is a function once the package is imported whole; this is the stage.
-rotate = importlib.import_module("singlequant.rotate")
+rotate = importlib.import_module("singlequant.methods.solve")
 
 Float32 = NDArray[np.float32]
 Key = tuple[int, str]  # layer and site

@@ -27,7 +27,7 @@ import singlequant as sq
 from singlequant import _C
 from singlequant.artifacts import SCHEMES
 from singlequant.files import save_figure
-from singlequant.sweep import folder_bytes
+from singlequant.sweep.run import folder_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from singlequant.compare import Comparison, Row
+from singlequant.study.compare import Comparison, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

@@ -32,10 +32,10 @@ from trials import ORIGINAL, Laboratory, Trial
 import singlequant as sq
 from singlequant import _C
 from singlequant.artifacts import LayerRotations, LayerStatistics, SiteStatistics
-from singlequant.compare import ROWS_FILE, Row
-from singlequant.sweep import read_text
+from singlequant.study.compare import ROWS_FILE, Row
+from singlequant.sweep.run import read_text
 
-rotate = importlib.import_module("singlequant.rotate")
+rotate = importlib.import_module("singlequant.methods.solve")
 
 # The paper's method has three thresholds; one moves, the others keep their default.
 THRESHOLDS = {

@@ -25,10 +25,10 @@ import common
 
 import singlequant as sq
 from singlequant.artifacts import FormatError
+from singlequant.export.writer import ModelWriter
 from singlequant.files import write_file
-from singlequant.pack import ModelWriter
-from singlequant.quantize import quantize_layer
-from singlequant.sweep import (
+from singlequant.sweep.layer import quantize_layer
+from singlequant.sweep.run import (
     PeakMemory,
     default_seq_len,
     folder_bytes,

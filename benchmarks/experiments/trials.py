@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 import singlequant as sq
 from singlequant.artifacts import LayerRotations, LayerStatistics
-from singlequant.compare import Row, RowsFile
-from singlequant.evaluate import CachedScorer, split_windows
+from singlequant.export.writer import ModelWriter
 from singlequant.harness import evaluate_tasks
-from singlequant.pack import ModelWriter
-from singlequant.quantize import quantize_layer
-from singlequant.runtime import Model
-from singlequant.sweep import default_seq_len
+from singlequant.runtime.model import Model
+from singlequant.study.compare import Row, RowsFile
+from singlequant.study.evaluate import CachedScorer, split_windows
+from singlequant.sweep.layer import quantize_layer
+from singlequant.sweep.run import default_seq_len
 
 ORIGINAL = "original"
 

@@ -10,8 +10,8 @@ from e2e_worker import serve
 import singlequant as sq
 from singlequant import _C
 from singlequant.artifacts import SITES
-from singlequant.forward import architecture_row, flat_positions
-from singlequant.runtime import _prefill
+from singlequant.runtime.layers import architecture_row, flat_positions
+from singlequant.runtime.model import _prefill
 
 NARROW = 32  # hidden width of the network that fills a cache
 

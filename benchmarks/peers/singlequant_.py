@@ -8,7 +8,7 @@ The bare rows are the multiplication alone, `read_loop` the fastest way to read 
 from base import Peer, Turn
 
 from singlequant import _C, __version__
-from singlequant.bench import TransformedLinear, best_read
+from singlequant.study.bench import TransformedLinear, best_read
 
 
 class Ours(Peer):

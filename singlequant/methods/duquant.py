@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .artifacts import BlockRotation, SiteStatistics
+from .. import _C
+from ..artifacts import BlockRotation, SiteStatistics
 
 __all__ = ["BLOCK", "GREEDY_STEPS", "block_size", "solve_site_duquant"]
 

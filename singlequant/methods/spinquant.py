@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from . import _C
-from .architectures import rope_frequencies
-from .artifacts import FormatError
-from .files import write_file
-from .forward import float32_blocks
+from .. import _C
+from ..artifacts import FormatError
+from ..files import write_file
+from ..models.family import rope_frequencies
+from ..rows import float32_blocks
 
 if TYPE_CHECKING:
     import torch

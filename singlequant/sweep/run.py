@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import _C
-from .artifacts import (
+from .. import _C
+from ..artifacts import (
     RESIDUAL_METHODS,
     LayerRotations,
     LayerStatistics,
@@ -23,22 +23,22 @@ from .artifacts import (
     QuantizedLayer,
     read_json,
 )
-from .calibrate import WINDOW, calibrate, calibration_windows
-from .checkpoint import Checkpoint, load_checkpoint
-from .evaluate import Evaluation, evaluate
-from .forward import require_finite
-from .info import __version__
-from .pack import ModelWriter, check_run, estimate_size
-from .quantize import quantize_layer
-from .residual import (
+from ..checkpoint.folder import Checkpoint, load_checkpoint
+from ..checkpoint.views import (
     ResidualCheckpoint,
     ValueCheckpoint,
     online_rotations,
     quarot_checkpoint,
     spinquant_checkpoint,
 )
-from .rotate import solve_layer
-from .runtime import Model
+from ..export.writer import ModelWriter, check_run, estimate_size
+from ..info import __version__
+from ..methods.solve import solve_layer
+from ..rows import require_finite
+from ..runtime.model import Model
+from ..study.evaluate import Evaluation, evaluate
+from .calibrate import WINDOW, calibrate, calibration_windows
+from .layer import quantize_layer
 
 View = Checkpoint | ResidualCheckpoint | ValueCheckpoint
 
@@ -171,7 +171,7 @@ def prepare(checkpoint: Checkpoint, config: QuantConfig, windows: np.ndarray) ->
         return quarot_checkpoint(checkpoint, config.seed)
     if config.method != "spinquant":
         return checkpoint if config.kv_bits == 16 else ValueCheckpoint(checkpoint)
-    from . import spinquant  # imports torch only to learn
+    from ..methods import spinquant  # imports torch only to learn
 
     if config.learned is not None:
         learned = spinquant.load_learned(config.learned)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .artifacts import (
+from .. import _C
+from ..artifacts import (
     BlockRotation,
     LayerRotations,
     Linear,
@@ -22,7 +22,7 @@ from .artifacts import (
     packed_words,
     packing_problem,
 )
-from .forward import ROWS_PER_BLOCK, require_finite, rotate_rows
+from ..rows import ROWS_PER_BLOCK, require_finite, rotate_rows
 
 Rotation = SiteRotation | BlockRotation
 

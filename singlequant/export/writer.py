@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from . import _C
-from .architectures import LINEARS
-from .artifacts import (
+from .. import _C
+from ..artifacts import (
     BALANCED_SITES,
     BLOCK_PARTS,
     FACTOR_DENSE_MAX,
@@ -43,11 +42,12 @@ from .artifacts import (
     read_json,
     rotation_name,
 )
-from .duquant import block_size
-from .files import whole_file
+from ..files import whole_file
+from ..methods.duquant import block_size
+from ..models.family import LINEARS
 
 if TYPE_CHECKING:  # the stages meet only in artifacts
-    from .checkpoint import Checkpoint
+    from ..checkpoint.folder import Checkpoint
 
 __all__ = ["ModelWriter", "estimate_size", "quantization_json", "write_safetensors"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .artifacts import (
+from .. import _C
+from ..artifacts import (
     BALANCED_SITES,
     RESIDUAL_METHODS,
     SITES,
@@ -32,13 +32,13 @@ from .artifacts import (
     packing_problem,
     read_json,
 )
-from .calibrate import SAMPLE_ROWS, calibrate
-from .checkpoint import Checkpoint, load_checkpoint
-from .files import require_matplotlib
-from .pack import RECIPE_FILE
-from .quantize import high_inputs, round_inputs, transform_inputs, transform_rows
-from .rotate import METHODS, SWEEP_ORDER_MAX, solve_layer
-from .sweep import calibration_tokens
+from ..checkpoint.folder import Checkpoint, load_checkpoint
+from ..export.writer import RECIPE_FILE
+from ..files import require_matplotlib
+from ..methods.solve import METHODS, SWEEP_ORDER_MAX, solve_layer
+from ..sweep.calibrate import SAMPLE_ROWS, calibrate
+from ..sweep.layer import high_inputs, round_inputs, transform_inputs, transform_rows
+from ..sweep.run import calibration_tokens
 
 MASSIVE = (100.0, 1000.0)  # times the median magnitude
 NORMAL = 6.0  # times the token's root mean square

@@ -23,18 +23,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifacts import METHODS, LayerStatistics, QuantConfig
-from .calibrate import calibrate
-from .checkpoint import Checkpoint, load_checkpoint
-from .evaluate import CachedScorer, Evaluation, evaluate, split_windows
-from .files import check_picture, save_figure, write_file
-from .info import __version__, machine_info
-from .pack import ModelWriter
-from .quantize import quantize_layer
-from .rotate import high_step
-from .runtime import Model
-from .spinquant import load_learned
-from .sweep import (
+from ..artifacts import METHODS, LayerStatistics, QuantConfig
+from ..checkpoint.folder import Checkpoint, load_checkpoint
+from ..export.writer import ModelWriter
+from ..files import check_picture, save_figure, write_file
+from ..info import __version__, machine_info
+from ..methods.solve import high_step
+from ..methods.spinquant import load_learned
+from ..runtime.model import Model
+from ..sweep.calibrate import calibrate
+from ..sweep.layer import quantize_layer
+from ..sweep.run import (
     PeakMemory,
     bundled_text,
     calibration_tokens as calibration_windows,
@@ -45,6 +44,7 @@ from .sweep import (
     read_text,
     solve,
 )
+from .evaluate import CachedScorer, Evaluation, evaluate, split_windows
 
 ROWS_FILE = "rows.jsonl"
 NEEDS_EXTRA = ("spinquant",)  # methods that run only with an optional dependency
@@ -637,7 +637,7 @@ class _Judge:
     def _task_values(self, model: Model) -> dict[str, dict[str, float]]:
         if not self._tasks:
             return {}
-        from .harness import evaluate_tasks
+        from ..harness import evaluate_tasks
 
         found = evaluate_tasks(model, list(self._tasks), self._task_folder)
         return {task: {metric: float(value) for metric, value in values.items()

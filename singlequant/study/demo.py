@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifacts import QuantConfig, SiteRotation, SiteStatistics
-from .calibrate import calibrate
-from .checkpoint import load_checkpoint
-from .files import check_file, save_figure
-from .quantize import transform_inputs
-from .rotate import solve_site
-from .sweep import (
+from ..artifacts import QuantConfig, SiteRotation, SiteStatistics
+from ..checkpoint.folder import load_checkpoint
+from ..files import check_file, save_figure
+from ..methods.solve import solve_site
+from ..sweep.calibrate import calibrate
+from ..sweep.layer import transform_inputs
+from ..sweep.run import (
     bundled_model,
     bundled_text,
     calibration_tokens,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._C import FormatError
+from .._C import FormatError
 
 __all__ = [
     "ARCHITECTURES",

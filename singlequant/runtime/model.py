@@ -9,9 +9,9 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .artifacts import KV_BITS, FormatError
-from .forward import build_layer, flat_positions
+from .. import _C
+from ..artifacts import KV_BITS, FormatError
+from .layers import build_layer, flat_positions
 
 PREFILL_TOKENS = 2048  # prompt tokens per call
 HEAD_ROWS = 64  # SQ_DENSE_FEW of the core: a row of so many logits knows nothing of the others

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
+from .. import _C
 
 TOKENS_PER_STEP = 2048  # windows are grouped into calls of about this many tokens
 HEAD_ROWS = 256  # rows of logits alive at once

@@ -20,14 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .architectures import (
-    Architecture,
-    ModelShape,
-    find_architecture,
-    iterate_tensors,
-    parse_shape,
-)
-from .artifacts import (
+from ..artifacts import (
     BLOCK_PARTS,
     CHAIN_PARTS,
     FACTOR_DENSE_MAX,
@@ -50,7 +43,14 @@ from .artifacts import (
     rotation_name,
     unique_keys,
 )
-from .forward import require_finite
+from ..models.family import (
+    Architecture,
+    ModelShape,
+    find_architecture,
+    iterate_tensors,
+    parse_shape,
+)
+from ..rows import require_finite
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 

@@ -23,9 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .architectures import Architecture, ModelShape
-from .artifacts import (
+from .. import _C
+from ..artifacts import (
     RESIDUAL_METHODS,
     Factor,
     LayerRotations,
@@ -33,7 +32,8 @@ from .artifacts import (
     Linear,
     SiteRotation,
 )
-from .forward import ROWS_PER_BLOCK, float32_blocks, require_finite
+from ..models.family import Architecture, ModelShape
+from ..rows import ROWS_PER_BLOCK, float32_blocks, require_finite
 
 __all__ = [
     "DenseRotation",

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from . import _C
-from .artifacts import SITES, FormatError, LayerStatistics, SiteStatistics, read_json
-from .forward import build_layer, flat_positions
+from .. import _C
+from ..artifacts import SITES, FormatError, LayerStatistics, SiteStatistics, read_json
+from ..runtime.layers import build_layer, flat_positions
 
 WINDOW = 512  # tokens of a calibration window
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles

@@ -14,8 +14,8 @@ from math import lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .artifacts import (
+from .. import _C
+from ..artifacts import (
     BALANCED_SITES,
     DEFAULT_METHOD,
     HIGH_STEP,

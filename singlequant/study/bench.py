@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
-from .artifacts import DEFAULT_CLIP, HIGH_STEP, SCHEMES
-from .info import machine_info
-from .rotate import HIGH_SHARE
+from .. import _C
+from ..artifacts import DEFAULT_CLIP, HIGH_STEP, SCHEMES
+from ..info import machine_info
+from ..methods.solve import HIGH_SHARE
 
 __all__ = [
     "TransformedLinear",

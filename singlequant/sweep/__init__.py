@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrate, solve, quantize and write, layer by layer."""
