@@ -44,7 +44,7 @@ def test_rules_stand_in_contributing():
 
 
 def test_every_folder_is_placed():
-    folders = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
+    folders = {p.parent.name for p in PACKAGE.glob("[!_]*/__init__.py")}
     assert folders == set(PYTHON_FOLDERS)
     assert {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} == set(C_FOLDERS)
 
