@@ -36,7 +36,7 @@ def parse(argv):
     import common
 
     import singlequant as sq
-    from singlequant.artifacts import SCHEMES
+    from singlequant.config import SCHEMES
 
     def schemes(text):
         found = text.split(",")

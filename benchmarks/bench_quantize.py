@@ -29,10 +29,11 @@ from made_model import LLAMA_2_7B, write_checkpoint
 from numpy.typing import NDArray
 
 from singlequant import _C, QuantConfig, load_checkpoint
-from singlequant.artifacts import LayerRotations, SiteStatistics
 from singlequant.export.writer import layer_tensors, write_safetensors
 from singlequant.methods.solve import solve_layer
+from singlequant.rotations import LayerRotations
 from singlequant.rows import ROWS_PER_BLOCK
+from singlequant.statistics import SiteStatistics
 from singlequant.study.bench import best_read
 from singlequant.sweep.calibrate import calibrate
 from singlequant.sweep.layer import (

@@ -20,7 +20,7 @@ import numpy as np
 
 import singlequant as sq
 from singlequant import arrays
-from singlequant.artifacts import LayerRotations
+from singlequant.rotations import LayerRotations
 
 rotate = importlib.import_module("singlequant.methods.solve")
 

@@ -42,7 +42,7 @@ import numpy as np
 from made_model import LLAMA_2_7B, TOY, Widths, write_checkpoint
 
 from singlequant import _C, QuantConfig, load_checkpoint, quantize_folder
-from singlequant.artifacts import SITES
+from singlequant.config import SITES
 
 PEERS = Path(__file__).resolve().parent / "peers"
 CALIBRATION_TOKENS = 512  # only speed is asked for

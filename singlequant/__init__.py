@@ -3,17 +3,10 @@
 
 from . import arrays
 from ._C import FormatError, get_num_threads, set_num_threads
-from .artifacts import (
-    BlockRotation,
-    Factor,
-    LayerRotations,
-    LayerStatistics,
-    PackedLinear,
-    QuantConfig,
-    QuantizedLayer,
-    SiteRotation,
-    SiteStatistics,
-)
+from .config import QuantConfig
+from .rotations import BlockRotation, Factor, LayerRotations, SiteRotation
+from .statistics import LayerStatistics, SiteStatistics
+from .weights import PackedLinear, QuantizedLayer
 from .sweep.calibrate import calibrate, calibration_windows, load_statistics, save_statistics
 from .checkpoint.folder import Checkpoint, load_checkpoint
 from .study.compare import Comparison, compare

@@ -5,16 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ._C import FormatError
+
+MAX_JSON_BYTES = 100_000_000
+
 __all__ = [
     "check_file",
     "check_picture",
+    "read_json",
     "require_matplotlib",
     "save_figure",
+    "unique_keys",
     "whole_file",
     "write_file",
 ]
@@ -78,3 +85,32 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError("a picture needs matplotlib (pip install 'singlequant[plots]')") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in path. FormatError naming the file if it is missing or anything else."""
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise FormatError(
+            f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {path.stat().st_size}"
+        )
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: expected a JSON object, found: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object hook: a key that stands twice is an error, not a silent overwrite."""
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key!r} stands twice")
+            seen.add(key)
+    return unique

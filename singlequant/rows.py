@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from .artifacts import BlockRotation, SiteRotation
+from .rotations import BlockRotation, SiteRotation
 
 ROWS_PER_BLOCK = 1024  # rows of a weight in float32 at a time: the sweep's working memory
 

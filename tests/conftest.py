@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from singlequant import _C
-from singlequant.artifacts import Factor, PackedLinear, QuantConfig, QuantizedLayer, SiteRotation
 from singlequant.checkpoint.folder import Checkpoint
+from singlequant.config import QuantConfig
+from singlequant.rotations import Factor, SiteRotation
+from singlequant.weights import PackedLinear, QuantizedLayer
 
 REFERENCE_MODEL = Path(__file__).resolve().parents[2] / "shared" / "models" / "lm25m"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

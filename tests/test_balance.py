@@ -9,8 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.artifacts import SITES, BlockRotation, Factor, LayerRotations, SiteRotation
+from singlequant.config import SITES
 from singlequant.methods.solve import METHODS, solve_site
+from singlequant.rotations import BlockRotation, Factor, LayerRotations, SiteRotation
 from singlequant.rows import rotate_rows
 from singlequant.sweep.calibrate import site_statistics
 from singlequant.sweep.layer import producer_scales, quantize_layer

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.artifacts import SITES
+from singlequant.config import SITES
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import pytest
 from conftest import DTYPES, write_json, write_weights
 from safetensors.numpy import load_file
 
-from singlequant.artifacts import FormatError, QuantConfig
+from singlequant._C import FormatError
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
+from singlequant.config import QuantConfig
 from singlequant.models.family import (
     ARCHITECTURES,
     iterate_tensors,

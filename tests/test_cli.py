@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.artifacts import SITES
 from singlequant.cli.main import main
+from singlequant.config import SITES
 
 
 def quantize(model, out, text, *options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant import artifacts
+from singlequant import config
 from singlequant.cli.main import main
 from singlequant.files import check_file, check_picture
 from singlequant.runtime.model import Model
@@ -235,7 +235,7 @@ def test_method_that_fails_is_a_row_with_the_reason(model, text, tmp_path, monke
     def needs_more(site):
         raise ImportError("the torch extra is missing")
 
-    monkeypatch.setattr(artifacts, "METHODS", (*artifacts.METHODS, "learned"))
+    monkeypatch.setattr(config, "METHODS", (*config.METHODS, "learned"))
     monkeypatch.setitem(rotate_module.METHODS, "learned", rotate_module._Method(needs_more))
     found = compare(model, text, methods=("none", "learned", "hadamard"), out=tmp_path / "out")
     assert [row.error for row in found.rows] == [None, None, "the torch extra is missing", None]
@@ -322,7 +322,7 @@ def test_tasks_come_from_the_harness(model, text, monkeypatch):
 def test_default_methods_are_all_that_need_no_extra():
     methods = default_methods()
     assert methods[0] == "none"
-    assert set(methods) == set(artifacts.METHODS) - {"spinquant"}
+    assert set(methods) == set(config.METHODS) - {"spinquant"}
 
 
 def test_cached_scorer_runs_each_windows_once(model):

@@ -11,13 +11,16 @@ from test_pack_file import edit_tensors
 
 import singlequant as sq
 from singlequant import _C, _reference
-from singlequant.artifacts import BlockRotation, FormatError, QuantConfig, QuantizedLayer
+from singlequant._C import FormatError
 from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.config import QuantConfig
 from singlequant.export.writer import ModelWriter, estimate_size
 from singlequant.methods.duquant import block_size, solve_site_duquant
+from singlequant.rotations import BlockRotation
 from singlequant.rows import rotate_rows
 from singlequant.runtime.layers import architecture_row
 from singlequant.sweep.calibrate import site_statistics
+from singlequant.weights import QuantizedLayer
 
 PREFIX = "model.layers.0.rotations.qkv"
 

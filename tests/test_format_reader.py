@@ -10,9 +10,10 @@ from format_reader import hadamard, quantize, read_model, rotate, weight
 from test_golden import GOLDEN
 
 from singlequant import _C
-from singlequant.artifacts import PackedLinear, QuantConfig
 from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.config import QuantConfig
 from singlequant.export.writer import ModelWriter
+from singlequant.weights import PackedLinear
 
 ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (521, 2)}
 

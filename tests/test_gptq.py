@@ -13,8 +13,8 @@ import pytest
 
 import singlequant as sq
 from singlequant import _C, _reference as reference
-from singlequant.artifacts import GPTQ_INPUTS, SITES
 from singlequant.cli.main import main
+from singlequant.config import GPTQ_INPUTS, SITES
 from singlequant.methods.solve import solve_layer
 from singlequant.sweep.calibrate import load_statistics, save_statistics
 from singlequant.sweep.layer import gptq_factor, quantize_layer, quantize_linear, transform_inputs

@@ -10,9 +10,10 @@ from conftest import random_factor
 
 import singlequant as sq
 from singlequant import _C, _reference, files
-from singlequant.artifacts import SITES, Factor, QuantConfig, SiteRotation
 from singlequant.cli.main import main
+from singlequant.config import SITES, QuantConfig
 from singlequant.methods.solve import METHODS, solve_site
+from singlequant.rotations import Factor, SiteRotation
 from singlequant.rows import rotate_rows
 from singlequant.study import inspect as outliers
 from singlequant.study.inspect import (

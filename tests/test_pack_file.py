@@ -20,9 +20,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from singlequant import _C
-from singlequant.artifacts import Factor, FormatError, PackedLinear, QuantConfig, SiteRotation
+from singlequant._C import FormatError
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
+from singlequant.config import QuantConfig
 from singlequant.export.writer import ModelWriter, estimate_size
+from singlequant.rotations import Factor, SiteRotation
+from singlequant.weights import PackedLinear
 
 ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (12, 8)}
 CONFIG = QuantConfig()
@@ -405,7 +408,7 @@ import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import random_layer
-from singlequant.artifacts import QuantConfig
+from singlequant.config import QuantConfig
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.export.writer import ModelWriter
 source, config = load_checkpoint({model!r}), QuantConfig()

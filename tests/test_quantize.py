@@ -13,9 +13,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from test_kernels import Guarded
 
 from singlequant import _C, QuantConfig, _reference as reference, load_checkpoint
-from singlequant.artifacts import BlockRotation, Factor, SiteRotation
 from singlequant.export.writer import ModelWriter
 from singlequant.methods.solve import solve_layer
+from singlequant.rotations import BlockRotation, Factor, SiteRotation
 from singlequant.rows import ROWS_PER_BLOCK
 from singlequant.sweep.calibrate import calibrate
 from singlequant.sweep.layer import GptqFactor, quantize_layer, quantize_linear, transform_rows

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from singlequant import _C, _reference
-from singlequant.artifacts import LayerRotations, QuantConfig
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.checkpoint.views import (
     DenseRotation,
@@ -16,8 +15,10 @@ from singlequant.checkpoint.views import (
     quarot_checkpoint,
     spinquant_checkpoint,
 )
+from singlequant.config import QuantConfig
 from singlequant.export.writer import estimate_size
 from singlequant.methods.solve import solve_rotations
+from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
 from singlequant.sweep.calibrate import calibrate
 from singlequant.sweep.layer import quantize

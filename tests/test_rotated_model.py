@@ -5,7 +5,7 @@ import pytest
 
 import singlequant as sq
 from singlequant import _C, _reference
-from singlequant.artifacts import SITES
+from singlequant.config import SITES
 from singlequant.methods.solve import METHODS
 from singlequant.rows import rotate_rows
 from singlequant.runtime.layers import architecture_row, flat_positions

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant import _reference, artifacts
-from singlequant.artifacts import Factor, QuantConfig, SiteRotation, SiteStatistics
+from singlequant import _reference, config
+from singlequant.config import QuantConfig
 from singlequant.methods.solve import METHODS, arrange, solve_layer, solve_site
+from singlequant.rotations import Factor, SiteRotation
 from singlequant.rows import rotate_rows
+from singlequant.statistics import SiteStatistics
 from singlequant.sweep.calibrate import site_statistics
 from singlequant.sweep.layer import high_inputs
 
@@ -142,9 +144,9 @@ def test_high_inputs_are_whole_blocks_of_both_the_axis_and_the_kernels(k):
     site = site_statistics(x, [w])
     high = solve_site(site, "balanced").high
     assert 0 < high <= k // 2
-    assert high % artifacts.HIGH_STEP == 0
+    assert high % config.HIGH_STEP == 0
     assert high % site.k2 == 0
-    assert abs(high - k / 8) <= max(np.lcm(site.k2, artifacts.HIGH_STEP), k / 16)
+    assert abs(high - k / 8) <= max(np.lcm(site.k2, config.HIGH_STEP), k / 16)
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 31, 32, 40, 521, 1042])
@@ -236,7 +238,7 @@ def test_layer_tells_each_site_its_name(make_checkpoint, tmp_path):
 
 def test_recipes_name_exactly_these_methods():
     whole_model = {"quarot", "spinquant"}
-    assert set(artifacts.METHODS) == {*METHODS, *whole_model}
+    assert set(config.METHODS) == {*METHODS, *whole_model}
 
 
 def test_unknown_method_is_named():

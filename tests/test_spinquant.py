@@ -8,13 +8,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
 from singlequant import _C, spinquant  # noqa: E402
-from singlequant.artifacts import FormatError, QuantConfig  # noqa: E402
+from singlequant._C import FormatError  # noqa: E402
 from singlequant.checkpoint.folder import load_checkpoint  # noqa: E402
 from singlequant.checkpoint.views import (  # noqa: E402
     RandomizedHadamard,
     online_rotations,
     spinquant_checkpoint,
 )
+from singlequant.config import QuantConfig  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
 from singlequant.sweep.layer import quantize  # noqa: E402
 from singlequant.sweep.run import (  # noqa: E402

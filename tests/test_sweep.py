@@ -15,7 +15,7 @@ from conftest import SENTENCES as TEXT
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.artifacts import SITES
+from singlequant.config import SITES
 from singlequant.sweep.run import PeakMemory, dry_run
 
 

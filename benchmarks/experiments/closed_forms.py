@@ -27,7 +27,7 @@ from fake import AxisBalance, Experiment, Key, Range, Recipe, Solver, Transforme
 from numpy.typing import NDArray
 
 from singlequant import _C
-from singlequant.artifacts import SiteStatistics
+from singlequant.statistics import SiteStatistics
 
 TITLE = "Closed-form transformations"
 ROUNDINGS = {"rtn": Range(1.0), "gptq": Range(0.8)}

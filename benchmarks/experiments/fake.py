@@ -33,15 +33,11 @@ from numpy.typing import NDArray
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.artifacts import (
-    FACTOR_DENSE_MAX,
-    HIGH_STEP,
-    SITES,
-    SiteRotation,
-    SiteStatistics,
-)
+from singlequant.config import HIGH_STEP, SITES
 from singlequant.files import write_file
 from singlequant.models.family import ModelShape, rope_frequencies
+from singlequant.rotations import FACTOR_DENSE_MAX, SiteRotation
+from singlequant.statistics import SiteStatistics
 from singlequant.study.evaluate import CachedScorer, split_windows
 from singlequant.sweep.run import bundled_model, bundled_text, calibration_tokens, read_text
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.artifacts import SCHEMES
+from singlequant.config import SCHEMES
 from singlequant.files import save_figure
 from singlequant.sweep.run import folder_bytes
 

@@ -31,7 +31,8 @@ from trials import ORIGINAL, Laboratory, Trial
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.artifacts import LayerRotations, LayerStatistics, SiteStatistics
+from singlequant.rotations import LayerRotations
+from singlequant.statistics import LayerStatistics, SiteStatistics
 from singlequant.study.compare import ROWS_FILE, Row
 from singlequant.sweep.run import read_text
 

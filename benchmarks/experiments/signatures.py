@@ -24,7 +24,7 @@ from typing import Any
 import common
 
 import singlequant as sq
-from singlequant.artifacts import FormatError
+from singlequant._C import FormatError
 from singlequant.export.writer import ModelWriter
 from singlequant.files import write_file
 from singlequant.sweep.layer import quantize_layer

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant.artifacts import LayerRotations, LayerStatistics
 from singlequant.export.writer import ModelWriter
 from singlequant.harness import evaluate_tasks
+from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
+from singlequant.statistics import LayerStatistics
 from singlequant.study.compare import Row, RowsFile
 from singlequant.study.evaluate import CachedScorer, split_windows
 from singlequant.sweep.layer import quantize_layer

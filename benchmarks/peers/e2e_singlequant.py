@@ -9,7 +9,7 @@ from e2e_worker import serve
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.artifacts import SITES
+from singlequant.config import SITES
 from singlequant.runtime.layers import architecture_row, flat_positions
 from singlequant.runtime.model import _prefill
 

@@ -20,29 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ..artifacts import (
+from .._C import FormatError
+from ..config import SITES, QuantConfig
+from ..export.names import (
     BLOCK_PARTS,
     CHAIN_PARTS,
-    FACTOR_DENSE_MAX,
     FORMAT_VERSION,
     PACKED_PARTS,
     QUANT_METHOD,
-    SITES,
-    FormatError,
-    LayerWeights,
-    Linear,
-    PackedLinear,
-    QuantConfig,
-    chain_problem,
     clip_name,
     high_name,
-    high_problem,
-    packed_words,
-    permutation_problem,
-    read_json,
     rotation_name,
-    unique_keys,
 )
+from ..files import read_json, unique_keys
 from ..models.family import (
     Architecture,
     ModelShape,
@@ -50,7 +40,9 @@ from ..models.family import (
     iterate_tensors,
     parse_shape,
 )
+from ..rotations import FACTOR_DENSE_MAX, chain_problem, permutation_problem
 from ..rows import require_finite
+from ..weights import LayerWeights, Linear, PackedLinear, high_problem, packed_words
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 

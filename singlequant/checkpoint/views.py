@@ -24,16 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import (
-    RESIDUAL_METHODS,
-    Factor,
-    LayerRotations,
-    LayerWeights,
-    Linear,
-    SiteRotation,
-)
+from ..config import RESIDUAL_METHODS
 from ..models.family import Architecture, ModelShape
+from ..rotations import Factor, LayerRotations, SiteRotation
 from ..rows import ROWS_PER_BLOCK, float32_blocks, require_finite
+from ..weights import LayerWeights, Linear
 
 __all__ = [
     "DenseRotation",

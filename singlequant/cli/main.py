@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import _C, __version__
-from ..artifacts import (
+from ..config import (
     BALANCED_SITES,
     GPTQ_INPUTS,
     KV_BITS,

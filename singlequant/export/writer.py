@@ -21,32 +21,22 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from .. import _C
-from ..artifacts import (
-    BALANCED_SITES,
+from ..config import BALANCED_SITES, RESIDUAL_METHODS, SITES, QuantConfig
+from ..export.names import (
     BLOCK_PARTS,
-    FACTOR_DENSE_MAX,
     FORMAT_VERSION,
     QUANT_METHOD,
-    RESIDUAL_METHODS,
-    SITES,
-    BlockRotation,
-    Factor,
-    PackedLinear,
-    QuantConfig,
-    QuantizedLayer,
     clip_name,
     high_name,
-    high_problem,
-    packed_words,
-    packing_problem,
-    read_json,
     rotation_name,
 )
-from ..files import whole_file
+from ..files import read_json, whole_file
 from ..methods.duquant import block_size
 from ..models.family import LINEARS
+from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor
+from ..weights import PackedLinear, QuantizedLayer, high_problem, packed_words, packing_problem
 
-if TYPE_CHECKING:  # the stages meet only in artifacts
+if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
 
 __all__ = ["ModelWriter", "estimate_size", "quantization_json", "write_safetensors"]

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import BlockRotation, SiteStatistics
+from ..rotations import BlockRotation
+from ..statistics import SiteStatistics
 
 __all__ = ["BLOCK", "GREEDY_STEPS", "block_size", "solve_site_duquant"]
 

@@ -15,18 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import (
-    BALANCED_SITES,
-    DEFAULT_METHOD,
-    HIGH_STEP,
-    BlockRotation,
-    Factor,
-    LayerRotations,
-    LayerStatistics,
-    QuantConfig,
-    SiteRotation,
-    SiteStatistics,
-)
+from ..config import BALANCED_SITES, DEFAULT_METHOD, HIGH_STEP, QuantConfig
+from ..rotations import BlockRotation, Factor, LayerRotations, SiteRotation
+from ..statistics import LayerStatistics, SiteStatistics
 from .duquant import solve_site_duquant
 
 # Paper, massive outliers: at most this share of the first axis is paired. Threshold: indices above

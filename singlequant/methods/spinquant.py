@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from .. import _C
-from ..artifacts import FormatError
+from .._C import FormatError
 from ..files import write_file
 from ..models.family import rope_frequencies
 from ..rows import float32_blocks

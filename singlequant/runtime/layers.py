@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import SITES, PackedLinear
+from ..config import SITES
 from ..models.family import ModelShape, rope_frequencies
+from ..weights import PackedLinear
 
 
 def architecture_row(shape: ModelShape) -> dict[str, object]:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import KV_BITS, FormatError
+from .._C import FormatError
+from ..config import KV_BITS
 from .layers import build_layer, flat_positions
 
 PREFILL_TOKENS = 2048  # prompt tokens per call

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import DEFAULT_CLIP, HIGH_STEP, SCHEMES
+from ..config import DEFAULT_CLIP, HIGH_STEP, SCHEMES
 from ..info import machine_info
 from ..methods.solve import HIGH_SHARE
 

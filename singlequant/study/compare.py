@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import METHODS, LayerStatistics, QuantConfig
 from ..checkpoint.folder import Checkpoint, load_checkpoint
+from ..config import METHODS, QuantConfig
 from ..export.writer import ModelWriter
 from ..files import check_picture, save_figure, write_file
 from ..info import __version__, machine_info
 from ..methods.solve import high_step
 from ..methods.spinquant import load_learned
 from ..runtime.model import Model
+from ..statistics import LayerStatistics
 from ..sweep.calibrate import calibrate
 from ..sweep.layer import quantize_layer
 from ..sweep.run import (

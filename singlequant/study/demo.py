@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..artifacts import QuantConfig, SiteRotation, SiteStatistics
 from ..checkpoint.folder import load_checkpoint
+from ..config import QuantConfig
 from ..files import check_file, save_figure
 from ..methods.solve import solve_site
+from ..rotations import SiteRotation
+from ..statistics import SiteStatistics
 from ..sweep.calibrate import calibrate
 from ..sweep.layer import transform_inputs
 from ..sweep.run import (

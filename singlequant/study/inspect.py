@@ -18,27 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import (
-    BALANCED_SITES,
-    RESIDUAL_METHODS,
-    SITES,
-    BlockRotation,
-    Factor,
-    LayerStatistics,
-    PackedLinear,
-    QuantConfig,
-    SiteRotation,
-    SiteStatistics,
-    packing_problem,
-    read_json,
-)
 from ..checkpoint.folder import Checkpoint, load_checkpoint
+from ..config import BALANCED_SITES, RESIDUAL_METHODS, SITES, QuantConfig
 from ..export.writer import RECIPE_FILE
-from ..files import require_matplotlib
+from ..files import read_json, require_matplotlib
 from ..methods.solve import METHODS, SWEEP_ORDER_MAX, solve_layer
+from ..rotations import BlockRotation, Factor, SiteRotation
+from ..statistics import LayerStatistics, SiteStatistics
 from ..sweep.calibrate import SAMPLE_ROWS, calibrate
 from ..sweep.layer import high_inputs, round_inputs, transform_inputs, transform_rows
 from ..sweep.run import calibration_tokens
+from ..weights import PackedLinear, packing_problem
 
 MASSIVE = (100.0, 1000.0)  # times the median magnitude
 NORMAL = 6.0  # times the token's root mean square

@@ -20,8 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from .. import _C
-from ..artifacts import SITES, FormatError, LayerStatistics, SiteStatistics, read_json
+from .._C import FormatError
+from ..config import SITES
+from ..files import read_json
 from ..runtime.layers import build_layer, flat_positions
+from ..statistics import LayerStatistics, SiteStatistics
 
 WINDOW = 512  # tokens of a calibration window
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles

@@ -10,19 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..artifacts import (
-    BlockRotation,
-    LayerRotations,
-    Linear,
-    PackedLinear,
-    QuantConfig,
-    QuantizedLayer,
-    SiteRotation,
-    SiteStatistics,
-    packed_words,
-    packing_problem,
-)
+from ..config import QuantConfig
+from ..rotations import BlockRotation, LayerRotations, SiteRotation
 from ..rows import ROWS_PER_BLOCK, require_finite, rotate_rows
+from ..statistics import SiteStatistics
+from ..weights import Linear, PackedLinear, QuantizedLayer, packed_words, packing_problem
 
 Rotation = SiteRotation | BlockRotation
 

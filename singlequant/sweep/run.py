@@ -15,14 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from .. import _C
-from ..artifacts import (
-    RESIDUAL_METHODS,
-    LayerRotations,
-    LayerStatistics,
-    QuantConfig,
-    QuantizedLayer,
-    read_json,
-)
 from ..checkpoint.folder import Checkpoint, load_checkpoint
 from ..checkpoint.views import (
     ResidualCheckpoint,
@@ -31,12 +23,17 @@ from ..checkpoint.views import (
     quarot_checkpoint,
     spinquant_checkpoint,
 )
+from ..config import RESIDUAL_METHODS, QuantConfig
 from ..export.writer import ModelWriter, check_run, estimate_size
+from ..files import read_json
 from ..info import __version__
 from ..methods.solve import solve_layer
+from ..rotations import LayerRotations
 from ..rows import require_finite
 from ..runtime.model import Model
+from ..statistics import LayerStatistics
 from ..study.evaluate import Evaluation, evaluate
+from ..weights import QuantizedLayer
 from .calibrate import WINDOW, calibrate, calibration_windows
 from .layer import quantize_layer
 

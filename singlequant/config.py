@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a run, and what its fields may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .files import read_json
+
+KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
+
+HIGH_STEP = 32  # SQ_K_ALIGN of the core: inputs with 8 bits come in whole blocks
+
+SCHEMES = {"w4a4": 4, "w4a8": 8, "w4a16": 16}
+
+METHODS = (
+    "balanced",
+    "singlequant",
+    "paper",
+    "art",
+    "urt",
+    "hadamard",
+    "random",
+    "quarot",
+    "spinquant",
+    "duquant",
+    "smoothquant",
+    "none",
+)
+
+DEFAULT_METHOD = "balanced"
+
+# Methods that rotate the residual stream inside the weights, and the sites they rotate online.
+RESIDUAL_METHODS = {"quarot": ("o", "down"), "spinquant": ("down",)}
+
+WEIGHTS = ("rtn", "mse", "gptq")
+
+GPTQ_INPUTS = ("float", "quantized")
+
+SITES = ("qkv", "o", "gate_up", "down")
+
+# Methods that fold a balance into the weights, and the sites that get one; smoothquant, as
+# published, where a norm feeds the linears.
+BALANCED_SITES = {"balanced": SITES, "duquant": SITES, "smoothquant": ("qkv", "gate_up")}
+
+DEFAULT_CLIP = {"w4a4": 0.8, "w4a8": 1.0, "w4a16": 1.0}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What a run makes. ValueError names the field, what was expected and what was found."""
+
+    scheme: str = "w4a4"  # bits of weights and activations
+    method: str = DEFAULT_METHOD  # transformation of the activations
+    weights: str = "gptq"  # rounding: nearest ("rtn"), with an MSE-searched clip, or "gptq"
+    group_size: int = 0  # inputs that share a weight scale; 0 = the whole output channel
+    clip: float | None = None  # activation range as a share of the token's maximum
+    calibration_tokens: int = 2048
+    seed: int = 0
+    ignore: tuple[str, ...] = field(default=())  # linears left as they are (fnmatch patterns)
+    gptq_inputs: str = "float"  # "quantized": GPTQ's Gram matrix is of inputs as they are run
+    gptq_order: bool = False  # GPTQ rounds inputs by falling diagonal of it
+    gptq_damping: float = 0.1  # share of the diagonal's mean that is added to it
+    learned: str | None = None  # spinquant's rotations, a file of `spinquant.save_learned`
+    kv_bits: int = 16  # of cached keys and values; below 16 the value heads are rotated as well
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("scheme", SCHEMES), ("method", METHODS), ("weights", WEIGHTS),
+                              ("gptq_inputs", GPTQ_INPUTS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        _check_integer("group_size", self.group_size, 0)
+        if self.group_size % 32:
+            raise ValueError(
+                f"group_size: expected 0 (per output channel) or a multiple of 32, "
+                f"found {self.group_size}"
+            )
+        _check_integer("calibration_tokens", self.calibration_tokens, 1)
+        _check_integer("seed", self.seed, 0)
+        if self.clip is not None:
+            check_clip(self.clip)
+            object.__setattr__(self, "clip", float(self.clip))
+        listed = isinstance(self.ignore, (tuple, list))
+        if not listed or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise ValueError(f"ignore: expected a list of patterns, found {self.ignore!r}")
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not isinstance(self.gptq_order, bool):
+            raise ValueError(f"gptq_order: expected true or false, found {self.gptq_order!r}")
+        if self.learned is not None and not (
+            isinstance(self.learned, str) and self.method == "spinquant"
+        ):
+            raise ValueError(f"learned: expected a file's name, with method 'spinquant' alone, "
+                             f"found {self.learned!r} with {self.method!r}")
+        if type(self.kv_bits) is not int or self.kv_bits not in KV_BITS:
+            raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, "
+                             f"found {self.kv_bits!r}")
+        _check_damping(self.gptq_damping)
+        object.__setattr__(self, "gptq_damping", float(self.gptq_damping))
+
+    @property
+    def activation_bits(self) -> int:
+        """4, 8 or 16."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def activation_clip(self) -> float:
+        """The clip that holds: the given one, or the scheme's default."""
+        return DEFAULT_CLIP[self.scheme] if self.clip is None else self.clip
+
+    def ignores(self, linear: str) -> bool:
+        """Whether the linear of that name (without .weight) stays as it is."""
+        return any(fnmatch.fnmatchcase(linear, pattern) for pattern in self.ignore)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values; from_json() takes it back."""
+        return {**dataclasses.asdict(self), "ignore": list(self.ignore)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """The config of a dict. ValueError names unknown keys."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}: expected keys are {', '.join(known)}")
+        values = dict(values)
+        if isinstance(values.get("ignore"), list):
+            values["ignore"] = tuple(values["ignore"])
+        elif "ignore" in values:
+            raise ValueError(f"ignore: expected a list, found {values['ignore']!r}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> QuantConfig:
+        """The recipe in a JSON file, or in a result's recipe.json; errors name the file."""
+        values = read_json(Path(path))
+        if isinstance(values.get("config"), dict):  # recipe.json also says what it was made from
+            values = values["config"]
+        try:
+            return cls.from_json(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    """ValueError unless value is an int (not a bool) of at least `least` and below 2^31."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise ValueError(
+            f"{name}: expected an integer from {least} to {2**31 - 1}, found {value!r}"
+        )
+
+
+def check_clip(value: Any) -> None:
+    """ValueError unless value is a number in (0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 < value <= 1.0:
+        raise ValueError(f"clip: expected a number in (0, 1], found {value!r}")
+
+
+def _check_damping(value: Any) -> None:
+    """ValueError unless value is a number in [0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:
+        raise ValueError(f"gptq_damping: expected a number in [0, 1], found {value!r}")
+
+
+def check_sites(name: str, sites: Iterable[str]) -> None:
+    unknown = [site for site in sites if site not in SITES]
+    if unknown:
+        raise ValueError(f"{name}: expected keys among {', '.join(SITES)}, found {unknown[0]!r}")

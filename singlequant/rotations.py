@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformations of a site's inputs: what methods solve and the weights take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _C
+from .config import HIGH_STEP, check_sites
+from .statistics import LayerStatistics
+
+FACTOR_DENSE_MAX = 512  # SQ_FACTOR_DENSE_MAX of the core: larger factors stay chains
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Factor:
+    """One Kronecker factor as it acts on its axis's vectors: v -> chain(H v)."""
+
+    order: int
+    hadamard: bool
+    pairs: NDArray[np.int32]  # [steps, 2], in order of application
+    angles: NDArray[np.float64]  # [steps] rad
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", frozen(self.pairs, np.int32).reshape(-1, 2))
+        object.__setattr__(self, "angles", frozen(self.angles, np.float64).reshape(-1))
+        problem = chain_problem(self.order, self.pairs, self.angles)
+        if problem:
+            raise ValueError(f"factor: {problem}")
+
+    @classmethod
+    def identity(cls, order: int) -> Factor:
+        """The factor that leaves vectors of that order as they are."""
+        return cls(order, False, np.empty((0, 2), np.int32), np.empty(0))
+
+    @property
+    def steps(self) -> int:
+        """Number of Givens rotations."""
+        return len(self.angles)
+
+    @property
+    def is_identity(self) -> bool:
+        """True without a Hadamard and without a Givens rotation."""
+        return not self.hadamard and self.steps == 0
+
+    def matrix(self) -> NDArray[np.float64]:
+        """The orthogonal matrix [order, order], v -> matrix @ v."""
+        rows = np.eye(self.order)  # row i is e_i: transformed, it is column i of the matrix
+        if self.hadamard:
+            rows = _C.hadamard_transform(rows)
+        if self.steps:
+            rows = _C.chain_apply(self.pairs, self.angles, rows)
+        return np.ascontiguousarray(rows.T)
+
+    def runtime(self) -> NDArray[np.float32] | tuple[int, bool, Any, Any]:
+        """What _C.rotate takes: a dense float32 matrix up to FACTOR_DENSE_MAX, else the chain."""
+        if self.order <= FACTOR_DENSE_MAX:
+            return self.matrix().astype(np.float32)
+        return self.order, self.hadamard, self.pairs, self.angles
+
+    def __repr__(self) -> str:
+        return f"Factor({self.order}{', H' if self.hadamard else ''}, {self.steps} rotations)"
+
+
+def chain_problem(order: int, pairs: NDArray[Any], angles: NDArray[Any]) -> str | None:
+    """What is wrong with a chain of that order, or None. Reads every pair and angle."""
+    if order < 1:
+        return f"expected an order of at least 1, found {order}"
+    if pairs.ndim != 2 or pairs.shape != (angles.size, 2) or angles.ndim != 1:
+        return f"expected pairs [steps, 2] and angles [steps], found {pairs.shape}, {angles.shape}"
+    if pairs.size and not (pairs.min() >= 0 and pairs.max() < order):
+        return f"expected indices from 0 to {order - 1}, found {pairs.min()} to {pairs.max()}"
+    if np.any(pairs[:, 0] == pairs[:, 1]):
+        return "expected two different indices in each pair"
+    if not np.isfinite(angles).all():
+        return "expected finite angles"
+    return None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteRotation:
+    """The transformation of one site: X [k1, k2] -> left (X / balance) right^T.
+
+    Each factor acts on its axis; the balance, one factor per input, folds into what produces x.
+    """
+
+    left: Factor  # order k1: the paper's R1 = R_U1 R_A
+    right: Factor  # order k2: the transpose of the paper's R2 = H R_U2
+    art_steps: int = 0
+    urt_steps: int = 0
+    sweep_rotations: int = 0
+    balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance
+    high: int = 0  # leading inputs, after rotation, that keep 8 bits where the others get 4
+
+    def __post_init__(self) -> None:
+        if self.balance is not None:
+            object.__setattr__(self, "balance", _checked_balance(self.balance, self.k))
+        if not 0 <= self.high < self.k or self.high % HIGH_STEP:
+            raise ValueError(
+                f"high: expected a multiple of {HIGH_STEP} below {self.k}, found {self.high}"
+            )
+
+    @property
+    def k(self) -> int:
+        """Inputs of the site's linears."""
+        return self.left.order * self.right.order
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(k1, k2)."""
+        return self.left.order, self.right.order
+
+    @property
+    def is_identity(self) -> bool:
+        """True if both factors leave everything as it is."""
+        return self.left.is_identity and self.right.is_identity
+
+    @cached_property
+    def arrays(self) -> tuple[Any, Any]:
+        """(left, right) as _C.rotate takes them."""
+        return self.left.runtime(), self.right.runtime()
+
+    def __repr__(self) -> str:
+        return (
+            f"SiteRotation({self.left.order}x{self.right.order}, art {self.art_steps}, "
+            f"urt {self.urt_steps}, sweeps {self.sweep_rotations}"
+            f"{', balanced' if self.balance is not None else ''}"
+            f"{f', {self.high} at 8 bits' if self.high else ''})"
+        )
+
+
+def permutation_problem(permutation: NDArray[Any]) -> str | None:
+    """What keeps a vector of integers from being a permutation, or None."""
+    if np.array_equal(np.sort(permutation), np.arange(len(permutation))):
+        return None
+    return f"expected each of 0 to {len(permutation) - 1} once, found others or one twice"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockRotation:
+    """x [k] -> x blockdiag(first), permuted, times blockdiag(second): DuQuant's form."""
+
+    first: NDArray[np.float32]  # [k / b, b, b]
+    permutation: NDArray[np.int32]  # [k]: channel permutation[i] goes to place i
+    second: NDArray[np.float32]  # [k / b, b, b]
+    balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance, as in SiteRotation
+
+    art_steps = urt_steps = sweep_rotations = high = 0  # no Givens rotations, one width
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("first", np.float32), ("permutation", np.int32),
+                            ("second", np.float32)):
+            object.__setattr__(self, name, frozen(getattr(self, name), dtype))
+        count, b = (self.first.shape + (0, 0))[:2]
+        for name, shape in (("first", (count, b, b)), ("second", (count, b, b)),
+                            ("permutation", (count * b,))):
+            found = getattr(self, name).shape
+            if found != shape or not count * b:
+                raise ValueError(f"{name}: expected square blocks (k / b, b, b) twice and a "
+                                 f"permutation (k,), found {found}")
+        problem = permutation_problem(self.permutation)
+        if problem:
+            raise ValueError(f"permutation: {problem}")
+        if self.balance is not None:
+            object.__setattr__(self, "balance", _checked_balance(self.balance, self.k))
+
+    @property
+    def k(self) -> int:
+        """Inputs of the site's linears."""
+        return len(self.permutation)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(k / b, b)."""
+        return self.first.shape[0], self.first.shape[1]
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """True if blocks and permutation leave everything as it is."""
+        eye = np.eye(self.sizes[1], dtype=np.float32)
+        unmoved = np.array_equal(self.permutation, np.arange(self.k))
+        return unmoved and bool((self.first == eye).all() and (self.second == eye).all())
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """(first, permutation, second) as _C.rotate_blocks takes them."""
+        return self.first, self.permutation, self.second
+
+    def __repr__(self) -> str:
+        return f"BlockRotation({self.sizes[0]} blocks of {self.sizes[1]})"
+
+
+@dataclass(frozen=True)
+class LayerRotations:
+    """The rotations of one layer by site; a site without a rotation is absent."""
+
+    layer: int
+    sites: Mapping[str, SiteRotation | BlockRotation]
+    statistics: LayerStatistics | None = None  # what they were solved from, for weights "gptq"
+
+    def __post_init__(self) -> None:
+        check_sites("sites", self.sites)
+
+
+def _checked_balance(balance: Any, k: int) -> NDArray[np.float32]:
+    """The balance, frozen. ValueError unless it has k positive finite numbers."""
+    balance = frozen(balance, np.float32)
+    if balance.shape != (k,) or not (np.isfinite(balance) & (balance > 0)).all():
+        raise ValueError(
+            f"balance: expected {k} positive numbers, found shape {balance.shape}, "
+            f"least {balance.min(initial=np.inf):g}"
+        )
+    return balance
+
+
+def frozen(array: Any, dtype: Any) -> NDArray[Any]:
+    """A read-only contiguous array of dtype; a copy unless it is one already."""
+    array = np.asarray(array)
+    if array.dtype != dtype or array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array, dtype=dtype, order="C")
+        array.flags.writeable = False
+    return array
