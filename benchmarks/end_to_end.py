@@ -215,7 +215,7 @@ def require_transform(folder: Path) -> None:
     """ValueError unless every site is rotated at run time, and in W4A4 has its 8-bit inputs."""
     checkpoint = load_checkpoint(folder)
     mixed = checkpoint.quant_config.activation_bits == 4
-    for index in range(checkpoint.shape.layers):
+    for index in range(checkpoint.spec.layers):
         layer = checkpoint.layer(index)
         absent = [site for site in SITES
                   if site not in layer.rotations or mixed and not layer.high.get(site)]

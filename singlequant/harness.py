@@ -175,7 +175,7 @@ class _Adapter:
             raise ValueError(f"device: expected cpu, got {device}")
         model = path if model is None else model
         self.model = load(str(model)) if isinstance(model, (str, Path)) else model
-        limit = self.model.shape.max_position_embeddings
+        limit = self.model.spec.max_position_embeddings
         self.max_length = limit if max_length is None else int(max_length)
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length: expected 1 to {limit}, got {max_length}")

@@ -68,15 +68,35 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class Norm:
+    """One norm's weights, [hidden] each."""
+
+    name: str  # "model.layers.0.input_layernorm"
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None
+
+
+def norm_tensors(norm: Norm) -> dict[str, NDArray[Any]]:
+    """A norm's tensors by name."""
+    tensors = {f"{norm.name}.weight": norm.weight}
+    return tensors if norm.bias is None else tensors | {f"{norm.name}.bias": norm.bias}
+
+
+@dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One decoder layer of a checkpoint, by role. Arrays are read-only views of the files."""
+    """One decoder layer of a checkpoint. Arrays are read-only views of the files.
+
+    By site: rotations holds the rotation as _C.rotate takes it, clips the share of a token's
+    largest activation that the codes reach, int8_inputs how many leading inputs keep 8 bits. All
+    three are empty for an unquantized checkpoint.
+    """
 
     index: int
-    norms: tuple[NDArray[Any], NDArray[Any]]  # [hidden] before attention, [hidden] before the MLP
-    linears: Mapping[str, Linear]  # q, k, v, o, gate, up, down, in this order
-    rotations: Mapping[str, tuple[Any, ...]]  # by site: the `arrays` of its rotation
-    clips: Mapping[str, float]  # by site; empty for an unquantized checkpoint
-    high: Mapping[str, int] = field(default_factory=dict)  # by site, inputs with 8 bits; absent = 0
+    norms: Mapping[str, Norm]  # by place
+    linears: Mapping[str, Linear]  # by role
+    rotations: Mapping[str, Any] = field(default_factory=dict)
+    clips: Mapping[str, float] = field(default_factory=dict)
+    int8_inputs: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -182,8 +182,7 @@ def random_layer(
     """A layer of random codes, scales and rotations of the given orders, and its codes by name."""
     rng = np.random.default_rng([seed, index])
     weights, packed, codes = checkpoint.layer(index), {}, {}
-    names = [norm.format(i=index) for norm in checkpoint.architecture.norms]
-    dense = {f"{n}.weight": norm for n, norm in zip(names, weights.norms, strict=True)}
+    dense = {f"{norm.name}.weight": norm.weight for norm in weights.norms.values()}
     for linear in weights.linears.values():
         n, k = linear.weight.shape
         if linear.bias is not None:

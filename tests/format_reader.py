@@ -25,10 +25,24 @@ def read_tensors(path: Path) -> dict:
 
 def read_model(folder: Path) -> tuple:
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert (quantization["quant_method"], quantization["format_version"]) == ("singlequant", 1)
+    assert quantization["quant_method"] == "singlequant"
+    assert quantization["format_version"] in (1, 2)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     shards = {file: read_tensors(folder / file) for file in set(index.values())}
     return quantization, {name: shards[file][name] for name, file in index.items()}
+
+
+def sites(quantization: dict, layer: int) -> dict:
+    """Names of the linears by site; version 1 knew one kind of layer."""
+    if quantization["format_version"] == 1:
+        names = {"qkv": "self_attn.q self_attn.k self_attn.v", "o": "self_attn.o",
+                 "gate_up": "mlp.gate mlp.up", "down": "mlp.down"}
+        return {site: [f"model.layers.{layer}.{name}_proj" for name in text.split()]
+                for site, text in names.items()}
+    model = quantization["model"]
+    kind = model["kinds"][model["pattern"][layer % len(model["pattern"])]]
+    return {site: [kind["linears"][role]["name"].replace("{i}", str(layer)) for role in roles]
+            for site, roles in kind["sites"].items()}
 
 
 def weight(tensors: dict, linear: str) -> np.ndarray:

@@ -50,14 +50,14 @@ def solved(checkpoint, method):
 
 def folded_by_hand(checkpoint, rotations):
     """Every weight of a layer with its balance, in float64, by the definition: x / s and W s."""
-    layer, shape = checkpoint.layer(rotations.layer), checkpoint.shape
-    s = {site: np.ones(shape.site(site)) for site in SITES}
+    layer, spec = checkpoint.layer(rotations.layer), checkpoint.spec.layer(0)
+    s = {site: np.ones(spec.sites[site].k) for site in SITES}
     s |= {site: np.asarray(r.balance, float) for site, r in rotations.sites.items()
           if r.balance is not None}  # fmt: skip
-    values = s["o"].reshape(shape.kv_heads, -1, shape.head_dim)[:, 0].reshape(-1)
+    values = s["o"].reshape(spec.attention.kv_heads, -1, spec.attention.head_dim)[:, 0].reshape(-1)
     rows = {"v": values, "up": s["down"]}
-    norms = [norm.astype(float) / s[site] for norm, site in
-             zip(layer.norms, ("qkv", "gate_up"), strict=True)]  # fmt: skip
+    norms = [norm.weight.astype(float) / s[site] for norm, site in
+             zip(layer.norms.values(), ("qkv", "gate_up"), strict=True)]  # fmt: skip
     weights, biases = {}, {}
     for role, linear in layer.linears.items():
         divisor = rows.get(role, np.ones(len(linear.weight)))

@@ -5,7 +5,7 @@ import pytest
 
 import singlequant as sq
 from singlequant.cli.main import main
-from singlequant.models.family import parse_shape
+from singlequant.models.families import find_family
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_residual_stream_has_outlier_channels():
 def test_it_is_a_llama_of_a_few_megabytes():
     checkpoint = sq.load_checkpoint(sq.bundled_model())
     assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
-    assert parse_shape(checkpoint.config, checkpoint.architecture) == checkpoint.shape
+    assert find_family(checkpoint.config).spec(checkpoint.config) == checkpoint.spec
     assert checkpoint.bytes_on_disk < 6e6
 
 

@@ -61,7 +61,7 @@ def test_calibrate_yields_moments_of_what_enters_each_site(checkpoint, windows):
     layers = list(sq.calibrate(checkpoint, windows))
     assert [layer.index for layer in layers] == [0, 1]
     hidden = checkpoint.embedding[windows.reshape(-1)].astype(np.float64)
-    norm = checkpoint.layer(0).norms[0].astype(np.float64)
+    norm = checkpoint.layer(0).norms["before_attention"].weight.astype(np.float64)
     x = hidden / np.sqrt((hidden**2).mean(1, keepdims=True) + 1e-5) * norm
     site = layers[0].sites["qkv"]
     assert site.count == windows.size
@@ -77,8 +77,8 @@ def test_calibrate_yields_moments_of_what_enters_each_site(checkpoint, windows):
 def test_calibrate_takes_moments_of_the_weights_and_shares_the_value_heads(checkpoint, windows):
     for layer in sq.calibrate(checkpoint, windows):
         linears = checkpoint.layer(layer.index).linears
-        for name, roles in checkpoint.architecture.sites.items():
-            w = np.concatenate([linears[role].weight for role in roles]).astype(np.float64)
+        for name, spec in checkpoint.spec.layer(0).sites.items():
+            w = np.concatenate([linears[role].weight for role in spec.roles]).astype(np.float64)
             site = layer.sites[name]
             np.testing.assert_array_equal(site.weight_max, np.abs(w).max(0))
             np.testing.assert_allclose(site.weight_sum2, (w**2).sum(0), rtol=1e-12)

@@ -19,12 +19,7 @@ from safetensors.numpy import load_file
 from singlequant._C import FormatError
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
 from singlequant.config import QuantConfig
-from singlequant.models.family import (
-    ARCHITECTURES,
-    iterate_tensors,
-    parse_shape,
-    rope_frequencies,
-)
+from singlequant.models.families import FAMILIES
 
 MakeCheckpoint = Callable[..., Path]
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +41,7 @@ def test_load_checkpoint_gives_the_tensors_written(make_checkpoint, tmp_path, dt
     checkpoint = load_checkpoint(path)
     files = [load_file(file) for file in sorted(path.glob("*.safetensors"))]
     written = {name: tensor for file in files for name, tensor in file.items()}
-    assert set(written) == set(dict(iterate_tensors(checkpoint.shape)))
+    assert set(written) == set(dict(checkpoint.spec.tensors()))
     for name, tensor in written.items():
         found = checkpoint.tensor(name)
         assert found.dtype == tensor.dtype == DTYPES[dtype]
@@ -75,7 +70,8 @@ def test_layer_names_roles_in_the_decoders_order(make_checkpoint, tmp_path):
     assert list(layer.linears) == ["q", "k", "v", "o", "gate", "up", "down"]
     assert layer.linears["down"].name == "model.layers.2.mlp.down_proj"
     assert all(linear.bias.shape == linear.weight.shape[:1] for linear in layer.linears.values())
-    assert [norm.shape for norm in layer.norms] == [(48,), (48,)]
+    assert {place: norm.weight.shape for place, norm in layer.norms.items()} == {
+        "before_attention": (48,), "before_mlp": (48,)}
     assert layer.rotations == {}
     with pytest.raises(IndexError, match="expected 0 to 2, found 3"):
         load_checkpoint(path).layer(3)
@@ -86,7 +82,7 @@ def test_tied_head_is_the_embedding(make_checkpoint, tmp_path):
     assert np.shares_memory(tied.head, tied.embedding)
     untied = load_checkpoint(make_checkpoint(tmp_path / "untied", tie=False))
     assert not np.array_equal(untied.head, untied.embedding)
-    assert untied.shape.parameters - tied.shape.parameters == 320 * 64
+    assert untied.spec.parameters - tied.spec.parameters == 320 * 64
 
 
 def test_written_copy_of_a_tied_head_is_ignored(model):
@@ -94,7 +90,7 @@ def test_written_copy_of_a_tied_head_is_ignored(model):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     write_weights(model, tensors, 1)
-    assert load_checkpoint(model).shape.tie_word_embeddings
+    assert load_checkpoint(model).spec.tied
 
 
 def test_repr_is_short_and_says_what_it_is(model):
@@ -180,7 +176,7 @@ def test_encode_neither_truncates_nor_pads(model):
 
 def test_encode_names_a_token_outside_the_vocabulary(model):
     checkpoint = load_checkpoint(model)
-    vocab = checkpoint.shape.vocab
+    vocab = checkpoint.spec.vocab
     checkpoint.tokenizer.add_tokens(["Zq"])
     first = checkpoint.tokenizer.token_to_id("Zq")
     edit_config(model, vocab_size=first)
@@ -201,13 +197,13 @@ def test_encode_refuses_text_that_is_not_unicode(model):
 
 def test_reference_model_is_read(reference_model):
     checkpoint = load_checkpoint(reference_model)
-    assert (checkpoint.shape.layers, checkpoint.shape.hidden, checkpoint.dtype) == (
+    assert (checkpoint.spec.layers, checkpoint.spec.hidden, checkpoint.dtype) == (
         8,
         512,
         "float16",
     )
-    assert checkpoint.shape.parameters == 25_698_816
-    assert checkpoint.tokenizer.get_vocab_size() == checkpoint.shape.vocab
+    assert checkpoint.spec.parameters == 25_698_816
+    assert checkpoint.tokenizer.get_vocab_size() == checkpoint.spec.vocab
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -289,23 +285,24 @@ def shape_of(**values: Any) -> Any:
         "vocab_size": 320,
     }
     name = values.pop("architecture", "LlamaForCausalLM")
-    return parse_shape({**config, **values}, ARCHITECTURES[name])
+    return FAMILIES[name].spec({**config, **values})
 
 
 def test_shape_takes_the_defaults_of_transformers():
     llama = shape_of()
-    assert (llama.kv_heads, llama.head_dim, llama.rms_eps) == (4, 16, 1e-6)
-    assert (llama.max_position_embeddings, llama.sliding_window) == (2048, 0)
-    assert llama.rope.theta == 10000.0
+    attention = llama.attention
+    assert (attention.kv_heads, attention.head_dim, llama.final_norm.eps) == (4, 16, 1e-6)
+    assert (llama.max_position_embeddings, attention.window) == (2048, 0)
+    assert attention.rotary.inv_freq[-1] == pytest.approx(10000 ** (-14 / 16))
     mistral = shape_of(architecture="MistralForCausalLM", num_attention_heads=16, head_dim=8)
-    assert (mistral.kv_heads, mistral.sliding_window) == (8, 4096)
+    assert (mistral.attention.kv_heads, mistral.attention.window) == (8, 4096)
 
 
 def test_sliding_window_is_mistrals_alone():
-    assert shape_of(sliding_window=7).sliding_window == 0
+    assert shape_of(sliding_window=7).attention.window == 0
     mistral = {"architecture": "MistralForCausalLM", "num_key_value_heads": 4}
-    assert shape_of(**mistral, sliding_window=7).sliding_window == 7
-    assert shape_of(**mistral, sliding_window=None).sliding_window == 0
+    assert shape_of(**mistral, sliding_window=7).attention.window == 7
+    assert shape_of(**mistral, sliding_window=None).attention.window == 0
 
 
 LLAMA3 = {
@@ -346,10 +343,9 @@ ROPE_TRUTH = {
     ],
 )
 def test_rope_frequencies_equal_transformers(values, kind):
-    frequencies, scale = rope_frequencies(shape_of(**values))
-    assert frequencies.dtype == np.float32
-    assert scale == 1.0
-    np.testing.assert_array_equal(frequencies, np.array(ROPE_TRUTH[kind], np.float32))
+    rotary = shape_of(**values).attention.rotary
+    assert rotary.scale == 1.0
+    np.testing.assert_array_equal(rotary.inv_freq, np.array(ROPE_TRUTH[kind], np.float32))
 
 
 # ---- files that lie -----------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def test_bundled_model_round_trips_and_beats_plain_rounding(bundled):
           for method in ("duquant", "none")}
     assert kl["duquant"] < 0.25 * kl["none"]
     stored = load_checkpoint(bundled / "duquant")
-    for i in range(stored.shape.layers):
+    for i in range(stored.spec.layers):
         first, permutation, second = stored.layer(i).rotations["down"]
         assert first.shape == second.shape == (7, 64, 64)
         assert sorted(permutation.tolist()) == list(range(448))
@@ -390,7 +390,7 @@ def written(make_checkpoint, tmp_path):
     rotations = {site: random_blocks(k, b) for site, k, b in
                  (("qkv", 64, 16), ("o", 64, 64), ("gate_up", 64, 8), ("down", 96, 32))}
     with ModelWriter(tmp_path / "out", source, config) as writer:
-        for i in range(source.shape.layers):
+        for i in range(source.spec.layers):
             layer, _ = random_layer(source, config, i)
             writer.write_layer(QuantizedLayer(i, layer.packed, layer.dense, rotations))
         writer.finish()
@@ -404,7 +404,7 @@ def test_written_blocks_come_back_and_the_plain_reader_turns_alike(written):
     for site, rotation in rotations.items():
         for a, b in zip(stored[site], rotation.arrays, strict=True):
             np.testing.assert_array_equal(a, b)
-        x = outlier_inputs(4, source.shape.site(site))
+        x = outlier_inputs(4, source.spec.layer(0).sites[site].k)
         found = format_reader.rotate(tensors, 0, site, x.astype(np.float64))
         np.testing.assert_allclose(found, rotate_rows(x, rotation), atol=1e-3)
 
@@ -425,10 +425,11 @@ def test_decoder_turns_blocks_as_it_turns_the_equal_kronecker_factors(make_check
         product = rotation.first[0][:, rotation.permutation] @ rotation.second[0]
         factors.append((product.T, np.ones((1, 1)), 16, 1.0))
     start = rng.standard_normal((7, 64)).astype(np.float32)
+    norms = [norm.weight for norm in weights.norms.values()]
     outputs = []
     for sites in (blocks, factors):
-        decoder = _C.DecoderLayer(architecture_row(source.shape), weights.norms, linears, sites)
-        cache = _C.KVCache(1, 1, source.shape.kv_heads, source.shape.head_dim, 8)
+        decoder = _C.DecoderLayer(architecture_row(source.spec), norms, linears, sites)
+        cache = _C.KVCache(1, 1, source.spec.attention.kv_heads, source.spec.attention.head_dim, 8)
         hidden = start.copy()
         decoder.forward(hidden, np.zeros(7, int), np.arange(7), cache, 0)
         outputs.append(hidden)
@@ -473,9 +474,11 @@ def test_decoder_layer_names_the_site_of_blocks_that_do_not_fit(written):
     linears = [(np.zeros(linear.weight.shape, np.float32), None)
                for linear in weights.linears.values()]
 
+    norms = [norm.weight for norm in weights.norms.values()]
+
     def build(left, right=None):
         sites = [(left, right, 4, 1.0), None, None, None]
-        return _C.DecoderLayer(architecture_row(checkpoint.shape), weights.norms, linears, sites)
+        return _C.DecoderLayer(architecture_row(checkpoint.spec), norms, linears, sites)
 
     build(rotations["qkv"].arrays)
     with pytest.raises(ValueError, match="site qkv: expected blocks of 64 inputs, got 96"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import random_layer
-from format_reader import hadamard, quantize, read_model, rotate, weight
+from format_reader import hadamard, quantize, read_model, rotate, sites, weight
 from test_golden import GOLDEN
 
 from singlequant import _C
@@ -25,7 +25,7 @@ def written(make_checkpoint, tmp_path, request):
     config = QuantConfig(method="hadamard", ignore=("*.k_proj",))
     layers, codes = [], {}
     with ModelWriter(tmp_path / "out", source, config) as writer:
-        for i in range(source.shape.layers):
+        for i in range(source.spec.layers):
             layer, of_layer = random_layer(source, config, i, orders=ORDERS)
             writer.write_layer(layer)
             layers.append(layer)
@@ -55,7 +55,7 @@ def test_plain_reader_rotates_as_the_factors_do(written):
     rng = np.random.default_rng(1)
     for layer in layers:
         for site, rotation in layer.rotations.items():
-            x = rng.standard_normal((3, source.shape.site(site)))
+            x = rng.standard_normal((3, source.spec.layer(0).sites[site].k))
             blocks = x.reshape(3, rotation.left.order, rotation.right.order)
             expected = rotation.left.matrix() @ blocks @ rotation.right.matrix().T
             found = rotate(tensors, layer.index, site, x).reshape(expected.shape)
@@ -70,15 +70,16 @@ def test_plain_reader_multiplies_as_the_core_does(folder):
     quantization, tensors = read_model(path)
     checkpoint = load_checkpoint(path)
     layer, rng, seen = checkpoint.layer(0), np.random.default_rng(0), 0
-    for site, roles in checkpoint.architecture.sites.items():
-        x = rng.standard_normal((5, checkpoint.shape.site(site))).astype(np.float32)
+    linears = {linear.name: linear for linear in layer.linears.values()}
+    for site, names in sites(quantization, 0).items():
+        x = rng.standard_normal((5, checkpoint.spec.layer(0).sites[site].k)).astype(np.float32)
         given = quantize(tensors, 0, site, quantization["activations"], rotate(tensors, 0, site, x))
         rotated = _C.rotate(x, *layer.rotations[site])
-        for role in roles:
-            linear, packed = layer.linears[role], layer.linears[role].weight
+        for name in names:
+            linear, packed = linears[name], linears[name].weight
             if isinstance(packed, PackedLinear):
                 w = _C.PackedWeight(packed.words, packed.scales, x.shape[1], packed.group,
-                                    layer.high[site])
+                                    layer.int8_inputs[site])
                 bits = quantization["activations"]["bits"]
                 found = _C.linear(rotated, w, bits, layer.clips[site])
                 expected = given @ weight(tensors, linear.name).T

@@ -49,11 +49,11 @@ def test_golden_folder_says_what_it_is(name):
 def test_golden_balanced_folder_has_what_it_is_kept_for():
     checkpoint = sq.load_checkpoint(GOLDEN / "v1-balanced" / "packed")
     layer = checkpoint.layer(0)
-    assert layer.high == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
-    assert all(norm.dtype == np.float32 for norm in layer.norms)
+    assert layer.int8_inputs == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
+    assert all(norm.weight.dtype == np.float32 for norm in layer.norms.values())
     assert layer.linears["up"].weight.dtype == np.float32
     assert layer.linears["q"].bias is not None
-    assert checkpoint.final_norm.dtype == np.float16
+    assert checkpoint.final_norm.weight.dtype == np.float16
 
 
 def make(name: str, tokens: int) -> None:

@@ -317,11 +317,11 @@ def output_errors(checkpoint, layer, config):
     """By linear: |X (W - dequantized W)^T|^2 on the rotated calibration inputs."""
     rotations, weights = solve_layer(layer, config.method), checkpoint.layer(layer.index)
     errors = {}
-    for site, roles in checkpoint.architecture.sites.items():
+    for site, spec in checkpoint.spec.layer(0).sites.items():
         rotation, of_site = rotations.sites.get(site), layer.sites[site]
         x = transform_inputs(of_site.inputs, rotation)
         gptq = gptq_factor(of_site, rotation, config) if config.weights == "gptq" else None
-        for role in roles:
+        for role in spec.roles:
             linear = weights.linears[role]
             packed = quantize_linear(linear.weight, rotation, config, linear.name, gptq)
             codes = _C.unpack(packed.words, packed.shape[1])

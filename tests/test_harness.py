@@ -96,7 +96,7 @@ def scores_of(model, pairs, max_length=256):
 
 
 def test_scores_equal_those_of_the_logits(either):
-    pairs = random_pairs(np.random.default_rng(0), either.shape.vocab)
+    pairs = random_pairs(np.random.default_rng(0), either.spec.vocab)
     for pair, (likelihood, greedy) in zip(pairs, scores_of(either, pairs), strict=True):
         expected = direct(either, *pair)
         assert likelihood == pytest.approx(expected[0], abs=SCORE_TOLERANCE * len(pair[1]))
@@ -106,20 +106,20 @@ def test_scores_equal_those_of_the_logits(either):
 def test_greedy_is_true_for_what_the_model_writes(loaded):
     prompt = loaded.encode("the quick brown").tolist()
     new = loaded.generate(prompt, max_new_tokens=6, stop_tokens=[])
-    wrong = [*new[:-1], (new[-1] + 1) % loaded.shape.vocab]
+    wrong = [*new[:-1], (new[-1] + 1) % loaded.spec.vocab]
     assert [g for _, g in scores_of(loaded, [(prompt, new), (prompt, wrong)])] == [True, False]
 
 
 def test_scores_do_not_depend_on_the_order(either):
     rng = np.random.default_rng(1)
-    pairs = random_pairs(rng, either.shape.vocab)
+    pairs = random_pairs(rng, either.spec.vocab)
     order = rng.permutation(len(pairs))
     shuffled = scores_of(either, [pairs[i] for i in order])
     assert [shuffled[i] for i in np.argsort(order)] == scores_of(either, pairs)
 
 
 def test_scores_do_not_depend_on_the_other_pairs(either, monkeypatch):
-    pairs = random_pairs(np.random.default_rng(1), either.shape.vocab)
+    pairs = random_pairs(np.random.default_rng(1), either.spec.vocab)
     expected = np.array(scores_of(either, pairs))
     alone = [scores_of(either, [pair])[0] for pair in pairs]
     monkeypatch.setattr(harness, "TOKENS_PER_STEP", 64)

@@ -35,7 +35,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 def write(source: Checkpoint, out: Path, config: QuantConfig = CONFIG, **options: Any) -> list[Any]:
     """Writes random layers to out; returns (QuantizedLayer, codes) of each."""
-    layers = [random_layer(source, config, i, **options) for i in range(source.shape.layers)]
+    layers = [random_layer(source, config, i, **options) for i in range(source.spec.layers)]
     with ModelWriter(out, source, config) as writer:
         for layer, _ in layers:
             writer.write_layer(layer)
@@ -72,13 +72,14 @@ def test_written_folder_reads_back(make_checkpoint, tmp_path, out, dtype, group_
 
     packed = load_checkpoint(out)
     assert packed.quantized
-    assert packed.shape == source.shape
+    assert packed.spec == source.spec
     assert packed.quant_config.activation_bits == config.activation_bits
     assert packed.quant_config.group_size == group_size
     assert packed.quant_config.ignore == config.ignore
-    for name in ("embedding", "head", "final_norm"):
-        assert getattr(packed, name).tobytes() == getattr(source, name).tobytes()
-        assert getattr(packed, name).dtype == getattr(source, name).dtype
+    outer = [(c.embedding, c.head, c.final_norm.weight) for c in (packed, source)]
+    for found, expected in zip(*outer, strict=True):
+        assert found.tobytes() == expected.tobytes()
+        assert found.dtype == expected.dtype
     for i, (layer, _) in enumerate(layers):
         found = packed.layer(i)
         for linear in found.linears.values():
@@ -163,7 +164,7 @@ def test_folder_is_one_other_tools_can_read(source, out):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source.path / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
-    assert config.pop("quantization_config")["format_version"] == 1
+    assert config.pop("quantization_config")["format_version"] == 2
     assert config == source.config
     recipe = json.loads((out / "recipe.json").read_text())
     assert QuantConfig.from_json(recipe["config"]) == CONFIG
@@ -176,7 +177,7 @@ def test_estimated_size_is_the_size(make_checkpoint, tmp_path, out, config):
         make_checkpoint(tmp_path / "model", hidden=256, intermediate=512, tie=False)
     )
     sites = ("qkv", "o", "gate_up", "down")
-    orders = {site: _C.factor_sizes(source.shape.site(site)) for site in sites}
+    orders = {site: _C.factor_sizes(source.spec.layer(0).sites[site].k) for site in sites}
     write(source, out, config, orders=orders)
     size = sum(file.stat().st_size for file in out.iterdir())
     assert estimate_size(source, config) == pytest.approx(size, rel=0.03)
@@ -605,8 +606,8 @@ def test_high_inputs_survive_writing_and_zero_takes_no_tensor(source, out):
         writer.write_layer(layers[1])
         writer.finish()
     packed = load_checkpoint(out)
-    assert packed.layer(0).high == {"qkv": 32, "o": 0, "gate_up": 0, "down": 64}
-    assert packed.layer(1).high == dict.fromkeys(("qkv", "o", "gate_up", "down"), 0)
+    assert packed.layer(0).int8_inputs == {"qkv": 32, "o": 0, "gate_up": 0, "down": 64}
+    assert packed.layer(1).int8_inputs == dict.fromkeys(("qkv", "o", "gate_up", "down"), 0)
     names = [name for name in packed.tensors if name.endswith(".high")]
     assert names == [HIGH.replace("qkv", "down"), HIGH]
 
@@ -663,9 +664,11 @@ def test_tail_that_is_not_zero_is_refused(make_checkpoint, tmp_path, out):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format_version", 2, "format_version: expected 1, found 2"),
-        ("format_version", "1", "format_version: expected 1, found '1'"),
-        ("format_version", True, "format_version: expected 1, found True"),
+        ("format_version", 3, "format_version: expected 1 or 2, found 3"),
+        ("format_version", "1", "format_version: expected 1 or 2, found '1'"),
+        ("format_version", True, "format_version: expected 1 or 2, found True"),
+        ("model", None, "quantization_config.model: expected an object, found None"),
+        ("model", [], r"quantization_config.model: expected an object, found \[\]"),
         ("scheme", "w2a2", "scheme: expected one of"),
         ("method", 3, "method: expected one of"),
         ("weights", {"bits": 8}, "quantization_config: "),

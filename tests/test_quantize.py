@@ -556,4 +556,4 @@ def test_read_ahead_asks_for_one_layer_and_stops_behind_the_last(model, monkeypa
     thread = read_ahead(checkpoint, 1)
     thread.join()
     assert sorted(asked) == sorted(v.weight.shape for v in checkpoint.layer(1).linears.values())
-    assert read_ahead(checkpoint, checkpoint.shape.layers) is None
+    assert read_ahead(checkpoint, checkpoint.spec.layers) is None

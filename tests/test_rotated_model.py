@@ -5,7 +5,6 @@ import pytest
 
 import singlequant as sq
 from singlequant import _C, _reference
-from singlequant.config import SITES
 from singlequant.methods.solve import METHODS
 from singlequant.rows import rotate_rows
 from singlequant.runtime.layers import architecture_row, flat_positions
@@ -18,20 +17,24 @@ def rotated_linear(weight, rotation):
 
 def rotated_logits(checkpoint, rotations, tokens):
     """Logits [m, vocab] of one sequence, every linear replaced by its rotated self."""
-    shape = checkpoint.shape
+    spec = checkpoint.spec
     sequence, position = flat_positions([len(tokens)])
     hidden = _C.gather_rows(checkpoint.embedding, tokens).astype(np.float64)
-    cache = _reference.KVCache(1, 1, shape.kv_heads, shape.head_dim, len(tokens))
+    cache = _reference.KVCache(1, 1, spec.attention.kv_heads, spec.attention.head_dim,
+                               len(tokens))
     for layer in rotations:
         weights = checkpoint.layer(layer.layer)
         linears = [
-            rotated_linear(weights.linears[role].weight, layer.sites[site])
-            for site in SITES
-            for role in checkpoint.architecture.sites[site]
+            rotated_linear(weights.linears[role].weight, layer.sites[site.name])
+            for site in spec.layer(0).sites.values()
+            for role in site.roles
         ]
-        twin = _reference.DecoderLayer(architecture_row(shape), weights.norms, linears, None)
+        twin = _reference.DecoderLayer(
+            architecture_row(spec), [norm.weight for norm in weights.norms.values()], linears, None
+        )
         twin.forward(hidden, sequence, position, cache, 0)
-    final = _reference.rms_norm(hidden, checkpoint.final_norm.astype(np.float64), shape.rms_eps)
+    final = _reference.rms_norm(hidden, checkpoint.final_norm.weight.astype(np.float64),
+                                spec.final_norm.eps)
     return _C.linear_dense(final.astype(np.float32), checkpoint.head)
 
 

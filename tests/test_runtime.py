@@ -6,7 +6,7 @@ from tokenizers import pre_tokenizers
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.runtime.model import _prefill_calls, stream_text
+from singlequant.runtime.generate import _prefill_calls, stream_text
 
 TEXT = "the quick brown fox rotates its tail. " * 60
 
@@ -122,7 +122,7 @@ def test_generate_is_the_same_alone_and_in_a_batch(model):
 def test_generate_does_not_depend_on_how_prompts_are_cut(model, monkeypatch, room):
     batch = prompts(5, seed=4)
     whole = model.generate(batch, 4)
-    monkeypatch.setattr("singlequant.runtime.model.PREFILL_TOKENS", room)
+    monkeypatch.setattr("singlequant.runtime.generate.PREFILL_TOKENS", room)
     calls = list(_prefill_calls([len(p) for p in batch]))
     assert all(sum(end - begin for _, begin, end in call) == room for call in calls[:-1])
     for i, prompt in enumerate(batch):
@@ -196,7 +196,7 @@ def test_generate_ends_at_a_stop_token(model):
 
 
 def test_generate_stops_at_the_models_maximum(model):
-    limit = model.shape.max_position_embeddings
+    limit = model.spec.max_position_embeddings
     new = model.generate([5] * (limit - 3), max_new_tokens=50, stop_tokens=[])
     assert len(new) == 4  # positions limit - 3 .. limit - 1 are fed, the last one's answer is free
 

@@ -50,7 +50,7 @@ def random_rotations(shape, seed=0):
 
 
 def tokens_of(checkpoint, count=2, length=40, seed=5):
-    return np.random.default_rng(seed).integers(0, checkpoint.shape.vocab, (count, length))
+    return np.random.default_rng(seed).integers(0, checkpoint.spec.vocab, (count, length))
 
 
 def torch_logits(checkpoint, tokens, R1, R2, weight_bits=16, activation_bits=16, clip=1.0):
@@ -87,7 +87,7 @@ def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint
     R1, R2 = random_rotations(checkpoint.shape)
     view = spinquant_checkpoint(checkpoint, R1.numpy(), R2.numpy())
     config = QuantConfig(method="none", weights="rtn", clip=0.9)
-    layers = [online_rotations(view.shape, i, "spinquant") for i in range(view.shape.layers)]
+    layers = [online_rotations(view.shape, i, "spinquant") for i in range(view.spec.layers)]
     out = save(quantize(view, layers, config), tmp_path / "out", view, config)
     packed = load(out, kv_bits=32)  # as torch's attention
     tokens = tokens_of(checkpoint)

@@ -144,7 +144,7 @@ def test_what_cannot_be_made_is_refused_before_the_text_is_read(model, tmp_path,
 
 def test_calibration_windows_fit_the_model(make_checkpoint, tmp_path, text):
     checkpoint = sq.load_checkpoint(make_checkpoint(tmp_path / "short"))
-    limit = checkpoint.shape.max_position_embeddings
+    limit = checkpoint.spec.max_position_embeddings
     assert limit < 512
     assert sq.calibration_tokens(checkpoint, sq.QuantConfig(), text).shape[1] == limit
 

@@ -159,7 +159,7 @@ class Bench:
         self.checkpoint, self.windows, self.folder = checkpoint, windows, folder
         self.calibration = arguments.calibration
         self.original = CachedScorer(sq.load(checkpoint.path))
-        limit = checkpoint.shape.max_position_embeddings
+        limit = checkpoint.spec.max_position_embeddings
         self.seq_len = min(SEQ_LEN, limit) if arguments.seq_len is None else arguments.seq_len
         if not 2 <= self.seq_len <= limit:
             raise ValueError(f"--seq-len: expected 2 to {limit}, found {self.seq_len}")
@@ -182,7 +182,7 @@ class Bench:
         config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
         view = spinquant_checkpoint(self.checkpoint, r1, r2)
         rotations = [online_rotations(view.shape, i, "spinquant")
-                     for i in range(view.shape.layers)]
+                     for i in range(view.spec.layers)]
         return self._packed(
             lambda out: sq.save(sq.quantize(view, rotations, config), out, view, config)
         )

@@ -85,9 +85,9 @@ def parameter_count(model: Path) -> int:
     """Numbers in the embedding, the head and the layers' linears."""
     checkpoint = sq.load_checkpoint(model)
     count = checkpoint.embedding.size
-    if not checkpoint.shape.tie_word_embeddings:
+    if not checkpoint.spec.tied:
         count += checkpoint.head.size
-    return int(count + checkpoint.shape.layers * layer_size(checkpoint))
+    return int(count + checkpoint.spec.layers * layer_size(checkpoint))
 
 
 def layer_size(checkpoint: sq.Checkpoint) -> int:
@@ -156,7 +156,7 @@ def quantize_peaks(model: Path, out: Path, scheme: str, tokens: int | None,
     view = measure("solve", prepare, checkpoint, config, windows)
     layers = sq.calibrate(view, windows, keep_inputs=config.weights == "gptq")
     with ModelWriter(out, view, config) as writer:
-        for _ in range(checkpoint.shape.layers):
+        for _ in range(checkpoint.spec.layers):
             statistics = measure("calibrate", next, layers)
             rotations = measure("solve", solve, view, statistics, config)
             quantized = measure("quantize", quantize_layer, view, rotations, config)
@@ -164,7 +164,7 @@ def quantize_peaks(model: Path, out: Path, scheme: str, tokens: int | None,
             del statistics, quantized
         measure("quantize", writer.finish)
     # What the sweep promises: a layer in float32, half of it again, and the calibration states.
-    states = windows.size * checkpoint.shape.hidden * 4
+    states = windows.size * checkpoint.spec.hidden * 4
     return {**peaks, "bound": int(1.5 * 4 * layer_size(checkpoint)) + states,
             "calibration_tokens": int(windows.size)}
 

@@ -89,7 +89,7 @@ class Laboratory:
             missing = list({self._name(keys[trial.name]): trial for trial in trials
                             if self._find(rows, keys[trial.name]) is None}.values())
             fresh_original = self._find(rows, keys[ORIGINAL]) is None
-            total = len(missing) * (self.checkpoint.shape.layers + 1) + fresh_original
+            total = len(missing) * (self.checkpoint.spec.layers + 1) + fresh_original
 
             def step(count: int) -> None:
                 nonlocal done

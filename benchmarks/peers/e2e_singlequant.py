@@ -22,7 +22,7 @@ class SingleQuant:
     def __init__(self, folder: Path, kind: str, threads: int) -> None:
         sq.set_num_threads(threads)
         self.model = sq.load(folder)
-        self.vocab = self.model.shape.vocab
+        self.vocab = self.model.spec.vocab
         self.version = sq.__version__
         self.note = f"kernels {_C.kernels()['active']}"
 
@@ -57,7 +57,7 @@ class SingleQuant:
         linears += [matrix(NARROW, NARROW) for _ in range(3)]
         norm = np.ones(NARROW, np.float32)
         layer = _C.DecoderLayer(row, (norm, norm), linears, [None] * len(SITES))
-        for index in range(self.model.shape.layers):
+        for index in range(self.model.spec.layers):
             hidden = matrix(count * length, NARROW)[0]
             layer.forward(hidden, local, positions, self.session._cache, index)
         self.session.lengths[:] = length

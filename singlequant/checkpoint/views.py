@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from .. import _C
 from ..config import RESIDUAL_METHODS
-from ..models.family import Architecture, ModelShape
+from ..models.spec import LayerSpec, ModelSpec
 from ..rotations import Factor, LayerRotations, SiteRotation
 from ..rows import ROWS_PER_BLOCK, float32_blocks, require_finite
-from ..weights import LayerWeights, Linear
+from ..tensors import DTYPES, TensorInfo
+from ..weights import LayerWeights, Linear, Norm
 
 __all__ = [
     "DenseRotation",
@@ -40,7 +41,6 @@ __all__ = [
     "spinquant_checkpoint",
 ]
 
-INPUTS = {"q": 0, "k": 0, "v": 0, "gate": 1, "up": 1}  # role -> which of the layer's norms it reads
 ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |Q^T Q - I|, as for the stored factors
 
 
@@ -112,10 +112,10 @@ class _View:
         """The source's folder: tokenizer and other files are copied from there."""
         return self.source.path
 
-    @property
-    def architecture(self) -> Architecture:
-        """The source's row of the architecture table."""
-        return self.source.architecture
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The source's spec, every linear by itself."""
+        return self.source.spec.separate()
 
     def linear_name(self, layer: int, role: str) -> str:
         """Name of a linear without .weight, as `ignore` patterns see it."""
@@ -156,6 +156,18 @@ class _View:
             self.__dict__["_kept"] = kept
         return kept
 
+    def _infos(self, dtypes: dict[str, str]) -> dict[str, TensorInfo]:
+        """Sizes of the tensors by name. Their places mean nothing. dtypes: those that differ from
+        the source's embedding's."""
+        usual = self.source.tensors[f"{self.source.spec.embed}.weight"].dtype
+        infos = {}
+        for name, shape in self.spec.tensors():
+            found = self.source.tensors.get(name)
+            dtype = dtypes.get(name) or (found.dtype if found else usual)
+            item = DTYPES[dtype].itemsize
+            infos[name] = TensorInfo(self.path, dtype, shape, 0, item * prod(shape))
+        return infos
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualCheckpoint(_View):
@@ -164,7 +176,8 @@ class ResidualCheckpoint(_View):
     It takes a Checkpoint's place in calibrate, quantize, ModelWriter and Model. Tensors are float32
     and computed (in float64) when they are read; of the layers only the last one read is kept. A
     tied head becomes untied: the embedding and the head rotate differently, because of the last
-    norm's weight. ValueError when the checkpoint is packed or a size does not fit.
+    norm's weight. ValueError when the checkpoint is packed, a size does not fit or a norm is not an
+    RMSNorm in front of what reads the residual stream: only that one commutes with a rotation.
     """
 
     source: Any  # the Checkpoint
@@ -174,13 +187,16 @@ class ResidualCheckpoint(_View):
 
     def __post_init__(self) -> None:
         self.source.require_unquantized()
-        shape = self.source.shape
-        if self.residual.order != shape.hidden:
-            raise ValueError(f"residual: expected a rotation of {shape.hidden} channels, "
+        spec = self.source.spec
+        for kind in spec.kinds:
+            _require_commuting(spec, kind)
+        if self.residual.order != spec.hidden:
+            raise ValueError(f"residual: expected a rotation of {spec.hidden} channels, "
                              f"found {self.residual.order}")
         if self.values is None:
             return
-        expected, found = (shape.layers, shape.head_dim, shape.head_dim), np.shape(self.values)
+        d = spec.attention.head_dim
+        expected, found = (spec.layers, d, d), np.shape(self.values)
         if found != expected:
             raise ValueError(f"values: expected {expected}, found {found}")
         checked = [_orthogonal(r, f"values[{i}]") for i, r in enumerate(self.values)]
@@ -191,9 +207,9 @@ class ResidualCheckpoint(_View):
     dtype = "float32"
 
     @cached_property
-    def shape(self) -> ModelShape:
-        """The source's shape with an untied head."""
-        return replace(self.source.shape, tie_word_embeddings=False)
+    def spec(self) -> ModelSpec:
+        """The source's spec with an untied head."""
+        return replace(self.source.spec.separate(), tied=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -202,30 +218,9 @@ class ResidualCheckpoint(_View):
         return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
 
     @cached_property
-    def tensors(self) -> dict[str, Any]:
-        """Sizes of the tensors by name: element type, shape, bytes. Their places mean nothing."""
-        head, embed = (f"{n}.weight" for n in (self.architecture.head, self.architecture.embed))
-        infos = {**self.source.tensors, head: self.source.tensors[embed]}
-        return {
-            name: replace(info, dtype="F32", nbytes=4 * prod(info.shape))
-            for name, info in infos.items()
-            if name in self._names
-        }
-
-    @cached_property
-    def _names(self) -> dict[str, tuple[int, str] | None]:
-        """(layer, role) of every linear's and norm's tensor; None for those outside the layers."""
-        a, names = self.architecture, {}
-        for outer in (a.embed, a.final_norm, a.head):
-            names[f"{outer}.weight"] = None
-        for i in range(self.shape.layers):
-            for part, norm in enumerate(a.norms):
-                names[f"{norm.format(i=i)}.weight"] = (i, str(part))
-            for role in a.linears:
-                names[f"{self.linear_name(i, role)}.weight"] = (i, role)
-                if self.shape.bias(role):
-                    names[f"{self.linear_name(i, role)}.bias"] = (i, role)
-        return names
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Type and size of the tensors by name; all are float32."""
+        return self._infos({name: "F32" for name, _ in self.spec.tensors()})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -236,55 +231,47 @@ class ResidualCheckpoint(_View):
 
     # weights
 
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """A rotated tensor. KeyError if unknown; ValueError names one that holds NaN or Inf."""
-        place, a = self._names[name], self.architecture
-        if place is None:
-            outer = {a.embed: "embedding", a.final_norm: "final_norm", a.head: "head"}
-            return getattr(self, outer[name.removesuffix(".weight")])
-        layer, role = place
-        weights = self.layer(layer)
-        if role in ("0", "1"):
-            return weights.norms[int(role)]
-        linear = weights.linears[role]
-        return linear.bias if name.endswith(".bias") else linear.weight
-
     @cached_property
     def embedding(self) -> NDArray[np.float32]:
         """[vocab, hidden]: E Q."""
-        return _frozen(self._inputs(self.source.embedding, f"{self.architecture.embed}.weight"))
+        return _frozen(self._inputs(self.source.embedding, f"{self.spec.embed}.weight"))
 
     @cached_property
     def head(self) -> NDArray[np.float32]:
         """[vocab, hidden]: W diag(g) Q, g the last norm's weight."""
-        norm = _float64(self.source.final_norm, f"{self.architecture.final_norm}.weight")
-        return _frozen(self._inputs(self.source.head, f"{self.architecture.head}.weight", norm))
+        norm = self.source.final_norm
+        scale = _float64(norm.weight, f"{norm.name}.weight")
+        return _frozen(self._inputs(self.source.head, f"{self.spec.head}.weight", scale))
 
-    @cached_property
-    def final_norm(self) -> NDArray[np.float32]:
-        """[hidden] ones: folded into the head."""
-        return _frozen(np.ones(self.shape.hidden, np.float32))
+    @property
+    def final_norm(self) -> Norm:
+        """Ones: the weight is folded into the head."""
+        return self._ones(self.source.final_norm)
+
+    def _ones(self, norm: Norm) -> Norm:
+        return Norm(norm.name, _frozen(np.ones(self.spec.hidden, np.float32)), None)
 
     def _layer(self, i: int) -> LayerWeights:
         source = self.source.layer(i)
-        norms = [
-            _float64(norm, f"{name.format(i=i)}.weight")
-            for norm, name in zip(source.norms, self.architecture.norms, strict=True)
-        ]
-        linears = {
-            role: self._linear(i, role, linear, norms) for role, linear in source.linears.items()
-        }
-        ones = _frozen(np.ones(self.shape.hidden, np.float32))
-        return LayerWeights(i, (ones, ones), linears, {}, {})
+        scales = {place: _float64(norm.weight, f"{norm.name}.weight")
+                  for place, norm in source.norms.items()}
+        linears = {}
+        for site in self.spec.layer(i).sites.values():
+            for role in site.roles:
+                scale = scales.get(site.producer) if site.reads == "residual" else None
+                linears[role] = self._linear(i, role, source.linears[role], scale)
+        norms = {place: self._ones(norm) for place, norm in source.norms.items()}
+        return LayerWeights(i, norms, linears)
 
     def _linear(
-        self, i: int, role: str, linear: Linear, norms: list[NDArray[np.float64]]
+        self, i: int, role: str, linear: Linear, norm: NDArray[np.float64] | None
     ) -> Linear:
+        """norm: the weight [hidden] of the norm that the linear reads; None for o and down."""
         weight_name, bias = f"{linear.name}.weight", linear.bias
         if bias is not None:
             bias = _float64(bias, f"{linear.name}.bias")
-        if role in INPUTS:
-            weight = self._inputs(linear.weight, weight_name, norms[INPUTS[role]])
+        if norm is not None:
+            weight = self._inputs(linear.weight, weight_name, norm)
             if role == "v" and self.values is not None:  # rows: v R is (R^T W) x
                 weight = self._heads(weight.T, i).T
                 bias = None if bias is None else self._heads(bias, i)
@@ -324,6 +311,17 @@ class ResidualCheckpoint(_View):
         return f"ResidualCheckpoint({self.source!r}, {type(self.residual).__name__}{values})"
 
 
+def _require_commuting(spec: ModelSpec, layer: LayerSpec) -> None:
+    """ValueError unless a rotation of the residual stream passes the layer's norms."""
+    plain = all(norm.kind == "rms" and not norm.offset and not norm.bias
+                for norm in (spec.final_norm, *layer.norms.values()))
+    before = all(site.producer for site in layer.sites.values() if site.reads == "residual")
+    if not plain or not before or any(place.startswith("after") for place in layer.norms):
+        raise ValueError(f"checkpoint: expected RMSNorms in front of attention and MLP alone, as a "
+                         f"rotation of the residual stream needs them, found others "
+                         f"({spec.family})")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ValueCheckpoint(_View):
     """An unquantized Checkpoint whose value heads are rotated by a Hadamard, and nothing else.
@@ -340,11 +338,6 @@ class ValueCheckpoint(_View):
         self.source.require_unquantized()
 
     @property
-    def shape(self) -> ModelShape:
-        """The source's shape."""
-        return self.source.shape
-
-    @property
     def config(self) -> dict[str, Any]:
         """The source's config.json."""
         return self.source.config
@@ -355,23 +348,12 @@ class ValueCheckpoint(_View):
         return self.source.dtype
 
     @cached_property
-    def tensors(self) -> dict[str, Any]:
-        """The source's tensors, those of v and o in float32."""
-        infos = dict(self.source.tensors)
-        for name in self._rotated:
-            infos[name] = replace(infos[name], dtype="F32", nbytes=4 * prod(infos[name].shape))
-        return infos
-
-    @cached_property
-    def _rotated(self) -> dict[str, tuple[int, str]]:
-        """(layer, role) of the tensors that differ from the source's."""
-        names = {}
-        for i in range(self.shape.layers):
-            names[f"{self.linear_name(i, 'v')}.weight"] = i, "v"
-            names[f"{self.linear_name(i, 'o')}.weight"] = i, "o"
-            if self.shape.bias("v"):
-                names[f"{self.linear_name(i, 'v')}.bias"] = i, "v"
-        return names
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Type and size of the tensors by name; those of v and o are float32."""
+        names = [f"{self.linear_name(i, 'v')}.{part}" for i in range(self.spec.layers)
+                 for part in ("weight", "bias")]
+        names += [f"{self.linear_name(i, 'o')}.weight" for i in range(self.spec.layers)]
+        return self._infos(dict.fromkeys(names, "F32"))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -389,30 +371,22 @@ class ValueCheckpoint(_View):
         return self.source.head
 
     @property
-    def final_norm(self) -> NDArray[Any]:
-        """The source's last norm [hidden]."""
+    def final_norm(self) -> Norm:
+        """The source's last norm."""
         return self.source.final_norm
-
-    def tensor(self, name: str) -> NDArray[Any]:
-        """A tensor by name. KeyError if unknown; ValueError names one that holds NaN or Inf."""
-        if name not in self._rotated:
-            return self.source.tensor(name)
-        layer, role = self._rotated[name]
-        linear = self.layer(layer).linears[role]
-        return linear.bias if name.endswith(".bias") else linear.weight
 
     def _layer(self, i: int) -> LayerWeights:
         source = self.source.layer(i)
-        hadamard = _C.hadamard_transform(np.eye(self.shape.head_dim))
+        hadamard = _C.hadamard_transform(np.eye(self.spec.layer(i).attention.head_dim))
         v, o = source.linears["v"], source.linears["o"]
         bias = v.bias
         if bias is not None:
             bias = _frozen(_rotate_heads(_float64(bias, f"{v.name}.bias"), hadamard))
-        turned = {
+        rotated = {
             "v": Linear(v.name, self._rows(v, hadamard), bias),
             "o": Linear(o.name, self._columns(o, hadamard), o.bias),
         }
-        linears = {role: turned.get(role, linear) for role, linear in source.linears.items()}
+        linears = {role: rotated.get(role, linear) for role, linear in source.linears.items()}
         return replace(source, linears=linears)
 
     @staticmethod
@@ -460,10 +434,10 @@ def _frozen(array: NDArray) -> NDArray[np.float32]:
 
 def quarot_checkpoint(checkpoint, seed: int = 0) -> ResidualCheckpoint:
     """QuaRot's fused part: a randomized Hadamard on the residual stream, H on each value head."""
-    shape = checkpoint.shape
-    head = _C.hadamard_transform(np.eye(shape.head_dim))
-    values = np.broadcast_to(head, (shape.layers, *head.shape))
-    return ResidualCheckpoint(checkpoint, RandomizedHadamard(shape.hidden, seed), values)
+    spec = checkpoint.spec
+    head = _C.hadamard_transform(np.eye(spec.attention.head_dim))
+    values = np.broadcast_to(head, (spec.layers, *head.shape))
+    return ResidualCheckpoint(checkpoint, RandomizedHadamard(spec.hidden, seed), values)
 
 
 def spinquant_checkpoint(
@@ -476,7 +450,7 @@ def spinquant_checkpoint(
     return ResidualCheckpoint(checkpoint, DenseRotation(r1, "r1"), r2, seconds)
 
 
-def online_rotations(shape: ModelShape, layer: int, kind: str) -> LayerRotations:
+def online_rotations(spec: ModelSpec, layer: int, kind: str) -> LayerRotations:
     """What stays to be done at inference: rotations of the inputs of o_proj and down_proj.
 
     quarot: o takes a Hadamard across the heads, which with the one fused into each value head is
@@ -486,9 +460,10 @@ def online_rotations(shape: ModelShape, layer: int, kind: str) -> LayerRotations
     """
     if kind not in RESIDUAL_METHODS:
         raise ValueError(f"kind: expected one of {', '.join(RESIDUAL_METHODS)}, found {kind!r}")
-    k1, k2 = _C.factor_sizes(shape.intermediate)
+    attention, mlp = spec.layer(layer).attention, spec.layer(layer).mlp
+    k1, k2 = _C.factor_sizes(mlp.intermediate)
     rotations = {
-        "o": SiteRotation(_hadamard(shape.heads), Factor.identity(shape.head_dim)),
+        "o": SiteRotation(_hadamard(attention.heads), Factor.identity(attention.head_dim)),
         "down": SiteRotation(_hadamard(k1), _hadamard(k2)),
     }
     return LayerRotations(layer, {site: rotations[site] for site in RESIDUAL_METHODS[kind]})

@@ -374,7 +374,7 @@ def evaluate_text(model, arguments: argparse.Namespace):
 
     text = read_text(arguments.text)
     reference = load(arguments.reference) if arguments.reference else None
-    limit = model.shape.max_position_embeddings
+    limit = model.spec.max_position_embeddings
     if arguments.seq_len and arguments.seq_len > limit:
         print(f"singlequant: warning: --seq-len {arguments.seq_len} is beyond the model's "
               f"max_position_embeddings, {limit}", file=sys.stderr)
@@ -451,7 +451,7 @@ def stderr_name(metric: str) -> str:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    from ..runtime.model import check_sampling, stream_text
+    from ..runtime.generate import check_sampling, stream_text
     from ..sweep.run import load
 
     sampling = {

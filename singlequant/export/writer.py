@@ -10,36 +10,36 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from .. import _C
-from ..config import BALANCED_SITES, RESIDUAL_METHODS, SITES, QuantConfig
-from ..export.names import (
-    BLOCK_PARTS,
-    FORMAT_VERSION,
-    QUANT_METHOD,
-    clip_name,
-    high_name,
-    rotation_name,
-)
+from ..config import BALANCED_SITES, RESIDUAL_METHODS, QuantConfig
 from ..files import read_json, whole_file
 from ..methods.duquant import block_size
-from ..models.family import LINEARS
-from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor
-from ..weights import PackedLinear, QuantizedLayer, high_problem, packed_words, packing_problem
+from ..models.spec import LinearSpec, Site, tensor_name
+from ..rotations import FACTOR_DENSE_MAX
+from ..tensors import write_safetensors
+from ..weights import (
+    PackedLinear,
+    QuantizedLayer,
+    high_problem,
+    norm_tensors,
+    packed_words,
+    packing_problem,
+)
+from .packed import FORMAT_VERSION, layer_tensors, quantization_json
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
 
-__all__ = ["ModelWriter", "estimate_size", "quantization_json", "write_safetensors"]
+__all__ = ["ModelWriter", "estimate_size"]
 
 RECIPE_FILE = "recipe.json"
 COPIED_FILES = (
@@ -53,42 +53,9 @@ COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-SAFETENSORS_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-}
 
 
 # ---- files that are whole or not there ----------------------------------------------------------
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Writes tensors to path without copying them; path appears only once all is on the disk.
-
-    Same input, same bytes: wider types first, then by name, as the safetensors library orders
-    them. OSError if the disk is full.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    begin = 0
-    for name, array in order:
-        end = begin + array.nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, array in order:
-            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -105,69 +72,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- what is written ----------------------------------------------------------------------------
-
-
-def quantization_json(config: QuantConfig) -> dict[str, Any]:
-    """config.json's quantization_config."""
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "scheme": config.scheme,
-        "method": config.method,
-        "weights": {
-            "bits": 4,
-            "symmetric": True,
-            "group_size": config.group_size,
-            "rounding": config.weights,
-        },
-        "activations": {
-            "bits": config.activation_bits,
-            "symmetric": True,
-            "per": "token",
-            "clip": config.activation_clip,
-        },
-        "ignore": list(config.ignore),
-        "kv_bits": config.kv_bits,
-    }
-
-
-def factor_tensors(name: str, factor: Factor, transpose: bool) -> dict[str, NDArray[Any]]:
-    """A factor as stored: its matrix (or the transpose) up to FACTOR_DENSE_MAX, else its chain."""
-    if factor.order > FACTOR_DENSE_MAX:
-        return {
-            f"{name}_chain": np.array([factor.order, factor.hadamard], np.int64),
-            f"{name}_pairs": factor.pairs,
-            f"{name}_angles": factor.angles,
-        }
-    matrix = factor.matrix().astype(np.float32)
-    return {name: np.ascontiguousarray(matrix.T if transpose else matrix)}
-
-
-def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArray[Any]]:
-    """All tensors of a layer's shard by name."""
-    tensors = dict(layer.dense)
-    for name, linear in layer.packed.items():
-        tensors[f"{name}.weight_packed"] = linear.words
-        tensors[f"{name}.weight_scale"] = linear.scales
-        tensors[f"{name}.weight_shape"] = np.array(linear.shape, np.int64)
-    for site, rotation in layer.rotations.items():
-        if rotation.is_identity:
-            continue
-        if isinstance(rotation, BlockRotation):
-            names = [rotation_name(layer.index, site, part) for part in BLOCK_PARTS]
-            tensors |= zip(names, rotation.arrays, strict=True)
-        else:
-            left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
-            tensors |= factor_tensors(left, rotation.left, transpose=False)
-            tensors |= factor_tensors(right, rotation.right, transpose=True)
-    for site, clip in layer.clips.items():
-        if np.float32(clip) != np.float32(config.activation_clip):
-            tensors[clip_name(layer.index, site)] = np.array([clip], np.float32)
-    for site, high in layer.high.items():
-        if high:
-            tensors[high_name(layer.index, site)] = np.array([high], np.int64)
-    return tensors
+# ---- the folder ---------------------------------------------------------------------------------
 
 
 def shard_name(number: int, total: int) -> str:
@@ -198,13 +103,13 @@ class ModelWriter:
         check_run(self._out, checkpoint, config)
         self._partial = self._out.with_name(self._out.name + ".partial")
         self._made_parents: list[Path] = []  # nearest first
-        self._total = checkpoint.shape.layers + 1
+        self._total = checkpoint.spec.layers + 1
         self._finished: set[int] = set()
         self._lock: int | None = None
         self._recipe = {
             "format_version": FORMAT_VERSION,
             "config": config.to_json(),
-            "layers": checkpoint.shape.layers,
+            "layers": checkpoint.spec.layers,
             "source_sha256": checkpoint.fingerprint,
             "provenance": dict(provenance or {}),
         }
@@ -253,7 +158,7 @@ class ModelWriter:
         except BaseException:
             self._release_lock()
             raise
-        layers = range(self._checkpoint.shape.layers)
+        layers = range(self._checkpoint.spec.layers)
         self._finished = {i for i in layers if _is_whole(self._layer_path(i))}
 
     def _take_lock(self) -> None:
@@ -282,10 +187,9 @@ class ModelWriter:
     def _write_outer(self) -> None:
         """Embedding, head and final norm, as they are."""
         c = self._checkpoint
-        names = [c.architecture.embed, c.architecture.final_norm]
-        if not c.shape.tie_word_embeddings:
-            names.append(c.architecture.head)
-        tensors = {f"{name}.weight": c.tensor(f"{name}.weight") for name in names}
+        tensors = {f"{c.spec.embed}.weight": c.embedding, **norm_tensors(c.final_norm)}
+        if not c.spec.tied:
+            tensors[f"{c.spec.head}.weight"] = c.head
         write_safetensors(self._partial / shard_name(1, self._total), tensors)
 
     def write_layer(self, layer: QuantizedLayer) -> None:
@@ -296,14 +200,15 @@ class ModelWriter:
 
     def finish(self) -> Path:
         """Writes index, config and copies, then gives the folder its name. Returns OUT."""
-        missing = sorted(set(range(self._checkpoint.shape.layers)) - self._finished)
+        missing = sorted(set(range(self._checkpoint.spec.layers)) - self._finished)
         if missing:
             raise ValueError(
                 f"finish: layers not written: {', '.join(map(str, missing[:8]))} (a generator "
                 f"gives its layers only once)"
             )
         _write_json(self._partial / "model.safetensors.index.json", self._index())
-        values = {**self._checkpoint.config, "quantization_config": quantization_json(self._config)}
+        quantization = quantization_json(self._config, self._checkpoint.spec)
+        values = {**self._checkpoint.config, "quantization_config": quantization}
         _write_json(self._partial / "config.json", values)
         for name in COPIED_FILES:
             if (self._checkpoint.path / name).is_file():
@@ -387,47 +292,42 @@ def check_run(out: Path | None, checkpoint: Checkpoint, config: QuantConfig) -> 
             raise ValueError(f"OUT: expected the name of a new folder, found {str(out)!r}")
         if out.parent.resolve().is_relative_to(checkpoint.path.resolve()):
             raise ValueError(f"OUT: expected a folder outside of {checkpoint.path}, found {out}")
-    names = [linear for linear, _ in _linears(checkpoint)]
-    names += [checkpoint.architecture.head, checkpoint.architecture.embed]  # left alone as it is
+    names = [name for name, _ in _linears(checkpoint)]
+    names += [checkpoint.spec.head, checkpoint.spec.embed]  # left alone as it is
     for pattern in config.ignore:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"ignore: {pattern!r} matches no linear of the model")
-    for name, (_, k) in packed_linears(checkpoint, config).items():
-        problem = packing_problem(name, k, config)
+    for name, linear in packed_linears(checkpoint, config).items():
+        problem = packing_problem(name, linear.k, config)
         if problem:
             raise ValueError(problem)
 
 
-def _linears(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(name, (n, k)) of every linear of the model."""
-    for i in range(checkpoint.shape.layers):
-        for role in LINEARS:
-            yield checkpoint.linear_name(i, role), checkpoint.shape.linear(role)
+def _linears(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearSpec]]:
+    """(name, spec) of every linear of the model."""
+    for i in range(checkpoint.spec.layers):
+        for linear in checkpoint.spec.layer(i).linears.values():
+            yield tensor_name(linear.name, i), linear
 
 
-def packed_linears(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, tuple[int, int]]:
-    """Name -> (n, k) of every linear that config packs."""
-    return {name: shape for name, shape in _linears(checkpoint) if not config.ignores(name)}
+def packed_linears(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, LinearSpec]:
+    """Every linear that config packs, by name."""
+    return {name: linear for name, linear in _linears(checkpoint) if not config.ignores(name)}
 
 
 def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantConfig) -> None:
     """ValueError unless the layer has exactly the tensors that checkpoint and config ask for."""
-    i, shape = layer.index, checkpoint.shape
-    if not 0 <= i < shape.layers:
-        raise ValueError(f"layer: expected 0 to {shape.layers - 1}, found {i}")
-    linears = {checkpoint.linear_name(i, role): shape.linear(role) for role in LINEARS}
-    packed = {name: nk for name, nk in linears.items() if not config.ignores(name)}
-    dense = {
-        f"{norm.format(i=i)}.weight": (shape.hidden,) for norm in checkpoint.architecture.norms
-    }
-    dense |= {f"{name}.weight": nk for name, nk in linears.items() if name not in packed}
-    dense |= {
-        f"{checkpoint.linear_name(i, role)}.bias": shape.linear(role)[:1]
-        for role in LINEARS
-        if shape.bias(role)
-    }
+    i = layer.index
+    if not 0 <= i < checkpoint.spec.layers:
+        raise ValueError(f"layer: expected 0 to {checkpoint.spec.layers - 1}, found {i}")
+    spec = checkpoint.spec.separate()
+    names = {tensor_name(linear.name, i): linear for linear in spec.layer(i).linears.values()}
+    packed = {name: (x.n, x.k) for name, x in names.items() if not config.ignores(name)}
+    dense = {name: shape for name, shape in spec.layer_tensors(i)
+             if name.removesuffix(".weight") not in packed or not name.endswith(".weight")}
+    sites = spec.layer(i).sites
     for site, high in layer.high.items():
-        problem = high_problem(high, shape.site(site), config)
+        problem = high_problem(high, sites[site].k, config)
         if problem:
             raise ValueError(f"layer {i}: {site}: high: {problem}, found {high}")
     _check_shapes(f"layer {i}: packed", packed, layer.packed)
@@ -442,9 +342,9 @@ def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantCon
                 f"{name}: expected {groups} scales per row, found {linear.scales.shape[1]}"
             )
     for site, rotation in layer.rotations.items():
-        if rotation.k != shape.site(site):
+        if rotation.k != sites[site].k:
             raise ValueError(
-                f"layer {i}: {site}: expected a rotation of {shape.site(site)} inputs, "
+                f"layer {i}: {site}: expected a rotation of {sites[site].k} inputs, "
                 f"found {rotation!r}"
             )
 
@@ -466,44 +366,51 @@ def _check_shapes(
 
 def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
     """Bytes of the folder that config would make of checkpoint, within a few percent."""
-    shape, packed = checkpoint.shape, packed_linears(checkpoint, config)
-    total = sum(
-        (checkpoint.path / name).stat().st_size
-        for name in COPIED_FILES
-        if (checkpoint.path / name).is_file()
-    )
-    head = f"{checkpoint.architecture.head}.weight" if shape.tie_word_embeddings else None
-    treated = [site for site, roles in checkpoint.architecture.sites.items()
-               if any(checkpoint.linear_name(i, role) in packed
-                      for role in roles for i in range(shape.layers))]
-    folded = _folded_tensors(checkpoint, config.method, treated)
-    for name, info in checkpoint.tensors.items():
+    spec, packed = checkpoint.spec.separate(), packed_linears(checkpoint, config)
+    copies = [checkpoint.path / name for name in COPIED_FILES]
+    total = sum(path.stat().st_size for path in copies if path.is_file())
+    folded = _folded_tensors(checkpoint, config)
+    usual = checkpoint.tensors[f"{spec.embed}.weight"]
+    for name, shape in spec.tensors():
         total += 160  # its header entry and its line of the index
         linear = name.removesuffix(".weight")
         if linear in packed and linear != name:
-            n, k = packed[linear]
+            n, k = shape
             groups = k // config.group_size if config.group_size else 1
             total += 4 * n * (packed_words(k) + groups) + 16 + 320
-        elif name != head:
-            total += 4 * prod(info.shape) if name in folded else info.nbytes
+        elif name in folded:
+            total += 4 * prod(shape)
+        else:
+            info = checkpoint.tensors.get(name, usual)
+            total += prod(shape) * info.nbytes // prod(info.shape)
     if config.method not in ("none", "smoothquant"):
         measure = _block_bytes if config.method == "duquant" else _factor_bytes
-        rotated = RESIDUAL_METHODS.get(config.method, SITES)
-        total += shape.layers * sum(measure(shape.site(site)) for site in rotated
-                                    if site in treated)
+        total += sum(measure(site.k) for i in range(spec.layers)
+                     for site in _packed_sites(checkpoint, config, i)
+                     if site.name in RESIDUAL_METHODS.get(config.method, (site.name,)))
     return total
 
 
-def _folded_tensors(checkpoint: Checkpoint, method: str, sites: Sequence[str]) -> set[str]:
-    """Tensors that the method's balance of these sites multiplies: in float32 unless packed."""
-    architecture, names = checkpoint.architecture, set()
-    for site in set(BALANCED_SITES.get(method, ())) & set(sites):
-        producer = architecture.producers[site]
-        roles = [*architecture.sites[site], *([producer] if isinstance(producer, str) else [])]
-        for i in range(checkpoint.shape.layers):
+def _packed_sites(checkpoint: Checkpoint, config: QuantConfig, i: int) -> list[Site]:
+    """The sites of layer i with a linear that config packs."""
+    return [site for site in checkpoint.spec.layer(i).sites.values()
+            if not all(config.ignores(checkpoint.linear_name(i, role)) for role in site.roles)]
+
+
+def _folded_tensors(checkpoint: Checkpoint, config: QuantConfig) -> set[str]:
+    """Tensors that the method's balance multiplies: in float32 unless they are packed."""
+    names: set[str] = set()
+    for i in range(checkpoint.spec.layers):
+        norms = checkpoint.spec.layer(i).norms
+        for site in _packed_sites(checkpoint, config, i):
+            if site.name not in BALANCED_SITES.get(config.method, ()) or site.producer is None:
+                continue
+            roles = [*site.roles]
+            if site.producer in norms:
+                names.add(f"{tensor_name(norms[site.producer].name, i)}.weight")
+            else:
+                roles.append(site.producer)
             names |= {f"{checkpoint.linear_name(i, role)}.weight" for role in roles}
-            if not isinstance(producer, str):
-                names.add(f"{architecture.norms[producer].format(i=i)}.weight")
     return names
 
 

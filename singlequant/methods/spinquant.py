@@ -27,7 +27,6 @@ from safetensors.numpy import load_file, save
 from .. import _C
 from .._C import FormatError
 from ..files import write_file
-from ..models.family import rope_frequencies
 from ..rows import float32_blocks
 
 if TYPE_CHECKING:
@@ -221,21 +220,22 @@ class Network:
         import torch
 
         checkpoint.require_unquantized()
-        self.shape = shape = checkpoint.shape
+        self.spec = spec = checkpoint.spec
         self.embedding = _tensor(checkpoint.embedding, "embedding")
-        head = _array(checkpoint.head, "head") * _array(checkpoint.final_norm, "final norm")
+        head = _array(checkpoint.head, "head") * _array(checkpoint.final_norm.weight, "final norm")
         self.head = torch.from_numpy(head)
-        k1, k2 = _C.factor_sizes(shape.intermediate)
+        k1, k2 = _C.factor_sizes(spec.layer(0).mlp.intermediate)
         factors = [_C.hadamard_transform(np.eye(k)).astype(np.float32).T for k in (k1, k2)]
         self.online = tuple(torch.from_numpy(np.ascontiguousarray(f)) for f in factors)
-        self.layers = [self._layer(checkpoint.layer(i)) for i in range(shape.layers)]
-        self.frequencies, self.rope_scale = rope_frequencies(shape)
+        self.layers = [self._layer(checkpoint.layer(i)) for i in range(spec.layers)]
+        rotary = spec.attention.rotary
+        self.frequencies, self.rope_scale = np.array(rotary.inv_freq), rotary.scale
 
     def _layer(self, weights) -> dict[str, Any]:
         """A layer's constants: qk, v, o, gate_up and down, each with its bias or None."""
         import torch
 
-        attention, mlp = (_array(norm, "norm") for norm in weights.norms)
+        attention, mlp = (_array(norm.weight, norm.name) for norm in weights.norms.values())
         linear = weights.linears
 
         def joined(roles, norm):
@@ -301,24 +301,24 @@ class Network:
 
     def linears(self, R1, R2, bits: int) -> list[dict[str, Callable]]:
         """Every layer's rotated and rounded linears."""
-        return [self.rotated(i, R1, R2[i], bits) for i in range(self.shape.layers)]
+        return [self.rotated(i, R1, R2[i], bits) for i in range(self.spec.layers)]
 
     def logits(self, tokens, R1, linears, bits: int = 16, clip: float = 1.0) -> torch.Tensor:
         """Logits [count, length, vocab] of tokens [count, length], inputs rounded to `bits`."""
         import torch.nn.functional as F
 
-        s = self.shape
+        s = self.spec
         cos, sin, mask = self._tables(tokens.shape[1])
         x = self.embedding[tokens] @ R1
         for layer in linears:
-            h = fake_quantize(F.rms_norm(x, (s.hidden,), eps=s.rms_eps), bits, clip)
+            h = fake_quantize(F.rms_norm(x, (s.hidden,), eps=s.final_norm.eps), bits, clip)
             h = self._attend(layer["qk"](h), layer["v"](h), cos, sin, mask)
             x = x + layer["o"](fake_quantize(h, bits, clip))
-            h = fake_quantize(F.rms_norm(x, (s.hidden,), eps=s.rms_eps), bits, clip)
+            h = fake_quantize(F.rms_norm(x, (s.hidden,), eps=s.final_norm.eps), bits, clip)
             gate, up = layer["gate_up"](h).chunk(2, dim=-1)
             x = x + layer["down"](fake_quantize(self.hadamard(F.silu(gate) * up), bits, clip))
         # the head is not quantized: turning h back costs less than turning the head
-        return (F.rms_norm(x, (s.hidden,), eps=s.rms_eps) @ R1.T) @ self.head.T
+        return (F.rms_norm(x, (s.hidden,), eps=s.final_norm.eps) @ R1.T) @ self.head.T
 
     def _tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """cos and sin [length, head_dim] of the rotary embedding; the mask of a sliding window."""
@@ -327,7 +327,7 @@ class Network:
         angles = torch.arange(length)[:, None].double() * torch.from_numpy(self.frequencies)
         angles = torch.cat([angles, angles], dim=-1)
         cos, sin = (f(angles).float() * self.rope_scale for f in (torch.cos, torch.sin))
-        window = self.shape.sliding_window
+        window = self.spec.attention.window
         if not window or window >= length:
             return cos, sin, None
         behind = torch.arange(length)[:, None] - torch.arange(length)
@@ -338,7 +338,7 @@ class Network:
         import torch
         import torch.nn.functional as F
 
-        s, (count, length, _) = self.shape, v.shape
+        s, (count, length, _) = self.spec.attention, v.shape
         qk, v = (x.reshape(count, length, -1, s.head_dim).transpose(1, 2) for x in (qk, v))
         q, k = qk.split([s.heads, s.kv_heads], dim=1)
 
@@ -357,7 +357,7 @@ class Network:
         import torch.nn.functional as F
 
         logits = self.logits(tokens, R1, self.linears(R1, R2, bits[0]), bits[1], clip)
-        return F.cross_entropy(logits[:, :-1].reshape(-1, self.shape.vocab),
+        return F.cross_entropy(logits[:, :-1].reshape(-1, self.spec.vocab),
                                tokens[:, 1:].reshape(-1))
 
 
@@ -451,8 +451,8 @@ def _check_arguments(
         raise ValueError(
             f"windows: expected (count, length) of at least (1, 2), found {windows.shape}"
         )
-    if windows.min() < 0 or windows.max() >= checkpoint.shape.vocab:
-        raise ValueError(f"windows: expected token ids from 0 to {checkpoint.shape.vocab - 1}, "
+    if windows.min() < 0 or windows.max() >= checkpoint.spec.vocab:
+        raise ValueError(f"windows: expected token ids from 0 to {checkpoint.spec.vocab - 1}, "
                          f"found {windows.min()} to {windows.max()}")
     checks = (
         ("steps", steps, steps >= 1, "at least 1"),
@@ -477,11 +477,12 @@ class _Run:
         import torch
 
         self.network, self.windows, self.settings = network, windows, settings
-        shape = network.shape
+        spec = network.spec
         if resume is None:
             seed = settings["seed"]
-            r1 = randomized_hadamard(shape.hidden, [seed, 0])
-            r2 = [randomized_hadamard(shape.head_dim, [seed, i + 1]) for i in range(shape.layers)]
+            r1 = randomized_hadamard(spec.hidden, [seed, 0])
+            r2 = [randomized_hadamard(spec.attention.head_dim, [seed, i + 1])
+                  for i in range(spec.layers)]
             self.record = {name: [] for name in ARRAYS if name not in ("R1", "R2")}
             self.R1, self.R2 = torch.from_numpy(r1), torch.from_numpy(np.stack(r2))
         else:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
 from .._C import FormatError
+from ..checkpoint.chat import render_chat
 from ..config import KV_BITS
-from .layers import build_layer, flat_positions
+from .generate import generate
+from .layers import build_layer, flat_positions, new_cache
+from .session import Session
 
-PREFILL_TOKENS = 2048  # prompt tokens per call
 HEAD_ROWS = 64  # SQ_DENSE_FEW of the core: a row of so many logits knows nothing of the others
-STREAM_CONTEXT = 16  # prompt tokens decoded with new ones: spaces depend on what stands before
 
 
 class Model:
@@ -35,17 +34,17 @@ class Model:
             raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, 32, "
                              f"found {kv_bits!r}")
         self.kv_hadamard = kv_hadamard
-        self.shape = checkpoint.shape
+        self.spec = checkpoint.spec
         self._embedding = checkpoint.embedding
         self._head = checkpoint.head
-        self._norm = _C.to_float32(checkpoint.final_norm)
-        self._layers = [build_layer(checkpoint, i) for i in range(self.shape.layers)]
+        self._norm = _C.to_float32(checkpoint.final_norm.weight)
+        self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
 
     def __repr__(self) -> str:
         kind = "quantized" if self.checkpoint.quantized else "unquantized"
         return (
-            f"Model({self.checkpoint.path.name!r}, {kind}, layers={self.shape.layers}, "
-            f"hidden={self.shape.hidden}, vocab={self.shape.vocab}, kv_bits={self.kv_bits})"
+            f"Model({self.checkpoint.path.name!r}, {kind}, layers={self.spec.layers}, "
+            f"hidden={self.spec.hidden}, vocab={self.spec.vocab}, kv_bits={self.kv_bits})"
         )
 
     @property
@@ -99,15 +98,15 @@ class Model:
         return self.logits(self.hidden_states(windows))
 
     def _normalized(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        return _C.rms_norm(hidden, self._norm, self.shape.rms_eps)
+        return _C.rms_norm(hidden, self._norm, self.spec.final_norm.eps)
 
     def new_cache(
         self, sequences: int, capacity: int, limit: int = 0, layers: int | None = None
     ) -> _C.KVCache:
         """An empty cache of the model's kv_bits, for all layers by default; see `Session`."""
-        shape = self.shape
-        return _C.KVCache(shape.layers if layers is None else layers, sequences, shape.kv_heads,
-                          shape.head_dim, capacity, self.kv_bits, self.kv_hadamard, limit)
+        layers = self.spec.layers if layers is None else layers
+        return new_cache(self.spec, layers, sequences, capacity, self.kv_bits, self.kv_hadamard,
+                         limit)
 
     def new_session(self, sequences: int, capacity: int, limit: int = 0) -> Session:
         """A KV cache for so many sequences of at most `capacity` tokens, and their lengths.
@@ -174,217 +173,7 @@ class Model:
         return self.encode(render_chat(self.checkpoint, messages), special=False).tolist()
 
 
-class Session:
-    """Sequences being decoded: their KV cache and how many tokens each holds.
-
-    The cache grows page by page with what is appended; `end` gives a sequence's pages back, and
-    another one may start in its place. One thread at a time.
-    """
-
-    def __init__(self, model: Model, sequences: int, capacity: int, limit: int = 0) -> None:
-        self.model = model
-        self.capacity = capacity
-        self.lengths = np.zeros(sequences, np.int64)
-        self._cache = model.new_cache(sequences, capacity, limit)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pages in memory."""
-        return self._cache.nbytes
-
-    def end(self, sequence: int) -> None:
-        """Forget a sequence and free its pages. ValueError when there is no such sequence."""
-        self._cache.release(sequence)
-        self.lengths[sequence] = 0
-
-    def append(
-        self, tokens: Sequence[NDArray[np.int64]], sequences: Sequence[int] | None = None
-    ) -> NDArray[np.float32]:
-        """Feed tokens[i] to sequence sequences[i]; final hidden states [total, hidden] in order.
-
-        The number of tokens may differ from sequence to sequence. ValueError past the capacity or
-        for a sequence that does not exist or stands twice, MemoryError past the cache's limit: the
-        session is as it was then.
-        """
-        if len(tokens) == 0:
-            raise ValueError("tokens: expected at least one sequence's, got none")
-        chosen = np.arange(len(tokens)) if sequences is None else np.asarray(sequences)
-        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-            raise ValueError(f"sequences: expected a list of integers, got {sequences!r}")
-        if len(chosen) != len(tokens):
-            raise ValueError(f"sequences: expected {len(tokens)}, one for each of tokens, "
-                             f"got {len(chosen)}")
-        if not 0 <= chosen.min() <= chosen.max() < len(self.lengths):
-            raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, "
-                             f"got {chosen.tolist()}")
-        if len(set(chosen.tolist())) < len(chosen):
-            raise ValueError(f"sequences: expected each once, got {chosen.tolist()}")
-        lengths = np.array([len(t) for t in tokens], np.int64)
-        if np.any(self.lengths[chosen] + lengths > self.capacity):
-            raise ValueError(
-                f"tokens: expected at most {self.capacity} in a sequence, "
-                f"got {int((self.lengths[chosen] + lengths).max())}"
-            )
-        local, position = flat_positions(lengths)
-        sequence = chosen[local].astype(np.int32)
-        position += self.lengths[chosen][local]
-        hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
-        self._cache.reserve(sequence, position)  # all layers' pages or none
-        for index, layer in enumerate(self.model._layers):
-            layer.forward(hidden, sequence, position, self._cache, index)
-        self.lengths[chosen] += lengths
-        return self.model._normalized(hidden)
-
-
 def own_kv_bits(checkpoint) -> int:
     """Bits of cached keys and values that a folder asks for: 32 when it is not quantized."""
     config = checkpoint.quant_config
     return 32 if config is None else config.kv_bits
-
-
-def generate(
-    model: Model,
-    prompts: Sequence[NDArray[np.int64]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    stop_tokens: Sequence[int],
-    on_token: Callable[[int, int], bool | None] | None = None,
-) -> list[list[int]]:
-    """New tokens of each prompt; see `Model.generate`."""
-    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    lengths = [len(p) for p in prompts]
-    if min(lengths) == 0:
-        raise ValueError(f"prompt {lengths.index(0)}: expected at least one token, got none")
-    limit = model.shape.max_position_embeddings
-    if max(lengths) >= limit:
-        raise ValueError(f"prompt {int(np.argmax(lengths))}: expected fewer than {limit} tokens "
-                         f"(max_position_embeddings), got {max(lengths)}")
-    session = model.new_session(len(prompts), min(limit, max(lengths) + max_new_tokens))
-    # one stream of random numbers per sequence, so that the batch's make-up changes nothing
-    streams = [np.random.default_rng((seed, i)) for i in range(len(prompts))]
-    out: list[list[int]] = [[] for _ in prompts]
-    stop = set(stop_tokens)
-    last = _prefill(session, prompts)
-    alive = list(range(len(prompts)))
-    for step in range(max_new_tokens):
-        logits = model.logits(last)
-        remaining, fed = [], []
-        for row, index in enumerate(alive):
-            token = _C.sample(logits[row], temperature, top_k, top_p, streams[index].random())
-            if token in stop:
-                continue
-            out[index].append(token)
-            if on_token and on_token(index, token):
-                continue
-            if session.lengths[index] < session.capacity:
-                remaining.append(index)
-                fed.append(np.array([token], np.int64))
-        for index in set(alive) - set(remaining):
-            session.end(index)
-        alive = remaining
-        if not alive or step + 1 == max_new_tokens:
-            break
-        last = session.append(fed, alive)
-    return out
-
-
-def _prefill(session: Session, prompts: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Feed prompts, many or pieces of one to a call; each one's last hidden state [m, hidden]."""
-    last = np.empty((len(prompts), session.model.shape.hidden), np.float32)
-    for call in _prefill_calls([len(p) for p in prompts]):
-        hidden = session.append([prompts[i][begin:end] for i, begin, end in call],
-                                [i for i, _, _ in call])
-        ends = np.cumsum([end - begin for _, begin, end in call])
-        last[[i for i, _, _ in call]] = hidden[ends - 1]  # a later piece of i comes later
-    return last
-
-
-def _prefill_calls(lengths: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
-    """Lists of (sequence, begin, end) of PREFILL_TOKENS tokens in all, the last one of fewer."""
-    call: list[tuple[int, int, int]] = []
-    room = PREFILL_TOKENS
-    for index, length in enumerate(lengths):
-        begin = 0
-        while begin < length:
-            end = min(length, begin + room)
-            call.append((index, begin, end))
-            room -= end - begin
-            begin = end
-            if room == 0:
-                yield call
-                call, room = [], PREFILL_TOKENS
-    if call:
-        yield call
-
-
-def check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
-) -> None:
-    """ValueError that names the argument, the expected and the found."""
-    checks = (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("seed", seed, seed >= 0, "at least 0"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
-        ("top_k", top_k, top_k >= 0, "at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-    )
-    for name, value, good, expected in checks:
-        if not good:
-            raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
-def stream_text(model: Model, prompt: Sequence[int]) -> Callable[[int], str]:
-    """A function from the next token behind a prompt to the text it completes.
-
-    '' inside a character: a text that ends in U+FFFD waits for the bytes that follow.
-    """
-    context = list(prompt)[-STREAM_CONTEXT:]
-    tokens: list[int] = []
-    shown = ""
-
-    def step(token: int) -> str:
-        nonlocal shown
-        tokens.append(token)
-        text = model.decode_after(context, tokens)
-        if text.endswith("\ufffd"):
-            return ""
-        new, shown = text[len(shown) :], text
-        return new
-
-    return step
-
-
-def render_chat(checkpoint, messages: Sequence[dict[str, str]]) -> str:
-    """Chat template of a folder (chat_template.jinja or tokenizer_config.json) over messages."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    config = checkpoint.tokenizer_config
-    file = checkpoint.path / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
-        raise ValueError(f"{checkpoint.path}: expected chat_template.jinja or a chat_template in "
-                         "tokenizer_config.json, found neither")
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    special = {k: (v["content"] if isinstance(v, dict) else v)
-               for k, v in config.items() if k.endswith("_token") and v}
-    try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, **special
-        )
-    except Exception as error:  # a template is foreign code: it may fail in any way
-        raise ValueError(f"{checkpoint.path}: chat template: {error}") from None

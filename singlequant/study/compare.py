@@ -561,7 +561,7 @@ def _build_together(
             build.charge("quantize", _measure(build.open, view, provenance))
         keep = any(build.config.weights == "gptq" for build in builds)
         layers = calibrate(view, windows, keep_inputs=keep)
-        for _ in range(view.shape.layers):
+        for _ in range(view.spec.layers):
             alive = [build for build in builds if build.error is None]
             if not alive:
                 return
@@ -701,7 +701,7 @@ def compare(
     checkpoint = load_checkpoint(model)
     checkpoint.require_unquantized()
     seq_len = default_seq_len(checkpoint) if seq_len is None else seq_len
-    limit = checkpoint.shape.max_position_embeddings
+    limit = checkpoint.spec.max_position_embeddings
     if not 2 <= seq_len <= limit:
         raise ValueError(f"seq_len: expected 2 to {limit} tokens, the model's maximum, "
                          f"found {seq_len}")
@@ -777,7 +777,7 @@ class _Run:
             views[id(view)] = view
             groups.setdefault((id(view), sample), {})[key] = config
         missing = sum(map(len, groups.values()))
-        self._total = missing + len(groups) * self._checkpoint.shape.layers
+        self._total = missing + len(groups) * self._checkpoint.spec.layers
         if original not in self._rows.rows:
             self._total += 1
             self._rows.add(original, "row", self._judge.original().to_json())
@@ -809,7 +809,7 @@ class _Run:
         before, held = self._done, _memory() - self._memory
         if fresh:
             _build_together(view, windows, fresh, self._step)
-        for _ in range(before + view.shape.layers - self._done):
+        for _ in range(before + view.spec.layers - self._done):
             self._step()  # layers that nobody needed any more
         for build in fresh:
             if build.error is None:

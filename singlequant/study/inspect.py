@@ -441,7 +441,7 @@ def inspect_model(
     for name in methods:
         if packed is None and name not in METHODS:
             raise ValueError(f"methods: expected among {', '.join(METHODS)}, found {name!r}")
-    layers = checkpoint.shape.layers
+    layers = checkpoint.spec.layers
     if layer is not None and not 0 <= layer < layers:
         raise ValueError(f"layer: expected 0 to {layers - 1}, found {layer}")
     if site is not None and site not in SITES:
@@ -499,7 +499,7 @@ def _original(
         raise ValueError(f"original: expected an unquantized model, found a packed one: {original}")
     recipe = opened.path / RECIPE_FILE
     source = read_json(recipe).get("source_sha256") if recipe.is_file() else None
-    if checkpoint.shape != opened.shape or source not in (None, checkpoint.fingerprint):
+    if checkpoint.spec.separate() != opened.spec or source not in (None, checkpoint.fingerprint):
         raise ValueError(f"original: expected the model that {opened.path} was made of, found "
                          f"another: {original}")
     return checkpoint, opened
@@ -581,7 +581,7 @@ class _Run:
             self._layer = layer, self.packed.layer(layer)
         weights = self._layer[1]
         rotation = weights.rotations.get(site)
-        roles = self.packed.architecture.sites[site]
+        roles = self.packed.spec.layer(layer).sites[site].roles
         linears = [weights.linears[role].weight for role in roles]
         rows = None
         if all(isinstance(linear, PackedLinear) for linear in linears):

@@ -23,7 +23,7 @@ from .. import _C
 from .._C import FormatError
 from ..config import SITES
 from ..files import read_json
-from ..runtime.layers import build_layer, flat_positions
+from ..runtime.layers import build_layer, flat_positions, new_cache
 from ..statistics import LayerStatistics, SiteStatistics
 
 WINDOW = 512  # tokens of a calibration window
@@ -116,14 +116,14 @@ def _layers(
     checkpoint, windows, sample_tokens, progress, skip, keep_inputs
 ) -> Iterator[LayerStatistics]:
     """The loop of `calibrate`, whose arguments were checked."""
-    shape = checkpoint.shape
-    last = max(set(range(shape.layers)) - set(skip), default=-1)  # nothing is asked behind it
+    spec = checkpoint.spec
+    last = max(set(range(spec.layers)) - set(skip), default=-1)  # nothing is asked behind it
     sequence, position = flat_positions(np.full(len(windows), windows.shape[1]))
     hidden = _C.gather_rows(checkpoint.embedding, windows.reshape(-1))
-    for index in range(shape.layers):
+    for index in range(spec.layers):
         if index <= last:
             layer = build_layer(checkpoint, index)
-            cache = _C.KVCache(1, len(windows), shape.kv_heads, shape.head_dim, windows.shape[1])
+            cache = new_cache(spec, 1, len(windows), windows.shape[1])
             record = index not in skip
             inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
             del layer, cache
@@ -133,18 +133,21 @@ def _layers(
                 yield sites
                 del sites
         if progress:
-            progress(index + 1, shape.layers)
+            progress(index + 1, spec.layers)
 
 
 def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> LayerStatistics:
     """Statistics of a layer from the recorded inputs of its sites."""
-    linears, sites, shape = checkpoint.layer(index).linears, {}, checkpoint.shape
-    shared = {"o": (shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)}
-    for name, recorded in zip(SITES, inputs, strict=True):
-        weights = [linears[role].weight for role in checkpoint.architecture.sites[name]]
+    linears, sites, spec = checkpoint.layer(index).linears, {}, checkpoint.spec.layer(index)
+    a = spec.attention
+    for (name, site), recorded in zip(spec.sites.items(), inputs, strict=True):
+        weights = [linears[role].weight for role in site.roles]
+        shared = None
+        if site.reads == "attention":  # a value head serves all its queries
+            shared = a.kv_heads, a.heads // a.kv_heads, a.head_dim
         try:
             sites[name] = site_statistics(recorded, weights, sample_tokens, keep_inputs,
-                                          shared.get(name))
+                                          shared)
         except ValueError as error:
             for i in range(index + 1):  # a weight that is not finite is the better message
                 checkpoint.require_finite(i)

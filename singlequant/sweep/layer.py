@@ -11,10 +11,19 @@ from numpy.typing import NDArray
 
 from .. import _C
 from ..config import QuantConfig
+from ..models.spec import LayerSpec
 from ..rotations import BlockRotation, LayerRotations, SiteRotation
 from ..rows import ROWS_PER_BLOCK, require_finite, rotate_rows
 from ..statistics import SiteStatistics
-from ..weights import Linear, PackedLinear, QuantizedLayer, packed_words, packing_problem
+from ..weights import (
+    Linear,
+    Norm,
+    PackedLinear,
+    QuantizedLayer,
+    norm_tensors,
+    packed_words,
+    packing_problem,
+)
 
 Rotation = SiteRotation | BlockRotation
 
@@ -143,24 +152,27 @@ def scaled(
     return block if rows is None else block * rows[:, None]
 
 
-def producer_scales(checkpoint, rotations: LayerRotations) -> dict[int | str, NDArray]:
-    """What each site's balance makes of its producer: factors [n], by a norm's index or a role.
+def producer_scales(spec: LayerSpec, rotations: LayerRotations) -> dict[str, NDArray[np.float32]]:
+    """What each site's balance makes of its producer: factors [n], by a norm's place or a role.
 
-    ValueError when queries that share a value head ask for different factors.
+    ValueError when queries that share a value head ask for different factors, and where nothing
+    can take a balance.
     """
-    scales: dict[int | str, NDArray] = {}
-    for site, rotation in rotations.sites.items():
+    scales: dict[str, NDArray[np.float32]] = {}
+    for name, rotation in rotations.sites.items():
         if rotation.balance is None:
             continue
-        producer, scale = checkpoint.architecture.producers[site], 1 / rotation.balance
-        if producer == "v":  # a value head serves all its queries
-            shape = checkpoint.shape
-            heads = scale.reshape(shape.kv_heads, -1, shape.head_dim)
+        site, scale = spec.sites[name], 1 / rotation.balance
+        if site.producer is None:
+            raise ValueError(f"layer {rotations.layer}: {name}: balance: expected none, as nothing "
+                             f"produces its input channel by channel, found one")
+        if site.reads == "attention":  # a value head serves all its queries
+            heads = scale.reshape(spec.attention.kv_heads, -1, spec.attention.head_dim)
             if (heads != heads[:, :1]).any():
-                raise ValueError(f"layer {rotations.layer}: {site}: balance: expected one factor "
+                raise ValueError(f"layer {rotations.layer}: {name}: balance: expected one factor "
                                  f"per channel of a value head, found several")
             scale = np.ascontiguousarray(heads[:, 0]).reshape(-1)
-        scales[producer] = scale
+        scales[site.producer] = scale
     return scales
 
 
@@ -173,25 +185,24 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
     inputs. ValueError names the tensor that holds NaN or Inf, or the site whose statistics do not
     do.
     """
-    architecture, index = checkpoint.architecture, rotations.layer
-    weights = checkpoint.layer(index)
+    index = rotations.layer
+    spec, weights = checkpoint.spec.layer(index), checkpoint.layer(index)
     packs = {
-        site: [not config.ignores(weights.linears[role].name) for role in roles]
-        for site, roles in architecture.sites.items()
+        site.name: [not config.ignores(weights.linears[role].name) for role in site.roles]
+        for site in spec.sites.values()
     }
-    treated = {site: r for site, r in rotations.sites.items() if any(packs[site])}
-    rotations = replace(rotations, sites=treated)
-    scales = producer_scales(checkpoint, rotations)
-    dense = {}
-    for i, (name, norm) in enumerate(zip(architecture.norms, weights.norms, strict=True)):
-        folded = norm if i not in scales else _C.to_float32(norm) * scales[i]
-        dense[f"{name.format(i=index)}.weight"] = folded
+    used_sites = {site: r for site, r in rotations.sites.items() if any(packs[site])}
+    rotations = replace(rotations, sites=used_sites)
+    scales = producer_scales(spec, rotations)
+    dense: dict[str, NDArray] = {}
+    for place, norm in weights.norms.items():
+        dense |= norm_tensors(_scaled_norm(norm, spec.norms[place].offset, scales.get(place)))
     packed, used, high = {}, {}, {}
-    for site, roles in architecture.sites.items():
-        rotation, gptq = rotations.sites.get(site), None
-        if config.weights == "gptq" and any(packs[site]):
-            gptq = _site_factor(rotations, site, config)
-        for role, pack in zip(roles, packs[site], strict=True):
+    for site in spec.sites.values():
+        rotation, gptq = rotations.sites.get(site.name), None
+        if config.weights == "gptq" and any(packs[site.name]):
+            gptq = _site_factor(rotations, site.name, config)
+        for role, pack in zip(site.roles, packs[site.name], strict=True):
             linear, rows = weights.linears[role], scales.get(role)
             if linear.bias is not None:
                 bias = linear.bias if rows is None else _C.to_float32(linear.bias) * rows
@@ -203,10 +214,23 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
                 linear.weight, rotation, config, linear.name, gptq, rows
             )
             if rotation is not None:
-                used[site], high[site] = rotation, high_inputs(rotation, config)
+                used[site.name], high[site.name] = rotation, high_inputs(rotation, config)
     for name, array in dense.items():
         require_finite(array, name)
     return QuantizedLayer(index, packed, dense, used, high=high)
+
+
+def _scaled_norm(norm: Norm, offset: float, scale: NDArray[np.float32] | None) -> Norm:
+    """The norm whose output's channels are multiplied by scale [hidden]."""
+    if scale is None:
+        return norm
+    weight = _C.to_float32(norm.weight)
+    if offset:
+        weight = (weight + np.float32(offset)) * scale - np.float32(offset)
+    else:
+        weight = weight * scale
+    bias = None if norm.bias is None else _C.to_float32(norm.bias) * scale
+    return Norm(norm.name, weight, bias)
 
 
 def _ignored_weight(linear: Linear, rotation: Rotation | None, rows: NDArray | None) -> NDArray:

@@ -33,7 +33,7 @@ from ..rows import require_finite
 from ..runtime.model import Model
 from ..statistics import LayerStatistics
 from ..study.evaluate import Evaluation, evaluate
-from ..weights import QuantizedLayer
+from ..weights import QuantizedLayer, norm_tensors
 from .calibrate import WINDOW, calibrate, calibration_windows
 from .layer import quantize_layer
 
@@ -190,7 +190,7 @@ def prepare(checkpoint: Checkpoint, config: QuantConfig, windows: np.ndarray) ->
 def solve(view: View, statistics: LayerStatistics, config: QuantConfig) -> LayerRotations:
     """One layer's transformations under config, for what `prepare` returned."""
     if config.method in RESIDUAL_METHODS:
-        rotations = online_rotations(view.shape, statistics.index, config.method)
+        rotations = online_rotations(view.spec, statistics.index, config.method)
         return replace(rotations, statistics=statistics)
     return solve_layer(statistics, config)
 
@@ -274,7 +274,7 @@ def save(
         for layer in layers:
             writer.write_layer(layer)
             if progress:
-                progress(layer.index + 1, checkpoint.shape.layers)
+                progress(layer.index + 1, checkpoint.spec.layers)
         writer.finish()
     return Path(out)
 
@@ -284,7 +284,7 @@ def read_ahead(checkpoint: Checkpoint, index: int) -> threading.Thread | None:
 
     Takes no memory of the process: the pages are the file's own, and the system's to drop.
     """
-    if index >= checkpoint.shape.layers:
+    if index >= checkpoint.spec.layers:
         return None
     weights = [linear.weight for linear in checkpoint.layer(index).linears.values()]
 
@@ -328,11 +328,12 @@ def _counts(layer: QuantizedLayer) -> list[SiteCounts]:
 
 def check_outer(checkpoint: Checkpoint) -> None:
     """ValueError when the embedding, the last norm or the head holds NaN or Inf."""
-    architecture = checkpoint.architecture
-    require_finite(checkpoint.embedding, f"{architecture.embed}.weight")
-    require_finite(checkpoint.final_norm, f"{architecture.final_norm}.weight")
-    if not checkpoint.shape.tie_word_embeddings:
-        require_finite(checkpoint.head, f"{architecture.head}.weight")
+    spec, norm = checkpoint.spec, checkpoint.final_norm
+    require_finite(checkpoint.embedding, f"{spec.embed}.weight")
+    for name, tensor in norm_tensors(norm).items():
+        require_finite(tensor, name)
+    if not spec.tied:
+        require_finite(checkpoint.head, f"{spec.head}.weight")
 
 
 def calibration_tokens(
@@ -341,7 +342,7 @@ def calibration_tokens(
     """Calibration windows [count, length] of a text file, or of the bundled text."""
     text = bundled_text("calibration") if calibration is None else read_text(calibration)
     ids = checkpoint.encode(text)
-    window = min(WINDOW, checkpoint.shape.max_position_embeddings)
+    window = min(WINDOW, checkpoint.spec.max_position_embeddings)
     try:
         return calibration_windows(ids, config.calibration_tokens, window, config.seed)
     except ValueError as error:
@@ -372,7 +373,7 @@ def dry_run(
         prepared = time.perf_counter()
         statistics = next(calibrate(view, windows, keep_inputs=config.weights == "gptq"))
         quantize_layer(view, solve(view, statistics, config), config)
-        layers = (time.perf_counter() - prepared) * checkpoint.shape.layers
+        layers = (time.perf_counter() - prepared) * checkpoint.spec.layers
     return Estimate(folder_bytes(checkpoint.path), estimate_size(view, config),
                     prepared - start + layers, memory.peak)
 
@@ -387,7 +388,7 @@ def load(path: str | Path, kv_bits: int | None = None) -> Model:
 
 def default_seq_len(model: Model) -> int:
     """Tokens of an evaluation window where none are asked: the model's maximum, 2048 at most."""
-    return min(2048, model.shape.max_position_embeddings)
+    return min(2048, model.spec.max_position_embeddings)
 
 
 def perplexity(
@@ -405,7 +406,7 @@ def perplexity(
     """
     tokens = model.encode(text) if isinstance(text, str) else np.asarray(text, np.int64)
     seq_len = default_seq_len(model) if seq_len is None else seq_len
-    if reference is not None and reference.shape.vocab != model.shape.vocab:
-        raise ValueError(f"reference: expected a vocabulary of {model.shape.vocab}, "
-                         f"got {reference.shape.vocab}")
+    if reference is not None and reference.spec.vocab != model.spec.vocab:
+        raise ValueError(f"reference: expected a vocabulary of {model.spec.vocab}, "
+                         f"got {reference.spec.vocab}")
     return evaluate(model, tokens, seq_len, reference, progress)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packed format of docs/format.md: its names, what is written and what is read."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._C import FormatError
+from ..config import QuantConfig
+from ..models.config_json import Fields
+from ..models.spec import LinearSpec, ModelSpec, tensor_name
+from ..rotations import (
+    FACTOR_DENSE_MAX,
+    BlockRotation,
+    Factor,
+    chain_problem,
+    permutation_problem,
+)
+from ..tensors import TensorFiles, TensorInfo, check_tensor
+from ..weights import PackedLinear, QuantizedLayer, high_problem, packed_words
+
+QUANT_METHOD = "singlequant"  # quantization_config.quant_method
+FORMAT_VERSION = 2  # quantization_config.format_version of what is written
+READABLE_VERSIONS = (1, 2)
+ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |M M^T - I|; float32 rounding stays below 1e-5
+
+PACKED_PARTS = {"weight_packed": "I32", "weight_scale": "F32", "weight_shape": "I64"}
+CHAIN_PARTS = {"chain": "I64", "pairs": "I32", "angles": "F64"}
+BLOCK_PARTS = {"first": "F32", "permutation": "I32", "second": "F32"}
+
+
+def rotation_name(layer: int, site: str, part: str) -> str:
+    """Tensor of a site's rotation; part: left, right, or those with _chain, _pairs, _angles; or
+    first, permutation, second."""
+    return f"model.layers.{layer}.rotations.{site}.{part}"
+
+
+def clip_name(layer: int, site: str) -> str:
+    """Tensor of a site's own activation clip."""
+    return f"model.layers.{layer}.activations.{site}.clip"
+
+
+def high_name(layer: int, site: str) -> str:
+    """Tensor of the number of a site's leading inputs that keep 8 bits."""
+    return f"model.layers.{layer}.activations.{site}.high"
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+def quantization_json(config: QuantConfig, spec: ModelSpec) -> dict[str, Any]:
+    """config.json's quantization_config."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "scheme": config.scheme,
+        "method": config.method,
+        "weights": {
+            "bits": 4,
+            "symmetric": True,
+            "group_size": config.group_size,
+            "rounding": config.weights,
+        },
+        "activations": {
+            "bits": config.activation_bits,
+            "symmetric": True,
+            "per": "token",
+            "clip": config.activation_clip,
+        },
+        "ignore": list(config.ignore),
+        "kv_bits": config.kv_bits,
+        "model": spec.to_json(),
+    }
+
+
+def factor_tensors(name: str, factor: Factor, transpose: bool) -> dict[str, NDArray[Any]]:
+    """A factor as stored: its matrix (or the transpose) up to FACTOR_DENSE_MAX, else its chain."""
+    if factor.order > FACTOR_DENSE_MAX:
+        return {
+            f"{name}_chain": np.array([factor.order, factor.hadamard], np.int64),
+            f"{name}_pairs": factor.pairs,
+            f"{name}_angles": factor.angles,
+        }
+    matrix = factor.matrix().astype(np.float32)
+    return {name: np.ascontiguousarray(matrix.T if transpose else matrix)}
+
+
+def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArray[Any]]:
+    """All tensors of a layer's shard by name."""
+    tensors = dict(layer.dense)
+    for name, linear in layer.packed.items():
+        tensors[f"{name}.weight_packed"] = linear.words
+        tensors[f"{name}.weight_scale"] = linear.scales
+        tensors[f"{name}.weight_shape"] = np.array(linear.shape, np.int64)
+    for site, rotation in layer.rotations.items():
+        if rotation.is_identity:
+            continue
+        if isinstance(rotation, BlockRotation):
+            names = [rotation_name(layer.index, site, part) for part in BLOCK_PARTS]
+            tensors |= zip(names, rotation.arrays, strict=True)
+        else:
+            left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
+            tensors |= factor_tensors(left, rotation.left, transpose=False)
+            tensors |= factor_tensors(right, rotation.right, transpose=True)
+    for site, clip in layer.clips.items():
+        if np.float32(clip) != np.float32(config.activation_clip):
+            tensors[clip_name(layer.index, site)] = np.array([clip], np.float32)
+    for site, high in layer.high.items():
+        if high:
+            tensors[high_name(layer.index, site)] = np.array([high], np.int64)
+    return tensors
+
+
+# ---- what is read: config.json ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedHeader:
+    """What quantization_config says: the recipe, and in version 2 the model."""
+
+    config: QuantConfig
+    spec: ModelSpec | None
+
+
+def parse_quantization(values: Any, source: str) -> PackedHeader | None:
+    """quantization_config of config.json, None when absent; FormatError if it is not ours."""
+    if values is None:
+        return None
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        found = values.get("quant_method") if isinstance(values, dict) else values
+        raise FormatError(
+            f"{source}: quantization_config.quant_method: expected an unquantized model or "
+            f"{QUANT_METHOD!r}, found {found!r:.80}"
+        )
+    version = values.get("format_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise FormatError(
+            f"{source}: quantization_config.format_version: expected "
+            f"{' or '.join(map(str, READABLE_VERSIONS))}, found {version!r:.80}"
+        )
+    config = _parse_config(values, source)
+    if version == 1:
+        return PackedHeader(config, None)
+    model = Fields(values, source, "quantization_config.").object("model")
+    return PackedHeader(config, ModelSpec.from_fields(model))
+
+
+def _parse_config(values: Mapping[str, Any], source: str) -> QuantConfig:
+    """The recipe's fields that quantization_config holds."""
+    weights, activations = values.get("weights"), values.get("activations")
+    weights = weights if isinstance(weights, dict) else {}
+    activations = activations if isinstance(activations, dict) else {}
+    ignore = values.get("ignore")
+    try:
+        config = QuantConfig(
+            scheme=values.get("scheme", ""),
+            method=values.get("method", ""),
+            weights=weights.get("rounding", ""),
+            group_size=weights.get("group_size", -1),
+            clip=activations.get("clip", 0),
+            ignore=tuple(ignore) if isinstance(ignore, list) else ignore,
+            kv_bits=values.get("kv_bits"),
+        )
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{source}: quantization_config: {error}") from None
+    for key, expected, found in (
+        ("weights.bits", 4, weights.get("bits")),
+        ("weights.symmetric", True, weights.get("symmetric")),
+        ("activations.bits", config.activation_bits, activations.get("bits")),
+        ("activations.symmetric", True, activations.get("symmetric")),
+        ("activations.per", "token", activations.get("per")),
+    ):
+        if type(found) is not type(expected) or found != expected:
+            raise FormatError(
+                f"{source}: quantization_config.{key}: expected {expected!r}, found {found!r:.80}"
+            )
+    return config
+
+
+# ---- what is read: tensors ----------------------------------------------------------------------
+
+
+class PackedReader:
+    """The tensors of a packed folder that an unquantized one does not have."""
+
+    def __init__(
+        self, folder: Path, files: TensorFiles, spec: ModelSpec, config: QuantConfig
+    ) -> None:
+        self._folder, self._files, self._infos = folder, files, files.infos
+        self._spec, self._config = spec, config
+
+    # headers, before any value is read
+
+    def has(self, linear: str) -> bool:
+        """Whether the linear of that name is packed."""
+        return f"{linear}.weight_packed" in self._infos
+
+    def check_linear(self, linear: str, n: int, k: int) -> set[str]:
+        """The three tensors of a packed linear; returns their names."""
+        group = self._config.group_size or k
+        if f"{linear}.weight" in self._infos:
+            raise FormatError(
+                f"{self._folder}: {linear}: expected weight or weight_packed, found both"
+            )
+        if k % group:
+            raise FormatError(
+                f"{self._folder}: {linear}: group_size: expected a divisor of {k}, found {group}"
+            )
+        shapes = ((n, packed_words(k)), (n, k // group), (2,))
+        for (part, dtype), expected in zip(PACKED_PARTS.items(), shapes, strict=True):
+            self._check(f"{linear}.{part}", dtype, expected)
+        return {f"{linear}.{part}" for part in PACKED_PARTS}
+
+    def check_layer(self, layer: int) -> set[str]:
+        """Rotations, clips and 8-bit inputs of a layer's sites; returns their tensors' names."""
+        known: set[str] = set()
+        for site in self._spec.layer(layer).sites.values():
+            for name, dtype in ((clip_name(layer, site.name), "F32"),
+                                (high_name(layer, site.name), "I64")):
+                if name in self._infos:
+                    self._check(name, dtype, (1,))
+                    known.add(name)
+            if self._has_rotation(layer, site.name):
+                known |= self._check_rotation(layer, site.name, site.k)
+        return known
+
+    def _check(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+        return check_tensor(self._folder, self._infos, name, (dtype,), shape)
+
+    def _has_rotation(self, layer: int, site: str) -> bool:
+        parts = ("left", "left_chain", "first")
+        return any(rotation_name(layer, site, part) in self._infos for part in parts)
+
+    def _check_rotation(self, layer: int, site: str, k: int) -> set[str]:
+        if rotation_name(layer, site, "first") in self._infos:
+            return self._check_blocks(layer, site, k)
+        (left, names), (right, others) = (
+            self._check_factor(rotation_name(layer, site, side)) for side in ("left", "right")
+        )
+        if left * right != k:
+            raise FormatError(
+                f"{self._folder}: {rotation_name(layer, site, 'left')}: expected orders whose "
+                f"product is {k}, found {left} x {right}"
+            )
+        return names | others
+
+    def _check_blocks(self, layer: int, site: str, k: int) -> set[str]:
+        """The tensors of a block rotation: square blocks whose order divides k."""
+        names = [rotation_name(layer, site, part) for part in BLOCK_PARTS]
+        found = self._infos[names[0]].shape
+        b = found[-1] if found and found[-1] and k % found[-1] == 0 else 1
+        blocks = (k // b, b, b)
+        for name, dtype, shape in zip(names, BLOCK_PARTS.values(), (blocks, (k,), blocks),
+                                      strict=True):
+            self._check(name, dtype, shape)
+        return set(names)
+
+    def _check_factor(self, name: str) -> tuple[int, set[str]]:
+        """(order, names) of one stored factor: a matrix, or a chain whose order is read here."""
+        infos = self._infos
+        if f"{name}_chain" not in infos:
+            info = infos.get(name)
+            order = info.shape[0] if info and info.shape else 1
+            info = self._check(name, "F32", (order, order))
+            if order > FACTOR_DENSE_MAX:
+                raise FormatError(
+                    f"{info.path}: {name}: expected an order of at most {FACTOR_DENSE_MAX}, "
+                    f"found {order}"
+                )
+            return order, {name}
+        steps = infos[f"{name}_angles"].shape[0] if f"{name}_angles" in infos else 0
+        shapes = ((2,), (steps, 2), (steps,))
+        for (part, dtype), expected in zip(CHAIN_PARTS.items(), shapes, strict=True):
+            self._check(f"{name}_{part}", dtype, expected)
+        order, hadamard = _read_pair(infos[f"{name}_chain"])
+        if order <= FACTOR_DENSE_MAX or hadamard not in (0, 1):
+            raise FormatError(
+                f"{infos[f'{name}_chain'].path}: {name}_chain: expected (order above "
+                f"{FACTOR_DENSE_MAX}, 0 or 1), found ({order}, {hadamard})"
+            )
+        return order, {f"{name}_{part}" for part in CHAIN_PARTS}
+
+    # values, when a layer is read
+
+    def linear(self, layer: int, linear: LinearSpec) -> PackedLinear:
+        """A packed linear whose header was checked; checks the stored shape, scales and tail."""
+        name, shape = tensor_name(linear.name, layer), (linear.n, linear.k)
+        words, scales, stored = (self._files.view(f"{name}.{part}") for part in PACKED_PARTS)
+        if tuple(stored.tolist()) != shape:
+            raise self._error(f"{name}.weight_shape", list(shape), stored.tolist())
+        if not np.isfinite(scales).all() or scales.min() < 0:
+            raise self._error(f"{name}.weight_scale", "finite scales of at least 0", "others")
+        k, groups = shape[1], scales.shape[1]
+        used = 4 * (k % 8)
+        if used and np.any(words[:, -1].view(np.uint32) >> used != 0x88888888 >> used):
+            raise self._error(f"{name}.weight_packed", "code 0 in the tail of each row", "others")
+        return PackedLinear(words, scales, shape, k // groups if groups > 1 else 0)
+
+    def rotations(self, layer: int) -> dict[str, Any]:
+        """The rotations of a layer by site; a site without one is absent."""
+        return {site: self._rotation(layer, site) for site in self._spec.layer(layer).sites
+                if self._has_rotation(layer, site)}
+
+    def clips(self, layer: int) -> dict[str, float]:
+        """The clips of a layer's activations by site."""
+        return {site: self._clip(layer, site) for site in self._spec.layer(layer).sites}
+
+    def int8_inputs(self, layer: int) -> dict[str, int]:
+        """By site: how many leading inputs keep 8 bits."""
+        sites = self._spec.layer(layer).sites.values()
+        return {site.name: self._high(layer, site.name, site.k) for site in sites}
+
+    def _rotation(self, layer: int, site: str) -> tuple[Any, ...]:
+        """(left, right) for _C.rotate: y = left X right^T, so a dense right is transposed here;
+        or (first, permutation, second) for _C.rotate_blocks."""
+        if rotation_name(layer, site, "first") in self._infos:
+            return self._blocks(layer, site)
+        left = self._factor(rotation_name(layer, site, "left"))
+        right = self._factor(rotation_name(layer, site, "right"))
+        return left, np.ascontiguousarray(right.T) if isinstance(right, np.ndarray) else right
+
+    def _factor(self, name: str) -> Any:
+        """Dense float32 [order, order] as stored, or (order, hadamard, pairs, angles)."""
+        if name in self._infos:
+            return self._orthogonal(name)
+        chain, pairs, angles = (self._files.view(f"{name}_{part}") for part in CHAIN_PARTS)
+        order, hadamard = chain.tolist()
+        problem = chain_problem(order, pairs, angles)
+        if problem:
+            raise self._error(name, "a chain of Givens rotations", problem)
+        return order, bool(hadamard), pairs, angles
+
+    def _blocks(self, layer: int, site: str) -> tuple[Any, ...]:
+        """The tensors of BLOCK_PARTS, whose shapes were checked."""
+        first, permutation, second = (rotation_name(layer, site, part) for part in BLOCK_PARTS)
+        order = self._files.view(permutation)
+        problem = permutation_problem(order)
+        if problem:
+            raise self._error(permutation, "a permutation", problem)
+        return self._orthogonal(first), order, self._orthogonal(second)
+
+    def _orthogonal(self, name: str) -> NDArray[np.float32]:
+        """A matrix, or matrices, with |M M^T - I| within the tolerance."""
+        m = self._files.view(name)
+        with np.errstate(all="ignore"):  # NaN and Inf fail the comparison below as well
+            error = np.abs(m @ m.swapaxes(-1, -2) - np.eye(m.shape[-1], dtype=np.float32)).max()
+        if not error < ORTHOGONALITY_TOLERANCE:
+            raise self._error(name, "an orthogonal matrix", f"|M M^T - I| = {error:.3g}")
+        return m
+
+    def _clip(self, layer: int, site: str) -> float:
+        name = clip_name(layer, site)
+        if name not in self._infos:
+            return self._config.activation_clip
+        clip = float(self._files.view(name)[0])
+        if not 0.0 < clip <= 1.0:
+            raise self._error(name, "a number in (0, 1]", clip)
+        return clip
+
+    def _high(self, layer: int, site: str, k: int) -> int:
+        name = high_name(layer, site)
+        if name not in self._infos:
+            return 0
+        high = int(self._files.view(name)[0])
+        problem = high_problem(high, k, self._config)
+        if problem:
+            raise FormatError(f"{self._infos[name].path}: {name}: {problem}, found {high}")
+        return high
+
+    def _error(self, name: str, expected: Any, found: Any) -> FormatError:
+        """FormatError about the content of a tensor; of a chain, its first part's file."""
+        info = self._infos.get(name) or self._infos[f"{name}_chain"]
+        return FormatError(f"{info.path}: {name}: expected {expected}, found {found}")
+
+
+def _read_pair(info: TensorInfo) -> tuple[int, int]:
+    """The two int64 of a checked tensor, read without mapping its file."""
+    with info.path.open("rb") as file:
+        file.seek(info.begin)
+        return struct.unpack("<2q", file.read(16))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences being decoded, and the KV cache behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _C
+from .layers import flat_positions
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+class Session:
+    """Sequences being decoded: their KV cache and how many tokens each holds.
+
+    The cache grows page by page with what is appended; `end` gives a sequence's pages back, and
+    another one may start in its place. One thread at a time.
+    """
+
+    def __init__(self, model: Model, sequences: int, capacity: int, limit: int = 0) -> None:
+        self.model = model
+        self.capacity = capacity
+        self.lengths = np.zeros(sequences, np.int64)
+        self._cache = model.new_cache(sequences, capacity, limit)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in memory."""
+        return self._cache.nbytes
+
+    def end(self, sequence: int) -> None:
+        """Forget a sequence and free its pages. ValueError when there is no such sequence."""
+        self._cache.release(sequence)
+        self.lengths[sequence] = 0
+
+    def append(
+        self, tokens: Sequence[NDArray[np.int64]], sequences: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Feed tokens[i] to sequence sequences[i]; final hidden states [total, hidden] in order.
+
+        The number of tokens may differ from sequence to sequence. ValueError past the capacity or
+        for a sequence that does not exist or stands twice, MemoryError past the cache's limit: the
+        session is as it was then.
+        """
+        if len(tokens) == 0:
+            raise ValueError("tokens: expected at least one sequence's, got none")
+        chosen = np.arange(len(tokens)) if sequences is None else np.asarray(sequences)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise ValueError(f"sequences: expected a list of integers, got {sequences!r}")
+        if len(chosen) != len(tokens):
+            raise ValueError(f"sequences: expected {len(tokens)}, one for each of tokens, "
+                             f"got {len(chosen)}")
+        if not 0 <= chosen.min() <= chosen.max() < len(self.lengths):
+            raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, "
+                             f"got {chosen.tolist()}")
+        if len(set(chosen.tolist())) < len(chosen):
+            raise ValueError(f"sequences: expected each once, got {chosen.tolist()}")
+        lengths = np.array([len(t) for t in tokens], np.int64)
+        if np.any(self.lengths[chosen] + lengths > self.capacity):
+            raise ValueError(
+                f"tokens: expected at most {self.capacity} in a sequence, "
+                f"got {int((self.lengths[chosen] + lengths).max())}"
+            )
+        local, position = flat_positions(lengths)
+        sequence = chosen[local].astype(np.int32)
+        position += self.lengths[chosen][local]
+        hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
+        self._cache.reserve(sequence, position)  # all layers' pages or none
+        for index, layer in enumerate(self.model._layers):
+            layer.forward(hidden, sequence, position, self._cache, index)
+        self.lengths[chosen] += lengths
+        return self.model._normalized(hidden)
