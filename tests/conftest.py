@@ -25,7 +25,8 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 TEXT = """A rotation keeps every length. The quick brown fox jumps over the lazy dog, and the other
 foxes of the forest rotate their tails: there is nothing that these rotations do not preserve."""
 SENTENCES = "the quick brown fox rotates its tail. " * 200
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
+               "Qwen2ForCausalLM": "qwen2"}
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
@@ -98,8 +99,10 @@ def make_checkpoint(
     }
     if architecture == "LlamaForCausalLM":
         config |= {"attention_bias": bias, "mlp_bias": bias}
-    else:
+    if architecture == "MistralForCausalLM":
         config["sliding_window"] = None
+    if architecture == "Qwen2ForCausalLM":
+        config |= {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 2}
     if head_dim:
         config["head_dim"] = head_dim
     write_json(path / "config.json", config)
@@ -131,7 +134,7 @@ def make_checkpoint(
             tensors[f"model.layers.{i}.{norm}.weight"] = random(hidden, scale=0.1, mean=1.0)
         for name, (n, k) in linears.items():
             tensors[f"model.layers.{i}.{name}.weight"] = random(n, k, scale=k**-0.5)
-            if bias:
+            if bias or (architecture == "Qwen2ForCausalLM" and name[-6:-5] in "qkv"):
                 tensors[f"model.layers.{i}.{name}.bias"] = random(n, scale=0.1)
     write_weights(path, tensors, shards)
     return path

@@ -16,10 +16,12 @@ import pytest
 from conftest import DTYPES, write_json, write_weights
 from safetensors.numpy import load_file
 
+import singlequant as sq
 from singlequant._C import FormatError
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.models.families import FAMILIES
+from singlequant.models.family import Stored
 
 MakeCheckpoint = Callable[..., Path]
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -296,6 +298,9 @@ def test_shape_takes_the_defaults_of_transformers():
     assert attention.rotary.inv_freq[-1] == pytest.approx(10000 ** (-14 / 16))
     mistral = shape_of(architecture="MistralForCausalLM", num_attention_heads=16, head_dim=8)
     assert (mistral.attention.kv_heads, mistral.attention.window) == (8, 4096)
+    qwen2 = shape_of(architecture="Qwen2ForCausalLM", num_attention_heads=32, head_dim=2)
+    assert (qwen2.attention.kv_heads, qwen2.max_position_embeddings) == (32, 32768)
+    assert [role for role, x in qwen2.layer(0).linears.items() if x.bias] == ["q", "k", "v"]
 
 
 def test_sliding_window_is_mistrals_alone():
@@ -303,6 +308,101 @@ def test_sliding_window_is_mistrals_alone():
     mistral = {"architecture": "MistralForCausalLM", "num_key_value_heads": 4}
     assert shape_of(**mistral, sliding_window=7).attention.window == 7
     assert shape_of(**mistral, sliding_window=None).attention.window == 0
+
+
+def test_keys_that_nothing_reads_are_refused_where_they_are_on():
+    for off in (None, False, 0, "", []):
+        assert shape_of(rope_interleaved=off) == shape_of()
+    assert shape_of(_name_or_path="x", hidden_dropout=0.1, unsloth_version="1") == shape_of()
+    with pytest.raises(FormatError, match=r"rope_interleaved: expected no such key.* found True"):
+        shape_of(rope_interleaved=True)
+    with pytest.raises(FormatError, match="use_sliding_window: expected no such key"):
+        shape_of(architecture="Qwen2ForCausalLM", use_sliding_window=True, num_key_value_heads=4)
+
+
+FUSED = dataclasses.replace(
+    FAMILIES["LlamaForCausalLM"],
+    fused=(Stored("model.layers.{i}.self_attn.qkv_proj", ("q", "k", "v")),
+           Stored("model.layers.{i}.mlp.gate_up_proj", ("gate", "up"))),
+)
+
+
+def test_fused_tensors_are_seen_by_role(make_checkpoint, tmp_path, monkeypatch):
+    """A row that stores rows of several roles in one tensor gives the same model."""
+    plain = load_checkpoint(make_checkpoint(tmp_path / "plain", bias=True))
+    path = make_checkpoint(tmp_path / "fused", bias=True)
+    tensors = load_file(path / FILE)
+    for i in range(2):
+        for block, name, roles in (("self_attn", "qkv_proj", "qkv"), ("mlp", "gate_up_proj",
+                                                                      ("gate", "up"))):
+            for part in ("weight", "bias"):
+                parts = [tensors.pop(f"model.layers.{i}.{block}.{r}_proj.{part}") for r in roles]
+                tensors[f"model.layers.{i}.{block}.{name}.{part}"] = np.concatenate(parts)
+    write_weights(path, tensors, 1)
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", FUSED)
+    fused = load_checkpoint(path)
+    assert fused.linear_name(1, "k") == "model.layers.1.self_attn.qkv_proj.k"
+    for role, linear in plain.layer(1).linears.items():
+        np.testing.assert_array_equal(fused.layer(1).linears[role].weight, linear.weight)
+        np.testing.assert_array_equal(fused.layer(1).linears[role].bias, linear.bias)
+    out = sq.quantize_folder(path, tmp_path / "out", QuantConfig(weights="rtn")).out
+    monkeypatch.undo()  # a packed folder tells by itself what it is
+    packed = load_checkpoint(out)
+    assert packed.spec == fused.spec.separate()
+    tokens = np.arange(20).reshape(1, 20)
+    expected = sq.quantize_folder(tmp_path / "plain", tmp_path / "o2", QuantConfig(weights="rtn"))
+    expected = sq.load(expected.out).forward(tokens)
+    np.testing.assert_array_equal(sq.load(out).forward(tokens), expected)
+
+
+def packed_folder(model: Path, tmp_path: Path) -> Path:
+    config = QuantConfig(weights="rtn", method="hadamard", calibration_tokens=64)
+    return sq.quantize_folder(model, tmp_path / "packed", config).out
+
+
+def test_packed_folder_needs_no_row_of_its_family(model, tmp_path, monkeypatch):
+    out = packed_folder(model, tmp_path)
+    expected = sq.load(out).forward(np.arange(8).reshape(1, 8))
+    edit_config(out, architectures=["SomethingElse"], hidden_size=7, num_hidden_layers=99)
+    monkeypatch.setattr("singlequant.models.families.FAMILIES", {})
+    np.testing.assert_array_equal(sq.load(out).forward(np.arange(8).reshape(1, 8)), expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("hidden",), 32, r"linears.q.k: expected 32, as the blocks ask for, found 64"),
+        (("layers",), 3, "model.layers.2.* missing tensor"),
+        (("layers",), 2**31 - 1, "model.layers.2.* missing tensor"),
+        (("pattern",), [1], r"pattern: expected indices of 1 kinds, found \[1\]"),
+        (("pattern",), [], r"pattern: expected indices of 1 kinds, found \[\]"),
+        (("kinds",), [], "kinds: expected a list of objects"),
+        (("embed",), "model.norm", r"model.norm.weight: expected shape \[320, 64\]"),
+        (("tied",), 1, "tied: expected true or false, found 1"),
+        (("kinds", 0, "attention", "heads"), 3, "kv_heads: expected a divisor of heads = 3"),
+        (("kinds", 0, "attention", "head_dim"), 32, "linears.q.n: expected 128"),
+        (("kinds", 0, "attention", "scale"), float("nan"), "scale: expected a number"),
+        (("kinds", 0, "attention", "rotary", "inv_freq"), [1.0] * 9, "expected 1 to 8 frequencies"),
+        (("kinds", 0, "attention", "rotary", "inv_freq"), ["x"], "expected finite numbers"),
+        (("kinds", 0, "mlp", "activation"), "tanh", "activation: expected one of silu"),
+        (("kinds", 0, "linears", "q", "name"), "{i.__class__}", "missing tensor"),
+        (("kinds", 0, "linears", "q", "bias"), True, "q_proj.bias: missing tensor"),
+        (("kinds", 0, "norms", "before_mlp", "kind"), "batch", "kind: expected one of rms, layer"),
+        (("kinds", 0, "sites"), {"qkv": ["q"]}, "sites: expected .* as the blocks ask for"),
+        (("kinds", 0, "surprise"), 1, "surprise: expected no such key"),
+        (("surprise",), 0, "surprise: expected no such key"),
+    ],
+)
+def test_packed_model_that_lies_is_refused(model, tmp_path, path, value, message):
+    out = packed_folder(model, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    entry = config["quantization_config"]["model"]
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    write_json(out / "config.json", config)
+    with pytest.raises(FormatError, match=message):
+        load_checkpoint(out)
 
 
 LLAMA3 = {

@@ -27,6 +27,8 @@ MODELS = {
     "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral-window": ("Mistral", {"sliding_window": 16}),
+    "qwen2": ("Qwen2", {"sliding_window": 16, "use_sliding_window": False}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
 }
 TEXT = "the quick brown fox rotates its tail. " * 120
 

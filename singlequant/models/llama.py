@@ -19,7 +19,7 @@ LLAMA = Family(
     },
     activations={"silu": "silu", "swish": "silu"},
     bias_keys={"attention_bias": "attention", "mlp_bias": "mlp"},
-    ignored_keys=("sliding_window", "use_sliding_window", "max_window_layers"),
+    ignored_keys=("sliding_window", "max_window_layers"),
     defaults={
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
@@ -44,3 +44,6 @@ MISTRAL = replace(
         "sliding_window": 4096,
     },
 )
+
+QWEN2 = replace(LLAMA, name="Qwen2ForCausalLM", biases=("q", "k", "v"), bias_keys={}, defaults={
+    **LLAMA.defaults, "num_key_value_heads": 32, "max_position_embeddings": 32768})  # fmt: skip
