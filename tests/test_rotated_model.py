@@ -5,10 +5,9 @@ import pytest
 
 import singlequant as sq
 from singlequant import _C, _reference
-from singlequant.config import SITES
 from singlequant.methods.solve import METHODS
 from singlequant.rows import rotate_rows
-from singlequant.runtime.layers import architecture_row, flat_positions
+from singlequant.runtime.layers import flat_positions, layer_blocks
 
 
 def rotated_linear(weight, rotation):
@@ -24,12 +23,12 @@ def rotated_logits(checkpoint, rotations, tokens):
     cache = _reference.KVCache(1, 1, shape.kv_heads, shape.head_dim, len(tokens))
     for layer in rotations:
         weights = checkpoint.layer(layer.layer)
-        linears = [
-            rotated_linear(weights.linears[role].weight, layer.sites[site])
-            for site in SITES
-            for role in checkpoint.architecture.sites[site]
-        ]
-        twin = _reference.DecoderLayer(architecture_row(shape), weights.norms, linears, None)
+        linears = {
+            role: (site, rotated_linear(weights.linears[role].weight, layer.sites[site]), None)
+            for site, roles in checkpoint.architecture.sites.items()
+            for role in roles
+        }
+        twin = _reference.DecoderLayer(**layer_blocks(shape, weights.norms, linears, {}))
         twin.forward(hidden, sequence, position, cache, 0)
     final = _reference.rms_norm(hidden, checkpoint.final_norm.astype(np.float64), shape.rms_eps)
     return _C.linear_dense(final.astype(np.float32), checkpoint.head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,7 @@ from e2e_worker import serve
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.config import SITES
-from singlequant.runtime.layers import architecture_row, flat_positions
+from singlequant.runtime.layers import flat_positions, layer_blocks
 from singlequant.runtime.model import _prefill
 
 NARROW = 32  # hidden width of the network that fills a cache
@@ -46,19 +46,25 @@ class SingleQuant:
         """Keys and values of a network so narrow that a long context costs little."""
         count, length = tokens.shape
         local, positions = flat_positions(np.full(count, length))
-        row = architecture_row(self.model.shape) | {"hidden": NARROW, "intermediate": NARROW}
-        inner, kv = (row[n] * row["head_dim"] for n in ("heads", "kv_heads"))
+        shape = replace(self.model.shape, hidden=NARROW, intermediate=NARROW)
+        inner, kv = (heads * shape.head_dim for heads in (shape.heads, shape.kv_heads))
         rng = np.random.default_rng(0)
 
-        def matrix(n: int, k: int) -> tuple[np.ndarray, None]:
-            return rng.standard_normal((n, k), np.float32) * np.float32(k**-0.5), None
+        def matrix(n: int, k: int) -> np.ndarray:
+            return rng.standard_normal((n, k), np.float32) * np.float32(k**-0.5)
 
-        linears = [matrix(n, NARROW) for n in (inner, kv, kv)] + [matrix(NARROW, inner)]
-        linears += [matrix(NARROW, NARROW) for _ in range(3)]
+        widths = {"qkv": NARROW, "o": inner, "gate_up": NARROW, "down": NARROW}
+        outputs = {"q": inner, "k": kv, "v": kv}
+        linears = {
+            role: (site, matrix(outputs.get(role, NARROW), widths[site]), None)
+            for site, roles in self.model.checkpoint.architecture.sites.items()
+            for role in roles
+        }
         norm = np.ones(NARROW, np.float32)
-        layer = _C.DecoderLayer(row, (norm, norm), linears, [None] * len(SITES))
+        sites = {site: (k, None, 16, 1.0) for site, k in widths.items()}
+        layer = _C.DecoderLayer(**layer_blocks(shape, (norm, norm), linears, sites))
         for index in range(self.model.shape.layers):
-            hidden = matrix(count * length, NARROW)[0]
+            hidden = matrix(count * length, NARROW)
             layer.forward(hidden, local, positions, self.session._cache, index)
         self.session.lengths[:] = length
 

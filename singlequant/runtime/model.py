@@ -40,6 +40,7 @@ class Model:
         self._head = checkpoint.head
         self._norm = _C.to_float32(checkpoint.final_norm)
         self._layers = [build_layer(checkpoint, i) for i in range(self.shape.layers)]
+        self._decoder = _C.Decoder(self._layers)
 
     def __repr__(self) -> str:
         kind = "quantized" if self.checkpoint.quantized else "unquantized"
@@ -229,9 +230,7 @@ class Session:
         sequence = chosen[local].astype(np.int32)
         position += self.lengths[chosen][local]
         hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
-        self._cache.reserve(sequence, position)  # all layers' pages or none
-        for index, layer in enumerate(self.model._layers):
-            layer.forward(hidden, sequence, position, self._cache, index)
+        self.model._decoder.forward(hidden, sequence, position, self._cache)
         self.lengths[chosen] += lengths
         return self.model._normalized(hidden)
 

@@ -140,7 +140,7 @@ def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> 
     """Statistics of a layer from the recorded inputs of its sites."""
     linears, sites, shape = checkpoint.layer(index).linears, {}, checkpoint.shape
     shared = {"o": (shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)}
-    for name, recorded in zip(SITES, inputs, strict=True):
+    for name, recorded in inputs.items():
         weights = [linears[role].weight for role in checkpoint.architecture.sites[name]]
         try:
             sites[name] = site_statistics(recorded, weights, sample_tokens, keep_inputs,
