@@ -27,15 +27,24 @@ def make_layer(heads, kv_heads, head_dim):
 
     rng = np.random.default_rng(0)
     q, kv = heads * head_dim, kv_heads * head_dim
-    shapes = [(q, HIDDEN), (kv, HIDDEN), (kv, HIDDEN), (HIDDEN, q), (8, HIDDEN), (8, HIDDEN),
-              (HIDDEN, 8)]
-    linears = [(rng.standard_normal(shape).astype(np.float32) / 6, None) for shape in shapes]
-    architecture = {
-        "hidden": HIDDEN, "intermediate": 8, "heads": heads, "kv_heads": kv_heads,
-        "head_dim": head_dim, "rms_eps": 1e-6, "sliding_window": 0, "rope_scale": 1.0,
-        "inv_freq": (10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32),
-    }
-    return _C.DecoderLayer(architecture, (np.ones(HIDDEN),) * 2, linears, [None] * 4)
+    inv_freq = (10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
+
+    def linear(site, n, k):
+        return site, rng.standard_normal((n, k)).astype(np.float32) / 6, None
+
+    norm = ("rms", 1e-6, 0.0, np.ones(HIDDEN), None)
+    return _C.DecoderLayer(
+        HIDDEN,
+        {"qkv": (HIDDEN, None, 16, 1.0), "o": (q, None, 16, 1.0),
+         "up": (HIDDEN, None, 16, 1.0), "down": (8, None, 16, 1.0)},
+        {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0,
+         "scale": head_dim**-0.5, "rotary": (inv_freq, 1.0), "q": linear("qkv", q, HIDDEN),
+         "k": linear("qkv", kv, HIDDEN), "v": linear("qkv", kv, HIDDEN),
+         "o": linear("o", HIDDEN, q)},
+        {"activation": "silu", "gate": linear("up", 8, HIDDEN), "up": linear("up", 8, HIDDEN),
+         "down": linear("down", HIDDEN, 8)},
+        {"before_attention": norm, "before_mlp": norm},
+    )
 
 
 def step(layer, cache, hidden, position):

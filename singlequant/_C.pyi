@@ -1,6 +1,6 @@
 """Stub of the C core; _reference.py holds the NumPy twin of each array function."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -155,13 +155,23 @@ class KVCache:
     def release(self, sequence: int, /) -> None: ...
     def read(self, layer: int, sequence: int, count: int) -> tuple[Float32, Float32]: ...
 
+# k, rotation (see linear()), bits, clip
+Site = tuple[int, tuple[Any, ...] | None, int, float]
+# site, weight (PackedWeight or an array [n, k]), bias
+LayerLinear = tuple[str, Any, ArrayLike | None]
+# kind ("rms" or "layer"), eps, offset, weight, bias
+LayerNorm = tuple[str, float, float, ArrayLike, ArrayLike | None]
+
 class DecoderLayer:
     def __init__(
         self,
-        architecture: dict[str, Any],
-        norms: tuple[ArrayLike, ArrayLike],
-        linears: Sequence[Any],
-        sites: Sequence[Any],
+        hidden: int,
+        sites: dict[str, Site],
+        attention: dict[str, Any],
+        mlp: dict[str, Any],
+        norms: dict[str, LayerNorm],
+        parallel: bool = False,
+        residual_scale: float = 1.0,
     ) -> None: ...
     def forward(
         self,
@@ -171,7 +181,13 @@ class DecoderLayer:
         cache: KVCache,
         layer: int,
         record: bool = False,
-    ) -> tuple[Float32, ...] | None: ...
+    ) -> dict[str, Float32] | None: ...
+
+class Decoder:
+    def __init__(self, layers: Iterable[DecoderLayer]) -> None: ...
+    def forward(
+        self, hidden: Float32, sequence: ArrayLike, position: ArrayLike, cache: KVCache
+    ) -> None: ...
 
 def sample(
     logits: ArrayLike, temperature: float, top_k: int, top_p: float, uniform: float

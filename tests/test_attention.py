@@ -5,6 +5,7 @@ The layers here pass their input on to q, k and v through given matrices and add
 
 import numpy as np
 import pytest
+from blocks import frequencies, geometry, llama, new_cache, shapes
 
 from singlequant import _C, _reference as reference
 
@@ -22,35 +23,29 @@ class Attention:
     """Attention alone: heads, kv_heads, head_dim, and projections of a hidden size of choice."""
 
     def __init__(self, rng, heads, kv_heads, head_dim, hidden=24, window=0, inv_freq=None, scale=1):
-        if inv_freq is None:
-            inv_freq = 10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)
-        self.architecture = {
-            "hidden": hidden, "intermediate": 8, "heads": heads, "kv_heads": kv_heads,
-            "head_dim": head_dim, "rms_eps": 1e-6, "sliding_window": window,
-            "inv_freq": np.asarray(inv_freq, np.float32), "rope_scale": scale,
-        }  # fmt: skip
-        shapes = [(heads * head_dim, hidden)] + [(kv_heads * head_dim, hidden)] * 2
-        shapes += [(hidden, heads * head_dim), (8, hidden), (8, hidden), (hidden, 8)]
-        weights = [rng.normal(size=s).astype(np.float32) / 3 for s in shapes[:3]]
-        weights += [np.zeros(s, np.float32) for s in shapes[3:]]
-        self.linears = [(w, None) for w in weights]
-        self.parts = (self.architecture, (np.ones(hidden),) * 2, self.linears, [None] * 4)
-        self.layer = _C.DecoderLayer(*self.parts)
-        self.twin = reference.DecoderLayer(*self.parts)
+        inv_freq = frequencies(head_dim) if inv_freq is None else np.asarray(inv_freq, np.float32)
+        a = geometry(hidden, 8, heads, kv_heads, head_dim, window, eps=1e-6,
+                     rotary=(inv_freq, scale))
+        self.weights = {
+            role: rng.normal(size=s).astype(np.float32) / 3 if role in "qkv"
+            else np.zeros(s, np.float32) for role, s in shapes(a).items()
+        }
+        self.parts = llama(a, {role: (w, None) for role, w in self.weights.items()})
+        self.layer = _C.DecoderLayer(**self.parts)
+        self.twin = reference.DecoderLayer(**self.parts)
 
-    def cache(self, sequences=1, capacity=64, kind=_C):
-        a = self.architecture
-        return kind.KVCache(1, sequences, a["kv_heads"], a["head_dim"], capacity)
+    def cache(self, sequences=1, capacity=64, kind=_C, layers=1):
+        return new_cache(kind, self.parts, sequences, capacity, layers)
 
     def run(self, hidden, sequence, position, cache):
         """What attention gives, [m, heads * head_dim]."""
         hidden = hidden.copy()
-        return self.layer.forward(hidden, sequence, position, cache, 0, record=True)[1]
+        return self.layer.forward(hidden, sequence, position, cache, 0, record=True)["o"]
 
     def expected(self, hidden, sequence, position, sequences=1, capacity=64):
         cache = self.cache(sequences, capacity, reference)
         twin = hidden.astype(np.float64)
-        return self.twin.forward(twin, sequence, position, cache, 0, record=True)[1]
+        return self.twin.forward(twin, sequence, position, cache, 0, record=True)["o"]
 
 
 @pytest.mark.usefixtures("table")
@@ -143,14 +138,13 @@ def test_capacity_does_not_change_bits(rng, capacity):
 
 def test_layers_of_a_cache_are_separate(rng):
     attention = Attention(rng, 2, 2, 4)
-    a = attention.architecture
-    cache = _C.KVCache(3, 1, a["kv_heads"], a["head_dim"], 8)
+    cache = attention.cache(1, 8, layers=3)
     first, second = rng.normal(size=(2, 3, 24)).astype(np.float32)
     where = np.zeros(3, int), np.arange(3)
     for layer, hidden in [(0, second), (1, first), (2, second)]:
         attention.layer.forward(hidden.copy(), *where, cache, layer)
     last = rng.normal(size=(1, 24)).astype(np.float32)
-    got = attention.layer.forward(last.copy(), [0], [3], cache, 1, record=True)[1]
+    got = attention.layer.forward(last.copy(), [0], [3], cache, 1, record=True)["o"]
     expected = attention.expected(
         np.concatenate([first, last]), np.zeros(4, int), np.arange(4), capacity=8
     )
@@ -159,12 +153,12 @@ def test_layers_of_a_cache_are_separate(rng):
 
 def test_large_scores_stay_finite(rng):
     attention = Attention(rng, 2, 1, 8)
-    for weight, _ in attention.linears[:2]:
-        weight *= 100
-    layer = _C.DecoderLayer(*attention.parts)
+    for role in "qk":
+        attention.weights[role] *= 100
+    layer = _C.DecoderLayer(**attention.parts)
     hidden = rng.normal(size=(20, 24)).astype(np.float32)
     cache = attention.cache()
-    out = layer.forward(hidden, np.zeros(20, int), np.arange(20), cache, 0, record=True)[1]
+    out = layer.forward(hidden, np.zeros(20, int), np.arange(20), cache, 0, record=True)["o"]
     assert np.isfinite(out).all()
 
 
@@ -200,7 +194,7 @@ def test_rotary_embedding_by_hand(rng, inv_freq, scale):
     attention.run(x[:1], [0], positions[:1], cache)
     got = attention.run(x[1:], [0], positions[1:], cache)[0]
 
-    (wq, _), (wk, _), (wv, _) = attention.linears[:3]
+    wq, wk, wv = (attention.weights[role] for role in "qkv")
     x = x.astype(np.float64)
 
     def turned(v, position):

@@ -5,20 +5,19 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from blocks import geometry, llama, shapes
 
 from singlequant import _C
 
-SIZES = {"hidden": 8, "intermediate": 8, "heads": 1, "kv_heads": 1, "head_dim": 8,
-         "rms_eps": 1e-6, "sliding_window": 0, "inv_freq": np.ones(4, np.float32),
-         "rope_scale": 1.0}
+SIZES = geometry(8, 8, 1, 1, 8, eps=1e-6, rotary=(np.ones(4, np.float32), 1.0))
 
 
 def layer(norms=None, value_scale=1.0):
     rng = np.random.default_rng(0)
-    linears = [(rng.standard_normal((8, 8)).astype(np.float32), None) for _ in range(7)]
-    linears[2] = (linears[2][0] * np.float32(value_scale), None)
-    norms = (np.ones(8, np.float32),) * 2 if norms is None else norms
-    return _C.DecoderLayer(SIZES, norms, linears, (None,) * 4)
+    weights = {role: rng.standard_normal((8, 8)).astype(np.float32) for role in shapes(SIZES)}
+    weights["v"] *= np.float32(value_scale)
+    linears = {role: (w, None) for role, w in weights.items()}
+    return _C.DecoderLayer(**llama(SIZES, linears, norms))
 
 
 def run(decoder, hidden):
@@ -26,18 +25,6 @@ def run(decoder, hidden):
     m = len(hidden)
     decoder.forward(hidden, np.zeros(m, int), np.arange(m), _C.KVCache(1, 1, 1, 8, 4), 0)
     return hidden
-
-
-def test_norms_may_be_one_array():
-    hidden = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
-    both = np.array([[2.0] * 8, [0.5] * 8], np.float32)
-    np.testing.assert_array_equal(run(layer(both), hidden), run(layer(tuple(both)), hidden))
-
-
-@pytest.mark.parametrize("norms", [(), (np.ones(8),), (np.ones(8),) * 3])
-def test_norms_must_be_two(norms):
-    with pytest.raises(ValueError, match="norms: expected 2"):
-        layer(norms)
 
 
 def test_later_token_that_is_not_finite_leaves_earlier_ones_alone():
@@ -73,17 +60,19 @@ def test_positions_changed_by_another_thread_are_refused_or_harmless():
     assert False not in outcomes
 
 
-def test_architecture_that_empties_itself_while_it_is_read_is_survived():
-    values = dict(SIZES)
+def test_dict_that_empties_itself_while_it_is_read_is_survived():
+    linears = dict.fromkeys(shapes(SIZES), (np.ones((8, 8), np.float32), None))
+    arguments = llama(SIZES, linears)
+    values = arguments["attention"]
 
     class Emptying:
         def __index__(self):
             values.clear()
             return 8
 
-    values["hidden"] = Emptying()
-    linears = [(np.ones((8, 8), np.float32), None)] * 7
-    decoder = _C.DecoderLayer(values, (np.ones(8),) * 2, linears, (None,) * 4)
+    values["head_dim"] = Emptying()
+    decoder = _C.DecoderLayer(**arguments)
+    assert not values
     assert np.isfinite(run(decoder, np.ones((1, 8), np.float32))).all()
 
 

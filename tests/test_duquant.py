@@ -18,7 +18,7 @@ from singlequant.export.writer import ModelWriter, estimate_size
 from singlequant.methods.duquant import block_size, solve_site_duquant
 from singlequant.rotations import BlockRotation
 from singlequant.rows import rotate_rows
-from singlequant.runtime.layers import architecture_row
+from singlequant.runtime.layers import layer_blocks
 from singlequant.sweep.calibrate import site_statistics
 from singlequant.weights import QuantizedLayer
 
@@ -413,22 +413,24 @@ def test_decoder_turns_blocks_as_it_turns_the_equal_kronecker_factors(make_check
     """One block of all inputs, x first P second, is a left factor: the product's transpose."""
     source = load_checkpoint(make_checkpoint(tmp_path / "m"))
     weights, rng = source.layer(0), np.random.default_rng(0)
-    linears = []
-    for linear in weights.linears.values():
-        n, k = linear.weight.shape
-        codes, scales, _ = _C.quantize(rng.standard_normal((n, k)) * k**-0.5)
-        linears.append((_C.PackedWeight(_C.pack(codes), scales, k), None))
-    blocks, factors = [], []
-    for k in (64, 64, 64, 96):
+    linears = {}
+    for site, found in source.spec.layer(0).sites.items():
+        for role in found.roles:
+            n, k = weights.linears[role].weight.shape
+            codes, scales, _ = _C.quantize(rng.standard_normal((n, k)) * k**-0.5)
+            linears[role] = site, _C.PackedWeight(_C.pack(codes), scales, k), None
+    blocks, factors = {}, {}
+    for site, k in zip(source.spec.layer(0).sites, (64, 64, 64, 96), strict=True):
         rotation = random_blocks(k, k, seed=k)
-        blocks.append((rotation.arrays, None, 16, 1.0))
+        blocks[site] = k, rotation.arrays, 16, 1.0
         product = rotation.first[0][:, rotation.permutation] @ rotation.second[0]
-        factors.append((product.T, np.ones((1, 1)), 16, 1.0))
+        factors[site] = k, (product.T, np.ones((1, 1))), 16, 1.0
     start = rng.standard_normal((7, 64)).astype(np.float32)
-    norms = [norm.weight for norm in weights.norms.values()]
     outputs = []
     for sites in (blocks, factors):
-        decoder = _C.DecoderLayer(architecture_row(source.spec), norms, linears, sites)
+        decoder = _C.DecoderLayer(
+            **layer_blocks(source.spec.layer(0), weights.norms, linears, sites)
+        )
         cache = _C.KVCache(1, 1, source.spec.attention.kv_heads, source.spec.attention.head_dim, 8)
         hidden = start.copy()
         decoder.forward(hidden, np.zeros(7, int), np.arange(7), cache, 0)
@@ -471,20 +473,22 @@ def test_decoder_layer_names_the_site_of_blocks_that_do_not_fit(written):
     folder, rotations, _ = written
     checkpoint = load_checkpoint(folder)
     weights = checkpoint.layer(0)
-    linears = [(np.zeros(linear.weight.shape, np.float32), None)
-               for linear in weights.linears.values()]
+    linears, sites = {}, {}
+    for site, found in checkpoint.spec.layer(0).sites.items():
+        for role in found.roles:
+            n, k = weights.linears[role].weight.shape
+            linears[role] = site, np.zeros((n, k), np.float32), None
+            sites[site] = k, None, 16, 1.0
 
-    norms = [norm.weight for norm in weights.norms.values()]
-
-    def build(left, right=None):
-        sites = [(left, right, 4, 1.0), None, None, None]
-        return _C.DecoderLayer(architecture_row(checkpoint.spec), norms, linears, sites)
+    def build(rotation):
+        changed = sites | {"qkv": (sites["qkv"][0], rotation, 4, 1.0)}
+        return _C.DecoderLayer(
+            **layer_blocks(checkpoint.spec.layer(0), weights.norms, linears, changed)
+        )
 
     build(rotations["qkv"].arrays)
     with pytest.raises(ValueError, match="site qkv: expected blocks of 64 inputs, got 96"):
         build(rotations["down"].arrays)
-    with pytest.raises(ValueError, match="site qkv: expected no right factor beside blocks"):
-        build(rotations["qkv"].arrays, np.eye(8, dtype=np.float32))
     first, permutation, second = rotations["qkv"].arrays
     with pytest.raises(ValueError, match="site qkv: permutation: expected each of 0 to 63 once"):
         build((first, np.zeros(64, np.int32), second))

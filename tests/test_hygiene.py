@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blocks import geometry, llama, shapes
 
 from singlequant import _C
 
@@ -35,13 +36,12 @@ WORDS = _C.pack(CODES)
 PAIRS = np.array([[0, 3], [2, 1], [1, 3]], np.int32)
 CHAIN = (4, True, PAIRS, f64(3))
 STATE = _C.statistics_update(f32(5, 12), 3, 4)
-ARCHITECTURE = {
-    "hidden": 16, "intermediate": 24, "heads": 2, "kv_heads": 2, "head_dim": 8,
-    "sliding_window": 0, "rms_eps": 1e-5, "rope_scale": 1.0, "inv_freq": f32(4),
-}
-SHAPES = [(16, 16)] * 4 + [(24, 16)] * 2 + [(16, 24)]
-LINEARS = tuple((f32(n, k), f32(n)) for n, k in SHAPES)
-SITES = ((EYE, CHAIN, 4, 1.0), None, (CHAIN, EYE, 4, 1.0), (np.eye(6), None, 4, 1.0))
+GEOMETRY = geometry(16, 24, 2, 2, 8, rotary=(f32(4), 1.0))
+LAYER = llama(GEOMETRY, {role: (f32(n, k), f32(n)) for role, (n, k) in shapes(GEOMETRY).items()},
+              (f32(16), f32(16)),
+              {"qkv": ((EYE, CHAIN), 4, 1.0), "gate_up": ((CHAIN, EYE), 4, 1.0),
+               "down": ((np.eye(6), None), 4, 1.0)})
+LAYER["attention"]["k_norm"] = ("layer", 1e-5, 1.0, f32(8), f32(8))
 
 # Function -> positional arguments; arrays may stand inside tuples and dicts.
 CALLS = {
@@ -92,7 +92,7 @@ CALLS = {
     "kernel_kv": (RNG.integers(0, 256, (3, 16)).astype(np.uint8), np.arange(20, dtype=np.uint16),
                   np.arange(20, dtype=np.uint16), 4, False, f32(3, 20)),
     "kv_quantize": (f32(3, 40), 4),
-    "DecoderLayer": (ARCHITECTURE, (f32(16), f32(16)), LINEARS, SITES),
+    "DecoderLayer": tuple(LAYER.values()),
 }
 # Position of the argument that is the output.
 OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "kernel_softmax": 0,
@@ -100,11 +100,12 @@ OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "ker
 # Arguments whose dtype says what the bits are, so that a list (float64, int64) will not do.
 TYPED = {"column_moments": {0}, "dequantize": {0}, "unpack": {0}, "PackedWeight": {0},
          "linear_dense": {1}, "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0},
-         "kernel_kv": {0, 1, 2}, "DecoderLayer": {2}, "quantize_weight": {0},
+         "kernel_kv": {0, 1, 2}, "DecoderLayer": {2, 3}, "quantize_weight": {0},
          "transform_weight": {0}, "read_loop": {0}}
 NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
-             "duquant_steps", "KVCache", "FormatError", "will_need", "peak_steps", "measure_peak"}
+             "duquant_steps", "KVCache", "Decoder", "FormatError", "will_need", "peak_steps",
+             "measure_peak"}
 # Functions whose results are times, which no two calls share; tests/test_bench.py has their tests.
 TIMES = {"measure_linear"}
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from blocks import frequencies, geometry, llama, shapes
 from test_hygiene import leaks
 
 import singlequant as sq
@@ -37,20 +38,16 @@ class Attention:
 
     def __init__(self, rng, heads=4, kv_heads=2, head_dim=8, window=0, value_scale=1.0):
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
-        architecture = {
-            "hidden": 24, "intermediate": 8, "heads": heads, "kv_heads": kv_heads,
-            "head_dim": head_dim, "rms_eps": 1e-6, "sliding_window": window, "rope_scale": 1.0,
-            "inv_freq": (100.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32),
-        }  # fmt: skip
-        shapes = [(heads * head_dim, 24), (kv_heads * head_dim, 24), (kv_heads * head_dim, 24)]
-        weights = [rng.normal(size=s).astype(np.float32) / 3 for s in shapes]
-        weights[2] *= np.float32(value_scale)
-        weights += [np.zeros(s, np.float32)
-                    for s in [(24, heads * head_dim), (8, 24), (8, 24), (24, 8)]]
-        linears = [(w, None) for w in weights]
-        self.parts = architecture, (np.ones(24),) * 2, linears, [None] * 4
-        self.layer = _C.DecoderLayer(*self.parts)
-        self.architecture, self.query = architecture, weights[0]
+        self.geometry = geometry(24, 8, heads, kv_heads, head_dim, window, eps=1e-6,
+                                 rotary=(frequencies(head_dim, 100.0), 1.0))
+        weights = {
+            role: rng.normal(size=s).astype(np.float32) / 3 if role in "qkv"
+            else np.zeros(s, np.float32) for role, s in shapes(self.geometry).items()
+        }
+        weights["v"] *= np.float32(value_scale)
+        self.parts = llama(self.geometry, {role: (w, None) for role, w in weights.items()})
+        self.layer = _C.DecoderLayer(**self.parts)
+        self.query = weights["q"]
 
     def cache(self, sequences=1, capacity=300, bits=32, layers=1, **options):
         return _C.KVCache(layers, sequences, self.kv_heads, self.head_dim, capacity, bits,
@@ -58,14 +55,13 @@ class Attention:
 
     def run(self, hidden, sequence, position, cache, layer=0):
         """What attention gives, [m, heads * head_dim]."""
-        return self.layer.forward(hidden.copy(), sequence, position, cache, layer, record=True)[1]
+        return self.layer.forward(hidden.copy(), sequence, position, cache, layer, record=True)["o"]
 
     def queries(self, hidden, position, turn):
         """Queries [m, heads, head_dim] in float64, after rotary embedding and Hadamard."""
-        normed = reference.rms_norm_float64(hidden, 1.0, 1e-6)
+        normed = reference.norm(hidden, ("rms", 1e-6, 0.0, np.ones(24), None))
         q = (normed @ self.query.T.astype(np.float64)).reshape(len(hidden), -1, self.head_dim)
-        a = self.architecture
-        return [turn(reference.rotary(x, p, a["inv_freq"], a["rope_scale"]))
+        return [turn(reference.rotary(x, p, self.geometry["rotary"]))
                 for x, p in zip(q, position, strict=True)]
 
     def expected(self, hidden, position, cache, sequence=0):
@@ -279,17 +275,16 @@ def test_hadamard_leaves_the_scores_as_they_are(rng, bits):
 
 def test_hadamard_helps_keys_with_an_outlying_channel(rng):
     """Channel 5 of each key head is 30 times larger, and its query that much smaller."""
-    parts = Attention(rng, 4, 4, 64).architecture
-    shapes = [(256, 24)] * 3 + [(24, 256), (8, 24), (8, 24), (24, 8)]
-    weights = [rng.normal(size=s).astype(np.float32) / 6 for s in shapes]
-    weights[1][5::64] *= 30
-    weights[0][5::64] /= 30
-    layer = _C.DecoderLayer(parts, (np.ones(24),) * 2, [(w, None) for w in weights], [None] * 4)
+    a = Attention(rng, 4, 4, 64).geometry
+    weights = {role: rng.normal(size=s).astype(np.float32) / 6 for role, s in shapes(a).items()}
+    weights["k"][5::64] *= 30
+    weights["q"][5::64] /= 30
+    layer = _C.DecoderLayer(**llama(a, {role: (w, None) for role, w in weights.items()}))
     hidden, where = hiddens(rng, 100), tokens(100)
 
     def run(**options):
         cache = _C.KVCache(1, 1, 4, 64, 100, **options)
-        return layer.forward(hidden.copy(), *where, cache, 0, record=True)[1]
+        return layer.forward(hidden.copy(), *where, cache, 0, record=True)["o"]
 
     exact = run()
     with_it, without = (np.abs(run(bits=4, hadamard=h) - exact).mean() for h in (True, False))
@@ -329,9 +324,9 @@ def test_layer_equals_its_twin(rng, bits, head_dim):
     attention = Attention(rng, 4, 2, head_dim)
     hidden, where = hiddens(rng, 90), tokens(90)
     got = attention.run(hidden, *where, attention.cache(bits=bits))
-    twin = reference.DecoderLayer(*attention.parts)
+    twin = reference.DecoderLayer(**attention.parts)
     cache = reference.KVCache(1, 1, 2, head_dim, 90, bits)
-    expected = twin.forward(hidden.astype(np.float64), *where, cache, 0, record=True)[1]
+    expected = twin.forward(hidden.astype(np.float64), *where, cache, 0, record=True)["o"]
     error = np.abs(got - expected).max(axis=1)
     assert np.median(error) < TOLERANCE
     assert error.max() < {32: TOLERANCE, 16: 3e-3, 8: 0.05, 4: 0.5}[bits]

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from blocks import SITES, geometry, llama, shapes
 from conftest import pack_codes
 
 import singlequant as sq
@@ -169,24 +170,19 @@ def test_other_bits_with_high_inputs_are_refused(bits):
 # ---- a layer ------------------------------------------------------------------------------------
 
 HIDDEN, INTERMEDIATE = 64, 96
-ARCHITECTURE = {
-    "hidden": HIDDEN, "intermediate": INTERMEDIATE, "heads": 2, "kv_heads": 2, "head_dim": 32,
-    "sliding_window": 0, "rms_eps": 1e-5, "rope_scale": 1.0, "inv_freq": np.ones(16, np.float32),
-}  # fmt: skip
+GEOMETRY = geometry(HIDDEN, INTERMEDIATE, 2, 2, 32, rotary=(np.ones(16, np.float32), 1.0))
 
 
 def layer(highs, bits=4):
     """A layer of packed linears, q k v o gate up down, each with its own number of high inputs."""
     rng = np.random.default_rng(0)
-    shapes = [(HIDDEN, HIDDEN)] * 4 + [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
-    linears = [
-        (_C.PackedWeight(pack_codes(rng.integers(-8, 8, shape)),
-                         rng.uniform(0.01, 0.02, shape[0]).astype(np.float32), shape[1], high=high),
-         None)
-        for shape, high in zip(shapes, highs, strict=True)
-    ]  # fmt: skip
-    norms = (np.ones(HIDDEN, np.float32),) * 2
-    return _C.DecoderLayer(ARCHITECTURE, norms, linears, [(None, None, bits, 0.9)] * 4)
+    linears = {
+        role: (_C.PackedWeight(pack_codes(rng.integers(-8, 8, (n, k))),
+                               rng.uniform(0.01, 0.02, n).astype(np.float32), k, high=high), None)
+        for (role, (n, k)), high in zip(shapes(GEOMETRY).items(), highs, strict=True)
+    }  # fmt: skip
+    sites = dict.fromkeys(SITES, (None, bits, 0.9))
+    return _C.DecoderLayer(**llama(GEOMETRY, linears, sites=sites))
 
 
 def forward(a_layer):
@@ -206,13 +202,13 @@ def test_layer_takes_another_number_at_each_site(table):
     [32, 0, 0, 0, 0, 0, 0], [32, 32, 0, 0, 0, 0, 0], [0, 0, 32, 0, 0, 0, 0], [0, 0, 0, 0, 32, 0, 0],
 ])  # fmt: skip
 def test_linears_of_a_site_that_disagree_are_refused(highs):
-    with pytest.raises(ValueError, match=r"^site \w+: expected high = \d+ as the linears before"):
+    with pytest.raises(ValueError, match=r"^site \w+: expected \d+ inputs of 8 bits as in"):
         layer(highs)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_layer_of_other_bits_refuses_high_inputs(bits):
-    message = f"^site o: bits: expected 4, as linear o has high inputs, got {bits}"
+    message = f"^site o: bits: expected 4, as attention.o has inputs of 8 bits, got {bits}"
     with pytest.raises(ValueError, match=message):
         layer([0, 0, 0, 32, 0, 0, 0], bits=bits)
 

@@ -7,7 +7,7 @@ import singlequant as sq
 from singlequant import _C, _reference
 from singlequant.methods.solve import METHODS
 from singlequant.rows import rotate_rows
-from singlequant.runtime.layers import architecture_row, flat_positions
+from singlequant.runtime.layers import flat_positions, layer_blocks
 
 
 def rotated_linear(weight, rotation):
@@ -24,13 +24,14 @@ def rotated_logits(checkpoint, rotations, tokens):
                                len(tokens))
     for layer in rotations:
         weights = checkpoint.layer(layer.layer)
-        linears = [
-            rotated_linear(weights.linears[role].weight, layer.sites[site.name])
+        linears = {
+            role: (site.name, rotated_linear(weights.linears[role].weight, layer.sites[site.name]),
+                   None)
             for site in spec.layer(0).sites.values()
             for role in site.roles
-        ]
+        }
         twin = _reference.DecoderLayer(
-            architecture_row(spec), [norm.weight for norm in weights.norms.values()], linears, None
+            **layer_blocks(spec.layer(0), weights.norms, linears, {})
         )
         twin.forward(hidden, sequence, position, cache, 0)
     final = _reference.rms_norm(hidden, checkpoint.final_norm.weight.astype(np.float64),

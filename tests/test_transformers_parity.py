@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from blocks import geometry, llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -51,30 +52,29 @@ def decoder_layers(model):
     config, rotary = model.config, model.model.rotary_emb
     heads = config.num_attention_heads
     window = getattr(config, "sliding_window", None)
-    architecture = {
-        "hidden": config.hidden_size, "intermediate": config.intermediate_size, "heads": heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "rms_eps": config.rms_norm_eps, "sliding_window": window or 0,
-        "inv_freq": array(rotary.inv_freq), "rope_scale": rotary.attention_scaling,
-    }  # fmt: skip
+    sizes = geometry(
+        config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads, window or 0,
+        eps=config.rms_norm_eps, rotary=(array(rotary.inv_freq), rotary.attention_scaling),
+    )  # fmt: skip
     for layer in model.model.layers:
         a, mlp = layer.self_attn, layer.mlp
-        linears = (
-            a.q_proj,
-            a.k_proj,
-            a.v_proj,
-            a.o_proj,
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-        )
-        yield _C.DecoderLayer(
-            architecture,
-            (array(layer.input_layernorm.weight), array(layer.post_attention_layernorm.weight)),
-            [(array(p.weight), None if p.bias is None else array(p.bias)) for p in linears],
-            [None] * 4,
-        )
+        linears = {
+            "q": a.q_proj,
+            "k": a.k_proj,
+            "v": a.v_proj,
+            "o": a.o_proj,
+            "gate": mlp.gate_proj,
+            "up": mlp.up_proj,
+            "down": mlp.down_proj,
+        }
+        norms = array(layer.input_layernorm.weight), array(layer.post_attention_layernorm.weight)
+        yield _C.DecoderLayer(**llama(
+            sizes,
+            {role: (array(p.weight), None if p.bias is None else array(p.bias))
+             for role, p in linears.items()},
+            norms,
+        ))
 
 
 def ours(model, ids, layers, cache, start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from e2e_worker import serve
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.config import SITES
-from singlequant.runtime.layers import architecture_row, flat_positions
+from singlequant.models.spec import ROLES, LayerSpec, layer_sizes
+from singlequant.runtime.layers import flat_positions, layer_blocks
 from singlequant.runtime.model import _prefill
+from singlequant.weights import Norm
 
 NARROW = 32  # hidden width of the network that fills a cache
 
@@ -46,21 +48,31 @@ class SingleQuant:
         """Keys and values of a network so narrow that a long context costs little."""
         count, length = tokens.shape
         local, positions = flat_positions(np.full(count, length))
-        row = architecture_row(self.model.shape) | {"hidden": NARROW, "intermediate": NARROW}
-        inner, kv = (row[n] * row["head_dim"] for n in ("heads", "kv_heads"))
         rng = np.random.default_rng(0)
 
-        def matrix(n: int, k: int) -> tuple[np.ndarray, None]:
-            return rng.standard_normal((n, k), np.float32) * np.float32(k**-0.5), None
+        def matrix(n: int, k: int) -> np.ndarray:
+            return rng.standard_normal((n, k), np.float32) * np.float32(k**-0.5)
 
-        linears = [matrix(n, NARROW) for n in (inner, kv, kv)] + [matrix(NARROW, inner)]
-        linears += [matrix(NARROW, NARROW) for _ in range(3)]
-        norm = np.ones(NARROW, np.float32)
-        layer = _C.DecoderLayer(row, (norm, norm), linears, [None] * len(SITES))
+        spec = narrowed(self.model.spec.layer(0))
+        linears = {role: (site.name, matrix(spec.linears[role].n, site.k), None)
+                   for site in spec.sites.values() for role in site.roles}
+        sites = {name: (site.k, None, 16, 1.0) for name, site in spec.sites.items()}
+        norms = {place: Norm(norm.name, np.ones(NARROW, np.float32), None)
+                 for place, norm in spec.norms.items()}
+        layer = _C.DecoderLayer(**layer_blocks(spec, norms, linears, sites))
         for index in range(self.model.spec.layers):
-            hidden = matrix(count * length, NARROW)[0]
+            hidden = matrix(count * length, NARROW)
             layer.forward(hidden, local, positions, self.session._cache, index)
         self.session.lengths[:] = length
+
+
+def narrowed(spec: LayerSpec) -> LayerSpec:
+    """The same attention in a layer of NARROW channels."""
+    mlp = replace(spec.mlp, intermediate=NARROW)
+    sizes = layer_sizes(NARROW, spec.attention, mlp)
+    linears = {role: replace(linear, n=sizes[ROLES[role].outputs], k=sizes[ROLES[role].inputs])
+               for role, linear in spec.linears.items()}
+    return replace(spec, hidden=NARROW, mlp=mlp, linears=linears)
 
 
 if __name__ == "__main__":

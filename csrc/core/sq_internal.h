@@ -136,9 +136,6 @@ sq_status
 sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
                       sq_rows_fn fn, void *context, void *workspace);
 
-/* The linears of a site are sq_site_first[site] .. sq_site_first[site + 1] - 1. */
-static const int sq_site_first[SQ_N_SITES + 1] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN, SQ_N_LINEARS};
-
 /* What sq_pack.c makes and sq_linear.c reads: immutable after sq_packed_create. */
 struct sq_packed_t {
     const struct sq_kernels *kernels;

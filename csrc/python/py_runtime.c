@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the runtime stage: dense linears, conversions, sampling, figures; the types are in
- * py_decoder.c. */
+ * py_cache.c and py_layer.c. */
 #include "python/py_decoder.h"
 
 #include <string.h>

@@ -1,88 +1,71 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Rotary embedding and blocked causal attention with grouped queries over the pages of a cache. */
+/* The attention block, but for attention itself (sq_attend.c). */
 #include "runtime/sq_attention.h"
 
 #include <math.h>
-#include <stdatomic.h>
-#include <string.h>
 
-#include "runtime/sq_cache.h"
-#include "kernels/sq_kernels.h"
+#include "core/sq_internal.h"
 #include "core/sq_threads.h"
-
-/* ---- rotary embedding ------------------------------------------------------------------- */
+#include "kernels/sq_kernels.h"
 
 enum {
-    SINCOS_GRAIN = 256,     /* pairs of angles in one chunk, about */
     ROTARY_GRAIN = 1 << 15, /* elements of q turned in one chunk, about */
     STORE_GRAIN = 1 << 14,  /* elements of k stored in one chunk, about */
 };
 
-struct rotary_job {
-    const struct sq_architecture *a;
-    const float *table;
-    float *table_out;
-    float *q, *k;
-    const float *v;
+sq_status
+sq_attention_seal(const struct sq_attention *a, int64_t hidden, struct sq_site *sites, int n_sites,
+                  struct sq_fault *fault)
+{
+    SQ_TRY(sq_expect_range(fault, "attention.heads", a->heads, 1, SQ_HEADS_MAX));
+    SQ_TRY(sq_expect_range(fault, "attention.kv_heads", a->kv_heads, 1, SQ_HEADS_MAX));
+    SQ_TRY(sq_expect_range(fault, "attention.head_dim", a->head_dim, 1, SQ_WIDTH_MAX));
+    SQ_TRY(sq_expect_range(fault, "attention: heads * head_dim", a->heads * a->head_dim, 1,
+                           SQ_WIDTH_MAX));
+    SQ_TRY(sq_expect_range(fault, "attention.window", a->window, 0, INT32_MAX));
+    if (a->heads % a->kv_heads) {
+        return sq_refuse(fault, SQ_ERR_SHAPE, -1,
+                         "attention.heads: expected a multiple of kv_heads = %lld, got %lld",
+                         (long long)a->kv_heads, (long long)a->heads);
+    }
+    if (!isfinite(a->scale)) {
+        return sq_refuse(fault, SQ_ERR_RANGE, -1, "attention.scale: expected a finite number");
+    }
+    const int64_t q = a->heads * a->head_dim, kv = a->kv_heads * a->head_dim;
+    const enum sq_value x = SQ_VALUE_MIX;
+    SQ_TRY(sq_rotary_seal(&a->rotary, a->head_dim, fault));
+    SQ_TRY(sq_norm_seal(&a->q_norm, "attention.q_norm", fault));
+    SQ_TRY(sq_norm_seal(&a->k_norm, "attention.k_norm", fault));
+    SQ_TRY(sq_linear_seal(&a->q, q, hidden, x, "attention.q", sites, n_sites, fault));
+    SQ_TRY(sq_linear_seal(&a->k, kv, hidden, x, "attention.k", sites, n_sites, fault));
+    SQ_TRY(sq_linear_seal(&a->v, kv, hidden, x, "attention.v", sites, n_sites, fault));
+    return sq_linear_seal(&a->o, hidden, q, SQ_VALUE_MIXED, "attention.o", sites, n_sites, fault);
+}
+
+/* Tokens begin .. begin + m - 1 of the call; the arrays start at the chunk's first token. */
+struct store_job {
+    const struct sq_attention *a;
+    const float *table, *v;
+    float *q, *k, *scratch;
     const int32_t *sequence;
     const int64_t *position;
     const struct sq_kernels *kernels;
     sq_kv_cache_t *cache;
     int64_t layer, m;
-    float *scratch;
 };
-
-static void
-fill_table(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct rotary_job *j = context;
-    const int64_t half = j->a->head_dim / 2;
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        float *row = j->table_out + t * half * 2;
-        for (int64_t i = 0; i < half; i++) {
-            /* The product is rounded to float32 before cos and sin, as the models were trained. */
-            const float angle = (float)j->position[t] * j->a->inv_freq[i];
-            row[2 * i] = (float)cos((double)angle) * j->a->rope_scale;
-            row[2 * i + 1] = (float)sin((double)angle) * j->a->rope_scale;
-        }
-    }
-}
-
-void
-sq_rotary_table(const struct sq_architecture *a, const int64_t *position, int64_t m, float *table)
-{
-    struct rotary_job j = {.a = a, .position = position, .table_out = table};
-    sq_parallel_for(m, sq_max_i64(1, SINCOS_GRAIN / (a->head_dim / 2)), fill_table, &j);
-}
-
-/* Pairs are (i, i + d / 2): the first half of a head against the second. */
-static void
-rotate_heads(float *x, int64_t heads, int64_t d, const float *table)
-{
-    const int64_t half = d / 2;
-    for (int64_t h = 0; h < heads; h++, x += d) {
-        for (int64_t i = 0; i < half; i++) {
-            const float c = table[2 * i], s = table[2 * i + 1];
-            const float first = x[i], second = x[i + half];
-            x[i] = first * c - second * s;
-            x[i + half] = second * c + first * s;
-        }
-    }
-}
 
 static void
 rotate_tokens(void *context, int64_t begin, int64_t end, int thread)
 {
-    const struct rotary_job *j = context;
-    const struct sq_architecture *a = j->a;
+    const struct store_job *j = context;
+    const struct sq_attention *a = j->a;
     const int64_t d = a->head_dim, heads = a->heads, kv = a->kv_heads;
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         float *q = j->q + t * heads * d, *k = j->k + t * kv * d;
         float *scratch = j->scratch + t * heads * d;
-        rotate_heads(q, heads, d, j->table + t * d);
-        rotate_heads(k, kv, d, j->table + t * d);
+        sq_rotary_apply(&a->rotary, j->table + t * a->rotary.dim, q, heads, d);
+        sq_rotary_apply(&a->rotary, j->table + t * a->rotary.dim, k, kv, d);
         sq_cache_rotate(j->cache, j->kernels, q, heads, scratch);
         sq_cache_rotate(j->cache, j->kernels, k, kv, scratch);
     }
@@ -92,7 +75,7 @@ rotate_tokens(void *context, int64_t begin, int64_t end, int thread)
 static void
 store_heads(void *context, int64_t begin, int64_t end, int thread)
 {
-    const struct rotary_job *j = context;
+    const struct store_job *j = context;
     const int64_t d = j->a->head_dim, kv = j->a->kv_heads;
     (void)thread;
     for (int64_t h = begin; h < end; h++) {
@@ -105,281 +88,36 @@ store_heads(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-void
-sq_rotate_and_store(const struct sq_architecture *a, const float *table, float *q, float *k,
-                    const float *v, const int32_t *sequence, const int64_t *position, int64_t m,
-                    sq_kv_cache_t *cache, int64_t layer, float *scratch)
+sq_status
+sq_attention_project(const struct sq_attention *a, struct sq_reader *reader,
+                     const struct sq_tokens *tokens, sq_kv_cache_t *cache, int64_t layer,
+                     const float *x, const float *table, float *q,
+                     const struct sq_attention_scratch *scratch)
 {
-    struct rotary_job j = {.a = a,
-                           .table = table,
-                           .q = q,
-                           .k = k,
-                           .v = v,
-                           .sequence = sequence,
-                           .position = position,
-                           .kernels = sq_kernels_active(),
-                           .cache = cache,
-                           .layer = layer,
-                           .m = m,
-                           .scratch = scratch};
-    const int64_t d = a->head_dim;
+    const int64_t m = reader->m, d = a->head_dim;
+    SQ_TRY(sq_linear_apply(reader, &a->q, x, q));
+    SQ_TRY(sq_linear_apply(reader, &a->k, x, scratch->k));
+    SQ_TRY(sq_linear_apply(reader, &a->v, x, scratch->v));
+    if (a->q_norm.kind) {
+        sq_norm_rows(&a->q_norm, q, m * a->heads, d, q);
+    }
+    if (a->k_norm.kind) {
+        sq_norm_rows(&a->k_norm, scratch->k, m * a->kv_heads, d, scratch->k);
+    }
+    struct store_job j = {.a = a,
+                          .table = table,
+                          .q = q,
+                          .k = scratch->k,
+                          .v = scratch->v,
+                          .scratch = scratch->hadamard,
+                          .sequence = tokens->sequence + reader->begin,
+                          .position = tokens->position + reader->begin,
+                          .kernels = sq_kernels_active(),
+                          .cache = cache,
+                          .layer = layer,
+                          .m = m};
     sq_parallel_for(m, sq_max_i64(1, ROTARY_GRAIN / (a->heads * d)), rotate_tokens, &j);
     sq_parallel_for(a->kv_heads, sq_max_i64(1, STORE_GRAIN / sq_max_i64(1, m * d)), store_heads,
                     &j);
-}
-
-/* ---- attention -----------------------------------------------------------------------------
- * An item is (block of consecutive tokens of one sequence, kv head): its rows are the block's
- * tokens times the query heads that share the kv head, and for all of them a page's keys and values
- * are made float32 once. scores = Q K^T and out = P V go through gemm_f32, page by page, whose
- * elements are chains over the inner index in ascending order; the pages' parts of out are added in
- * ascending order. Pages start at fixed positions. Keys past a token's position (or before its
- * window) get probability 0, and a term 0 * v changes neither a chain nor a sum for finite v (where
- * one is not, each token is done again over its own keys); hence a token's output does not depend
- * on which tokens share its block, nor on how a prompt is cut. */
-
-enum {
-    ROWS_PER_BLOCK = 32,
-    SCORE_ALIGN = SQ_ALIGN_BYTES / (int)sizeof(float),
-};
-
-struct token_block {
-    int64_t begin, end;
-};
-
-struct attention_job {
-    const struct sq_kernels *kernels;
-    const struct sq_architecture *a;
-    const sq_kv_cache_t *cache;
-    int64_t layer;
-    const int32_t *sequence;
-    const int64_t *position;
-    float *q;
-    struct token_block *blocks;
-    int64_t items;
-    float *scratch; /* [lanes][lane_floats] */
-    int64_t lane_floats;
-    _Atomic int64_t next;
-};
-
-static int64_t
-tokens_per_block(const struct sq_architecture *a)
-{
-    return sq_max_i64(1, ROWS_PER_BLOCK * a->kv_heads / a->heads);
-}
-
-static int64_t
-lane_count(const struct sq_architecture *a, int64_t m)
-{
-    return sq_min_i64(SQ_ATTENTION_LANES, sq_max_i64(1, m * a->kv_heads));
-}
-
-/* Row length of the scores; one line more than needed keeps rows off a power of two's stride. */
-static int64_t
-score_stride(int64_t columns)
-{
-    return sq_round_up(columns, SCORE_ALIGN) + SCORE_ALIGN;
-}
-
-/* A lane holds a page's tile [SQ_PAGE_TOKENS][d], queries, outputs and a page's part of them
- * [rows][d], and scores [rows][length]. */
-static int64_t
-lane_floats(const struct sq_architecture *a, int64_t m, int64_t length)
-{
-    const int64_t rows = sq_min_i64(tokens_per_block(a), m) * (a->heads / a->kv_heads);
-    return SQ_PAGE_TOKENS * a->head_dim +
-           sq_round_up(rows * (3 * a->head_dim + score_stride(length + SQ_PAGE_TOKENS)),
-                       SCORE_ALIGN);
-}
-
-static size_t
-blocks_bytes(int64_t m)
-{
-    return sq_align_bytes((size_t)m * sizeof(struct token_block));
-}
-
-size_t
-sq_attention_workspace_bytes(const struct sq_architecture *a, int64_t m, int64_t length)
-{
-    return blocks_bytes(m) + (size_t)(lane_count(a, m) * lane_floats(a, m, length)) * sizeof(float);
-}
-
-/* Cuts the tokens where the sequence changes and after tokens_per_block. Returns the number. */
-static int64_t
-cut_blocks(const struct sq_architecture *a, const int32_t *sequence, int64_t m,
-           struct token_block *blocks)
-{
-    const int64_t limit = tokens_per_block(a);
-    int64_t count = 0;
-    for (int64_t begin = 0; begin < m;) {
-        int64_t end = begin + 1;
-        while (end < m && end - begin < limit && sequence[end] == sequence[begin]) {
-            end++;
-        }
-        blocks[count].begin = begin;
-        blocks[count++].end = end;
-        begin = end;
-    }
-    return count;
-}
-
-static int64_t
-window_start(const struct sq_architecture *a, int64_t position)
-{
-    return a->sliding_window ? sq_max_i64(0, position - a->sliding_window + 1) : 0;
-}
-
-/* One item at work: columns of scores are positions from first_page * SQ_PAGE_TOKENS on. */
-struct item {
-    int32_t sequence;
-    int64_t kv_head, rows, first_page;
-    int64_t ld; /* of scores */
-    float *tile, *queries, *out, *part, *scores;
-};
-
-/* scores [group][ld]: softmax over the keys this token sees, zeros on the other columns. */
-static void
-normalise_scores(const struct attention_job *j, const struct item *i, float *scores,
-                 int64_t position, int64_t columns)
-{
-    const int64_t group = j->a->heads / j->a->kv_heads, base = i->first_page * SQ_PAGE_TOKENS;
-    const int64_t start = window_start(j->a, position) - base;
-    const float scale = (float)(1.0 / sqrt((double)j->a->head_dim));
-    for (int64_t g = 0; g < group; g++) {
-        float *row = scores + g * i->ld;
-        memset(row, 0, (size_t)start * sizeof *row);
-        j->kernels->softmax_row(row + start, position - base - start + 1, columns - start, scale);
-    }
-}
-
-static const uint8_t *
-block_of(const struct attention_job *j, const struct item *i, int64_t page)
-{
-    return sq_cache_block(j->cache, j->layer, i->sequence, page, i->kv_head);
-}
-
-/* scores [rows][ld] of columns positions from the first page on. A page's row of keys is read in
- * whole vectors; what that adds to the last page's columns is masked later. */
-static void
-score_pages(const struct attention_job *j, const struct item *i, int64_t columns)
-{
-    const int64_t d = j->a->head_dim;
-    for (int64_t c = 0; c < columns; c += SQ_PAGE_TOKENS) {
-        const int64_t page = i->first_page + c / SQ_PAGE_TOKENS;
-        const int64_t n = sq_min_i64(SQ_PAGE_TOKENS, sq_round_up(columns - c, SCORE_ALIGN));
-        const float *keys = sq_cache_keys(j->cache, j->kernels, block_of(j, i, page), i->tile);
-        j->kernels->gemm_f32(i->rows, n, d, i->queries, d, keys, SQ_PAGE_TOKENS, i->scores + c,
-                             i->ld);
-    }
-}
-
-/* out [rows][d], of rows first_row on, <- probabilities times the values at first .. last. */
-static void
-mix_pages(const struct attention_job *j, const struct item *i, int64_t first_row, int64_t rows,
-          int64_t first, int64_t last)
-{
-    const int64_t d = j->a->head_dim, base = i->first_page * SQ_PAGE_TOKENS;
-    float *out = i->out + first_row * d;
-    memset(out, 0, (size_t)(rows * d) * sizeof *out);
-    for (int64_t from = first; from <= last;) {
-        const int64_t page = from / SQ_PAGE_TOKENS;
-        const int64_t to = sq_min_i64(last + 1, (page + 1) * SQ_PAGE_TOKENS);
-        const float *values = sq_cache_values(j->cache, j->kernels, block_of(j, i, page),
-                                              from % SQ_PAGE_TOKENS, to - from, i->tile);
-        j->kernels->gemm_f32(rows, d, to - from, i->scores + first_row * i->ld + from - base, i->ld,
-                             values, d, i->part, d);
-        for (int64_t e = 0; e < rows * d; e++) {
-            out[e] += i->part[e];
-        }
-        from = to;
-    }
-}
-
-static struct item
-lay_out_item(const struct attention_job *j, const struct token_block *block, int64_t kv_head,
-             int64_t first, int64_t last, float *scratch)
-{
-    const struct sq_architecture *a = j->a;
-    struct item i = {.sequence = j->sequence[block->begin],
-                     .kv_head = kv_head,
-                     .rows = (block->end - block->begin) * (a->heads / a->kv_heads),
-                     .first_page = first / SQ_PAGE_TOKENS};
-    i.ld = score_stride(last - i.first_page * SQ_PAGE_TOKENS + 1);
-    i.tile = scratch;
-    i.queries = i.tile + SQ_PAGE_TOKENS * a->head_dim;
-    i.out = i.queries + i.rows * a->head_dim;
-    i.part = i.out + i.rows * a->head_dim;
-    i.scores = i.part + i.rows * a->head_dim;
-    return i;
-}
-
-static void
-attend(const struct attention_job *j, const struct token_block *block, int64_t kv_head,
-       float *scratch)
-{
-    const struct sq_architecture *a = j->a;
-    const int64_t d = a->head_dim, group = a->heads / a->kv_heads,
-                  tokens = block->end - block->begin;
-    const int64_t *position = j->position + block->begin;
-    float *q = j->q + block->begin * a->heads * d + kv_head * group * d;
-
-    int64_t first = INT64_MAX, last = 0; /* keys that some token of the block sees */
-    for (int64_t t = 0; t < tokens; t++) {
-        first = sq_min_i64(first, window_start(a, position[t]));
-        last = sq_max_i64(last, position[t]);
-    }
-    const struct item i = lay_out_item(j, block, kv_head, first, last, scratch);
-    for (int64_t t = 0; t < tokens; t++) {
-        memcpy(i.queries + t * group * d, q + t * a->heads * d, (size_t)(group * d) * sizeof *q);
-    }
-    const int64_t columns = last - i.first_page * SQ_PAGE_TOKENS + 1;
-    score_pages(j, &i, columns);
-    for (int64_t t = 0; t < tokens; t++) {
-        normalise_scores(j, &i, i.scores + t * group * i.ld, position[t], columns);
-    }
-    mix_pages(j, &i, 0, i.rows, first, last);
-    if (tokens > 1 && !sq_all_finite(i.out, i.rows * d)) { /* 0 * Inf somewhere */
-        for (int64_t t = 0; t < tokens; t++) {
-            mix_pages(j, &i, t * group, group, window_start(a, position[t]), position[t]);
-        }
-    }
-    for (int64_t t = 0; t < tokens; t++) {
-        memcpy(q + t * a->heads * d, i.out + t * group * d, (size_t)(group * d) * sizeof *q);
-    }
-}
-
-static void
-attend_lanes(void *context, int64_t begin, int64_t end, int thread)
-{
-    struct attention_job *j = context;
-    (void)thread;
-    for (int64_t lane = begin; lane < end; lane++) {
-        for (;;) {
-            const int64_t item = atomic_fetch_add(&j->next, 1);
-            if (item >= j->items) {
-                break;
-            }
-            attend(j, &j->blocks[item / j->a->kv_heads], item % j->a->kv_heads,
-                   j->scratch + lane * j->lane_floats);
-        }
-    }
-}
-
-void
-sq_attention(const struct sq_architecture *a, const sq_kv_cache_t *cache, int64_t layer,
-             const int32_t *sequence, const int64_t *position, int64_t m, int64_t length, float *q,
-             void *workspace)
-{
-    struct attention_job j = {.kernels = sq_kernels_active(),
-                              .a = a,
-                              .cache = cache,
-                              .layer = layer,
-                              .sequence = sequence,
-                              .position = position,
-                              .q = q,
-                              .blocks = workspace,
-                              .scratch = (float *)(void *)((char *)workspace + blocks_bytes(m)),
-                              .lane_floats = lane_floats(a, m, length)};
-    j.items = cut_blocks(a, sequence, m, j.blocks) * a->kv_heads;
-    sq_parallel_for(lane_count(a, m), 1, attend_lanes, &j);
+    return SQ_OK;
 }

@@ -1,37 +1,51 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The steps between the projections of a layer: rotary embedding, cache write, attention. The
- * caller (sq_decoder.c) has checked shapes, positions and sequences. */
+/* The attention block: q, k, v with their norms and rotary embedding, the cache, attention, o. */
+#include "singlequant.h"
 #ifndef SQ_ATTENTION_H
 #define SQ_ATTENTION_H
 
-#include "core/sq_internal.h"
+#include "runtime/sq_cache.h"
+#include "runtime/sq_norm.h"
+#include "runtime/sq_rotary.h"
+#include "runtime/sq_site.h"
 
-/* table [m][head_dim / 2][2] <- cos and sin of position * inv_freq, times rope_scale. */
-void
-sq_rotary_table(const struct sq_architecture *a, const int64_t *position, int64_t m, float *table);
+#define SQ_HEADS_MAX ((int64_t)1 << 16)
 
-/* Rotates q [m][heads * head_dim] and k [m][kv_heads * head_dim] in place, by the table and then by
- * the cache's Hadamard, and stores k and v (of k's shape) in a layer of the cache at each token's
- * sequence and position, whose pages are there. scratch: as large as q. */
-void
-sq_rotate_and_store(const struct sq_architecture *a, const float *table, float *q, float *k,
-                    const float *v, const int32_t *sequence, const int64_t *position, int64_t m,
-                    sq_kv_cache_t *cache, int64_t layer, float *scratch);
+struct sq_attention {
+    int64_t heads, kv_heads, head_dim;
+    int64_t window; /* positions that a query sees, its own included; 0: all before it */
+    float scale;    /* of the scores */
+    struct sq_rotary rotary;
+    struct sq_norm q_norm, k_norm; /* of each head [head_dim], before the rotary embedding */
+    struct sq_linear q, k, v, o;
+};
 
-/* Threads that sq_attention can use: scratch for so many is in its workspace. A constant, so that
- * the workspace fits whatever the number of threads is when the call comes; untouched scratch takes
- * no memory. */
-#define SQ_ATTENTION_LANES 64
+/* The tokens of a call: token t of sequence[t] stands at position[t]. */
+struct sq_tokens {
+    int64_t m;
+    int64_t length; /* one more than the largest position */
+    const int32_t *sequence;
+    const int64_t *position;
+};
 
-/* Bytes of workspace for sq_attention over positions below length. */
-size_t
-sq_attention_workspace_bytes(const struct sq_architecture *a, int64_t m, int64_t length);
+/* Scratch of one chunk of tokens. */
+struct sq_attention_scratch {
+    float *k, *v;    /* [chunk][kv_heads * head_dim] */
+    float *hadamard; /* [chunk][heads * head_dim] */
+};
 
-/* q [m][heads * head_dim] <- causal attention of each query over its sequence's part of a layer of
- * the cache, in place. Positions are below length. */
-void
-sq_attention(const struct sq_architecture *a, const sq_kv_cache_t *cache, int64_t layer,
-             const int32_t *sequence, const int64_t *position, int64_t m, int64_t length, float *q,
-             void *workspace);
+/* Proves the block; it reads SQ_VALUE_MIX, of `hidden` channels. */
+sq_status
+sq_attention_seal(const struct sq_attention *a, int64_t hidden, struct sq_site *sites, int n_sites,
+                  struct sq_fault *fault);
+
+/* First half, for the tokens of the reader's chunk: x [m][hidden] gives queries q [m][heads *
+ * head_dim], and keys and values that go to a layer of the cache, whose pages are there. table:
+ * sq_rotary_table of these tokens. */
+sq_status
+sq_attention_project(const struct sq_attention *a, struct sq_reader *reader,
+                     const struct sq_tokens *tokens, sq_kv_cache_t *cache, int64_t layer,
+                     const float *x, const float *table, float *q,
+                     const struct sq_attention_scratch *scratch);
 
 #endif

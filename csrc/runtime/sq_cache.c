@@ -11,6 +11,9 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "core/sq_internal.h"
+#include "kernels/sq_kernels.h"
+
 enum {
     TOKENS = SQ_PAGE_TOKENS,
     STACK_CODES = 256, /* of a head at a time; a multiple of every group of codes */

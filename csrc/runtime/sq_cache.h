@@ -1,11 +1,71 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Pages of the KV cache as attention reads and writes them. The callers have checked layers,
- * sequences, positions and heads, and reserved the pages that they write. */
+/* The KV cache, and its pages as attention reads and writes them. */
+#include "singlequant.h"
 #ifndef SQ_CACHE_H
 #define SQ_CACHE_H
 
-#include "core/sq_internal.h"
-#include "kernels/sq_kernels.h"
+/* ---- keys and values of every layer, in pages of SQ_PAGE_TOKENS positions of
+ * one sequence and layer, taken when a position is first written and given back by _release. A
+ * position that was never written holds zeros. bits:
+ *   32, 16  float32, float16 (clamped to finite values);
+ *   8, 4    per token and head unsigned codes, x = scale * code + minimum, scale and minimum in
+ *           float16; a head with NaN or Inf becomes NaN. With hadamard, queries and keys take the
+ *           orthonormal matrix of sq_hadamard_matrix(head_dim) after the rotary embedding, which
+ *           spreads a key's outlying channels over its codes and leaves the scores as they are.
+ * No call may run beside another one on the same cache, not on another layer either. */
+#define SQ_PAGE_TOKENS 64
+struct sq_kv_shape {
+    int64_t layers, sequences, kv_heads, head_dim;
+    int64_t capacity;    /* positions of a sequence */
+    int64_t limit_bytes; /* of pages; 0: none */
+    int bits, hadamard;
+};
+typedef struct sq_kv_cache_t sq_kv_cache_t;
+
+/* No page is taken yet. SQ_ERR_RANGE: a size below 1, bits that are none of the above, more than
+ * 2^31 - 1 sequences, 2^31 positions or 2^24 head_dim. SQ_ERR_NOMEM also where sizes overflow. */
+sq_status
+sq_kv_cache_create(const struct sq_kv_shape *shape, sq_kv_cache_t **out);
+
+void
+sq_kv_cache_destroy(sq_kv_cache_t *cache);
+
+const struct sq_kv_shape *
+sq_kv_cache_shape(const sq_kv_cache_t *cache);
+
+/* Bytes of one page, and of all pages in memory: those of sequences and, for reuse, at most as many
+ * free ones. The second may be called while another call runs. */
+int64_t
+sq_kv_cache_page_bytes(const sq_kv_cache_t *cache);
+int64_t
+sq_kv_cache_bytes(const sq_kv_cache_t *cache);
+
+/* Takes the pages of layers first .. last - 1 that position[t] of sequence[t], t < m, still need.
+ * SQ_ERR_NOMEM: no memory, or more than limit_bytes; nothing was taken then. */
+sq_status
+sq_kv_cache_reserve(sq_kv_cache_t *cache, int64_t first, int64_t last, const int32_t *sequence,
+                    const int64_t *position, int64_t m);
+
+/* Frees the pages of a sequence in all layers; it holds zeros again. */
+sq_status
+sq_kv_cache_release(sq_kv_cache_t *cache, int64_t sequence);
+
+/* keys, values [count][kv_heads][head_dim] <- what positions 0 .. count - 1 of a sequence hold in a
+ * layer, as attention sees it (keys rotated). */
+sq_status
+sq_kv_cache_read(const sq_kv_cache_t *cache, int64_t layer, int64_t sequence, int64_t count,
+                 float *keys, float *values);
+
+/* x [m][n] -> codes [m][n] and each row's scale and minimum, float16 bits, as the cache with 8 or 4
+ * bits rounds a head: both are rounded so that every x is within half a step of scale * code +
+ * minimum as long as it is a float16 in size. */
+sq_status
+sq_kv_quantize(int bits, const float *x, int64_t m, int64_t n, uint8_t *codes, uint16_t *scales,
+               uint16_t *minima);
+
+/* ---- for attention: the callers have checked layers, sequences, positions and heads, and reserved
+ * the pages that they write. */
+struct sq_kernels;
 
 /* What one kv head holds of a page; NULL where the page was never taken. */
 uint8_t *

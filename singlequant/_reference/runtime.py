@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linears, the decoder, the KV cache, sampling and likelihoods in plain NumPy."""
 
+import math
+
 import numpy as np
 
 from .quantize import dequantize, quantize, sum_of_lanes, unpack
@@ -49,9 +51,7 @@ def rms_norm(x, weight, eps):
 
 
 def silu_mul(gate, up):
-    gate, up = np.asarray(gate, np.float64), np.asarray(up, np.float64)
-    with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-gate)) * up
+    return activate("silu", gate) * np.asarray(up, np.float64)
 
 
 def softmax(x, scale=1.0):
@@ -68,32 +68,59 @@ def gather_rows(table, index):
     return np.asarray(table)[np.asarray(index)].astype(np.float32)
 
 
-def rms_norm_float64(x, weight, eps):
+def norm(x, rule):
+    """Rows of x in float64; rule: (kind, eps, offset, weight, bias or None), or None: x itself."""
+    if rule is None:
+        return x
+    kind, eps, offset, weight, bias = rule
     x = np.asarray(x, np.float64)
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    x = x - x.mean(axis=-1, keepdims=True) if kind == "layer" else x
+    scale = np.float32(offset) + np.asarray(weight, np.float32)
+    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+    return y if bias is None else y + np.asarray(bias)
 
 
-def rotary(x, position, inv_freq, rope_scale):
-    """x [heads, head_dim] at one position: pair (i, i + head_dim / 2) turns by position * inv_freq.
+def rotary(x, position, rule):
+    """x [heads, head_dim] at one position; rule: (inv_freq [dim / 2], scale), or None: x itself.
 
-    The angle is rounded to float32 as in the models; all else is float64.
+    Channels i and i + dim / 2 turn by position * inv_freq[i]; those from dim on stay. The angle is
+    rounded to float32 as in the models; all else is float64.
     """
+    if rule is None:
+        return x
+    inv_freq, scale = rule
     angle = (np.float32(position) * np.asarray(inv_freq, np.float32)).astype(np.float64)
-    c, s = np.cos(angle) * rope_scale, np.sin(angle) * rope_scale
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+    c, s = np.cos(angle) * scale, np.sin(angle) * scale
+    half = len(angle)
+    first, second, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    return np.concatenate([first * c - second * s, second * c + first * s, rest], axis=-1)
 
 
-def attention(q, keys, values, position, sliding_window=0):
-    """One token: q [heads, d] against keys and values [kv_heads, positions, d]."""
+def attention(q, keys, values, position, window=0, scale=None):
+    """One token: q [heads, d] against keys and values [kv_heads, positions, d]; scale of the
+    scores, 1 / sqrt(d) by default."""
     group = len(q) // len(keys)
-    start = max(0, position - sliding_window + 1) if sliding_window else 0
+    start = max(0, position - window + 1) if window else 0
+    scale = 1 / np.sqrt(q.shape[1]) if scale is None else scale
     out = np.empty_like(q)
     for head, query in enumerate(q):
         k = keys[head // group][start : position + 1]
         v = values[head // group][start : position + 1]
-        out[head] = softmax(k @ query / np.sqrt(len(query))) @ v
+        out[head] = softmax(k @ query * scale) @ v
     return out
+
+
+def activate(kind, x):
+    """The activations of an MLP, in float64."""
+    x = np.asarray(x, np.float64)
+    with np.errstate(over="ignore"):
+        if kind == "silu":
+            return x / (1 + np.exp(-x))
+        if kind == "gelu":
+            return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        if kind == "gelu_tanh":
+            return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.maximum(x, 0) ** {"relu": 1, "relu2": 2}[kind]
 
 
 class KVCache:
@@ -121,42 +148,62 @@ class KVCache:
 
 
 class DecoderLayer:
-    """A linear is (weight, bias or None) or, for tests of packed layers, a function of its input.
+    """The layer of the core block by block, with its constructor.
 
-    Sites are not looked at: a function rotates and quantizes as it likes.
+    A weight is an array or, for tests of packed layers, a function of its site's value. Rotations,
+    bits and clips of sites are not looked at: such a function rotates and quantizes as it likes.
     """
 
-    def __init__(self, architecture, norms, linears, sites):
-        self.architecture, self.norms, self.linears = architecture, norms, linears
+    def __init__(
+        self, hidden, sites, attention, mlp, norms, parallel=False, residual_scale=1.0
+    ):
+        self.sites, self.attention, self.mlp, self.norms = sites, attention, mlp, norms
+        self.parallel, self.residual_scale = parallel, residual_scale
+        self.inputs = {}
 
-    def linear(self, i, x):
-        if callable(self.linears[i]):
-            return np.asarray(self.linears[i](x), np.float64)
-        weight, bias = self.linears[i]
-        return linear_dense(x, weight) + (0 if bias is None else bias)
+    def linear(self, linear, x):
+        site, weight, bias = linear
+        self.inputs[site] = x.copy()
+        y = weight(x) if callable(weight) else linear_dense(x, weight)
+        return np.asarray(y, np.float64) + (0 if bias is None else np.asarray(bias))
+
+    def mix(self, x, sequence, position, cache, layer):
+        """The attention block of x [m, h]."""
+        a, m, d = self.attention, len(x), self.attention["head_dim"]
+        q, k, v = (self.linear(a[role], x).reshape(m, -1, d) for role in ("q", "k", "v"))
+        q, k = norm(q, a.get("q_norm")), norm(k, a.get("k_norm"))
+        for t in range(m):
+            turned = cache.turn(rotary(k[t], position[t], a["rotary"]))
+            cache.store(layer, sequence[t], position[t], turned, v[t])
+        mixed = np.empty((m, a["heads"] * d))
+        for t in range(m):
+            query, of = cache.turn(rotary(q[t], position[t], a["rotary"])), (layer, sequence[t])
+            mixed[t] = attention(query, cache.keys[of], cache.values[of], position[t],
+                                 a["window"], a["scale"]).ravel()
+        return self.linear(a["o"], mixed)
+
+    def feed(self, x):
+        """The MLP block of x [m, h]."""
+        mlp = self.mlp
+        if mlp["gate"] is None:
+            inner = activate(mlp["activation"], self.linear(mlp["up"], x))
+        else:
+            inner = activate(mlp["activation"], self.linear(mlp["gate"], x))
+            inner = inner * self.linear(mlp["up"], x)
+        return self.linear(mlp["down"], inner)
 
     def forward(self, hidden, sequence, position, cache, layer, record=False):
         """hidden [m, h] float64, updated in place."""
-        a = self.architecture
-        m, d = len(hidden), a["head_dim"]
-        normed = rms_norm_float64(hidden, self.norms[0], a["rms_eps"])
-        q, k, v = (self.linear(i, normed).reshape(m, -1, d) for i in range(3))
-        for t in range(m):
-            turned = cache.turn(rotary(k[t], position[t], a["inv_freq"], a["rope_scale"]))
-            cache.store(layer, sequence[t], position[t], turned, v[t])
-        attended = np.empty((m, a["heads"] * d))
-        for t in range(m):
-            turned = cache.turn(rotary(q[t], position[t], a["inv_freq"], a["rope_scale"]))
-            of = layer, sequence[t]
-            attended[t] = attention(
-                turned, cache.keys[of], cache.values[of], position[t], a["sliding_window"]
-            ).ravel()
-        hidden += self.linear(3, attended)
-        normed_mlp = rms_norm_float64(hidden, self.norms[1], a["rms_eps"])
-        gate, up = self.linear(4, normed_mlp), self.linear(5, normed_mlp)
-        inner = gate / (1 + np.exp(-gate)) * up
-        hidden += self.linear(6, inner)
-        return (normed, attended, normed_mlp, inner) if record else None
+        norms, before = self.norms, hidden.copy()
+        x = norm(before, norms.get("before_attention"))
+        branch = norm(self.mix(x, sequence, position, cache, layer), norms.get("after_attention"))
+        hidden += self.residual_scale * branch
+        if not self.parallel:
+            x = norm(hidden, norms.get("before_mlp"))
+        elif norms.get("before_mlp"):
+            x = norm(before, norms["before_mlp"])
+        hidden += self.residual_scale * norm(self.feed(x), norms.get("after_mlp"))
+        return {site: self.inputs[site] for site in self.sites} if record else None
 
 
 def distribution(logits, temperature, top_k, top_p):

@@ -1,54 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives the C decoder: one call per layer, over dense weights (recording) or packed ones."""
+"""Drives the C decoder over dense weights (recording) or packed ones."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..models.spec import ModelSpec
-from ..weights import PackedLinear
+from ..models.spec import LayerSpec, ModelSpec, roles_of
+from ..weights import Norm, PackedLinear
 
 
-def architecture_row(spec: ModelSpec) -> dict[str, object]:
-    """What the C decoder needs to know of a model, from its config."""
+def layer_blocks(
+    spec: LayerSpec,
+    norms: Mapping[str, Norm],
+    linears: Mapping[str, tuple[str, Any, Any]],
+    sites: Mapping[str, tuple[int, Any, int, float]],
+) -> dict[str, Any]:
+    """Arguments of `_C.DecoderLayer`.
+
+    norms: by place. linears: (site, weight, bias or None) by role. sites: (k, rotation or None,
+    bits, clip) by name.
+    """
     a = spec.attention
+    rotary = a.rotary and (np.array(a.rotary.inv_freq, np.float32), a.rotary.scale)
+
+    def of(block: str) -> dict[str, Any]:
+        return {role: linears[role] for role in roles_of(block) if role in linears}
+
     return {
         "hidden": spec.hidden,
-        "intermediate": spec.layer(0).mlp.intermediate,
-        "heads": a.heads,
-        "kv_heads": a.kv_heads,
-        "head_dim": a.head_dim,
-        "rms_eps": spec.final_norm.eps,
-        "sliding_window": a.window,
-        "inv_freq": np.array(a.rotary.inv_freq, np.float32),
-        "rope_scale": a.rotary.scale,
-    }
+        "sites": dict(sites),
+        "attention": {
+            "heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "window": a.window,
+            "scale": a.scale, "rotary": rotary, **of("attention"),
+        },
+        "mlp": {"activation": spec.mlp.activation, **of("mlp")},
+        "norms": {
+            place: (norm.kind, norm.eps, norm.offset, norms[place].weight, norms[place].bias)
+            for place, norm in spec.norms.items()
+        },
+        "parallel": spec.parallel,
+        "residual_scale": spec.residual_scale,
+    }  # fmt: skip
 
 
 def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
     """The C layer `index` of a Checkpoint; packed weights go into the CPU's panel order."""
-    weights, spec = checkpoint.layer(index), checkpoint.spec.layer(index)
-    linears = []
-    site_of = {role: site.name for site in spec.sites.values() for role in site.roles}
-    for role, linear in weights.linears.items():
-        weight = linear.weight
-        if isinstance(weight, PackedLinear):
-            high = weights.int8_inputs.get(site_of[role], 0)
-            weight = _C.PackedWeight(weight.words, weight.scales, weight.shape[1], weight.group,
-                                     high)
-        linears.append((weight, linear.bias))
-    sites: list[tuple | None] = [None] * len(spec.sites)
-    if checkpoint.quant_config is not None:
-        bits = checkpoint.quant_config.activation_bits
-        for i, site in enumerate(spec.sites):
-            rotation = weights.rotations.get(site, (None, None))
-            if len(rotation) == 3:  # a BlockRotation's stand in place of left
-                rotation = (rotation, None)
-            sites[i] = (*rotation, bits, weights.clips[site])
-    norms = [norm.weight for norm in weights.norms.values()]
-    return _C.DecoderLayer(architecture_row(checkpoint.spec), norms, linears, sites)
+    spec, weights = checkpoint.spec.layer(index), checkpoint.layer(index)
+    config = checkpoint.quant_config
+    bits = 16 if config is None else config.activation_bits
+    linears, sites = {}, {}
+    for name, site in spec.sites.items():
+        for role in site.roles:
+            linear = weights.linears[role]
+            weight = linear.weight
+            if isinstance(weight, PackedLinear):
+                weight = _C.PackedWeight(weight.words, weight.scales, site.k, weight.group,
+                                         weights.int8_inputs.get(name, 0))
+            linears[role] = name, weight, linear.bias
+        sites[name] = site.k, weights.rotations.get(name), bits, weights.clips.get(name, 1.0)
+    return _C.DecoderLayer(**layer_blocks(spec, weights.norms, linears, sites))
 
 
 def new_cache(

@@ -39,6 +39,7 @@ class Model:
         self._head = checkpoint.head
         self._norm = _C.to_float32(checkpoint.final_norm.weight)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
+        self._decoder = _C.Decoder(self._layers)
 
     def __repr__(self) -> str:
         kind = "quantized" if self.checkpoint.quantized else "unquantized"

@@ -71,8 +71,6 @@ class Session:
         sequence = chosen[local].astype(np.int32)
         position += self.lengths[chosen][local]
         hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
-        self._cache.reserve(sequence, position)  # all layers' pages or none
-        for index, layer in enumerate(self.model._layers):
-            layer.forward(hidden, sequence, position, self._cache, index)
+        self.model._decoder.forward(hidden, sequence, position, self._cache)
         self.lengths[chosen] += lengths
         return self.model._normalized(hidden)

@@ -140,13 +140,13 @@ def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> 
     """Statistics of a layer from the recorded inputs of its sites."""
     linears, sites, spec = checkpoint.layer(index).linears, {}, checkpoint.spec.layer(index)
     a = spec.attention
-    for (name, site), recorded in zip(spec.sites.items(), inputs, strict=True):
+    for name, site in spec.sites.items():
         weights = [linears[role].weight for role in site.roles]
         shared = None
         if site.reads == "attention":  # a value head serves all its queries
             shared = a.kv_heads, a.heads // a.kv_heads, a.head_dim
         try:
-            sites[name] = site_statistics(recorded, weights, sample_tokens, keep_inputs,
+            sites[name] = site_statistics(inputs[name], weights, sample_tokens, keep_inputs,
                                           shared)
         except ValueError as error:
             for i in range(index + 1):  # a weight that is not finite is the better message

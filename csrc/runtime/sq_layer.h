@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A decoder layer made of blocks. Fill it in, seal it once, then run it. */
+#include "singlequant.h"
+#ifndef SQ_LAYER_H
+#define SQ_LAYER_H
+
+#include "runtime/sq_attention.h"
+#include "runtime/sq_mlp.h"
+#include "runtime/sq_norm.h"
+#include "runtime/sq_site.h"
+
+/* With mix = attention and feed = the MLP, norms of kind SQ_NORM_NONE left out:
+ *     x += residual_scale * after_attention(mix(before_attention(x)))
+ *     x += residual_scale * after_mlp(feed(before_mlp(x)))
+ * In a parallel layer both read the x that comes in; one without before_mlp feeds on
+ * before_attention(x), which is one value, so that one site may serve both. */
+struct sq_layer {
+    int64_t hidden;
+    int parallel;
+    float residual_scale;
+    struct sq_norm before_attention, after_attention, before_mlp, after_mlp; /* [hidden] */
+    struct sq_attention attention;
+    struct sq_mlp mlp;
+    struct sq_site *sites; /* borrowed, [n_sites], in an order of the caller's choice */
+    int n_sites;
+};
+
+/* Proves all that the functions below rely on. SQ_ERR_...: fault says what does not fit. */
+sq_status
+sq_layer_seal(struct sq_layer *layer, struct sq_fault *fault);
+
+/* Bytes of workspace for m tokens at positions below length, m <= SQ_TOKENS_MAX and length <= 2^31.
+ */
+size_t
+sq_layer_workspace_bytes(const struct sq_layer *layer, int64_t m, int64_t length);
+
+/* What layers that run one after the other on the same tokens share. */
+struct sq_pass {
+    struct sq_tokens tokens;
+    sq_kv_cache_t *cache;
+    float *hidden;                  /* [m][hidden] */
+    void *workspace;                /* of the largest sq_layer_workspace_bytes among them */
+    const struct sq_rotary *rotary; /* whose table lies in workspace; NULL: none does yet */
+};
+
+/* pass->hidden is updated in place by a sealed layer, number index of the cache. The keys and
+ * values of the tokens are written to the cache first, whose pages are reserved for them; token t
+ * attends to positions 0 .. position[t] of its own sequence. record [n_sites]: where to copy the
+ * (unrotated) input of each site, [m][k of the site] or NULL; or NULL. */
+sq_status
+sq_layer_forward(const struct sq_layer *layer, struct sq_pass *pass, int64_t index,
+                 float *const *record);
+
+#endif
