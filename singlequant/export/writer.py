@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .. import _C
-from ..config import BALANCED_SITES, RESIDUAL_METHODS, SITES, QuantConfig
+from ..config import QuantConfig
 from ..export.names import (
     BLOCK_PARTS,
     FORMAT_VERSION,
@@ -31,8 +30,8 @@ from ..export.names import (
     rotation_name,
 )
 from ..files import read_json, whole_file
-from ..methods.duquant import block_size
-from ..models.family import LINEARS
+from ..methods.registry import METHODS
+from ..models.family import LINEARS, READS
 from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor
 from ..weights import PackedLinear, QuantizedLayer, high_problem, packed_words, packing_problem
 
@@ -473,10 +472,12 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
         if (checkpoint.path / name).is_file()
     )
     head = f"{checkpoint.architecture.head}.weight" if shape.tie_word_embeddings else None
-    treated = [site for site, roles in checkpoint.architecture.sites.items()
-               if any(checkpoint.linear_name(i, role) in packed
-                      for role in roles for i in range(shape.layers))]
-    folded = _folded_tensors(checkpoint, config.method, treated)
+    method = METHODS[config.method]
+    packed_sites = [site for site, roles in checkpoint.architecture.sites.items()
+                    if any(checkpoint.linear_name(i, role) in packed
+                           for role in roles for i in range(shape.layers))]
+    folded = _folded_tensors(checkpoint, [site for site in packed_sites
+                                          if READS[site] in method.balances])
     for name, info in checkpoint.tensors.items():
         total += 160  # its header entry and its line of the index
         linear = name.removesuffix(".weight")
@@ -486,18 +487,15 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
             total += 4 * n * (packed_words(k) + groups) + 16 + 320
         elif name != head:
             total += 4 * prod(info.shape) if name in folded else info.nbytes
-    if config.method not in ("none", "smoothquant"):
-        measure = _block_bytes if config.method == "duquant" else _factor_bytes
-        rotated = RESIDUAL_METHODS.get(config.method, SITES)
-        total += shape.layers * sum(measure(shape.site(site)) for site in rotated
-                                    if site in treated)
+    total += shape.layers * sum(method.online_bytes(READS[site], shape.site(site))
+                                for site in packed_sites)
     return total
 
 
-def _folded_tensors(checkpoint: Checkpoint, method: str, sites: Sequence[str]) -> set[str]:
-    """Tensors that the method's balance of these sites multiplies: in float32 unless packed."""
+def _folded_tensors(checkpoint: Checkpoint, sites: Sequence[str]) -> set[str]:
+    """Tensors that a balance of these sites multiplies: in float32 unless packed."""
     architecture, names = checkpoint.architecture, set()
-    for site in set(BALANCED_SITES.get(method, ())) & set(sites):
+    for site in sites:
         producer = architecture.producers[site]
         roles = [*architecture.sites[site], *([producer] if isinstance(producer, str) else [])]
         for i in range(checkpoint.shape.layers):
@@ -505,16 +503,3 @@ def _folded_tensors(checkpoint: Checkpoint, method: str, sites: Sequence[str]) -
             if not isinstance(producer, str):
                 names.add(f"{architecture.norms[producer].format(i=i)}.weight")
     return names
-
-
-def _factor_bytes(k: int) -> int:
-    """Bytes of a site's factors: dense, or for a large one a chain of two rotations per entry."""
-    return sum(
-        320 + (4 * order**2 if order <= FACTOR_DENSE_MAX else 16 * 2 * order)
-        for order in _C.factor_sizes(k)
-    )
-
-
-def _block_bytes(k: int) -> int:
-    """Bytes of a site's two block rotations and their permutation."""
-    return 3 * 320 + 4 * k * (2 * block_size(k) + 1)

@@ -24,6 +24,9 @@ __all__ = [
     "rope_frequencies",
 ]
 
+# What the linears of a site read. For the lead: `Site.reads`.
+READS = {"qkv": "residual", "o": "attention", "gate_up": "residual", "down": "mlp"}
+
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
