@@ -20,6 +20,7 @@ import numpy as np
 
 import singlequant as sq
 from singlequant import arrays
+from singlequant.methods import singlequant
 from singlequant.rotations import LayerRotations
 
 rotate = importlib.import_module("singlequant.methods.solve")
@@ -42,7 +43,7 @@ ARRANGED = {
     "2 sweeps of both, no H": {"art": "no", "rounds": 2, "hadamard": False},
 }
 for _name, _options in ARRANGED.items():
-    VARIANTS[_name] = lambda site, options=_options: rotate.arrange(site, **options)
+    VARIANTS[_name] = lambda site, options=_options: singlequant.build(site, **options)
 CLIPS = (0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 ROUNDINGS = {"rtn": {"weights": "rtn", "clip": 1.0}, "mse": {"weights": "mse"}}
 

@@ -11,42 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .methods.registry import DEFAULT_METHOD, METHODS
 
 KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
 
-HIGH_STEP = 32  # SQ_K_ALIGN of the core: inputs with 8 bits come in whole blocks
+INT8_STEP = 32  # SQ_K_ALIGN of the core: inputs with 8 bits come in whole blocks
 
 SCHEMES = {"w4a4": 4, "w4a8": 8, "w4a16": 16}
-
-METHODS = (
-    "balanced",
-    "singlequant",
-    "paper",
-    "art",
-    "urt",
-    "hadamard",
-    "random",
-    "quarot",
-    "spinquant",
-    "duquant",
-    "smoothquant",
-    "none",
-)
-
-DEFAULT_METHOD = "balanced"
-
-# Methods that rotate the residual stream inside the weights, and the sites they rotate online.
-RESIDUAL_METHODS = {"quarot": ("o", "down"), "spinquant": ("down",)}
 
 WEIGHTS = ("rtn", "mse", "gptq")
 
 GPTQ_INPUTS = ("float", "quantized")
 
 SITES = ("qkv", "o", "gate_up", "down")
-
-# Methods that fold a balance into the weights, and the sites that get one; smoothquant, as
-# published, where a norm feeds the linears.
-BALANCED_SITES = {"balanced": SITES, "duquant": SITES, "smoothquant": ("qkv", "gate_up")}
 
 DEFAULT_CLIP = {"w4a4": 0.8, "w4a8": 1.0, "w4a16": 1.0}
 

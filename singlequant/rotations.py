@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from .config import HIGH_STEP, check_sites
+from .config import INT8_STEP, check_sites
 from .statistics import LayerStatistics
 
 FACTOR_DENSE_MAX = 512  # SQ_FACTOR_DENSE_MAX of the core: larger factors stay chains
@@ -83,6 +83,20 @@ def chain_problem(order: int, pairs: NDArray[Any], angles: NDArray[Any]) -> str 
     return None
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operation of a solver, in the order in which it was made."""
+
+    name: str  # "Hadamard", "ART", "URT", "sweep 1", ...
+    axis: int  # 0: the first Kronecker axis, 1: the second
+    hadamard: bool = False  # the Hadamard of the axis, before any Givens rotation of it
+    count: int = 0  # Givens rotations that it added to the axis's chain
+
+    def is_a(self, kind: str) -> bool:
+        """Whether the name is `kind`, or `kind` and a number."""
+        return self.name == kind or self.name.startswith(f"{kind} ")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteRotation:
     """The transformation of one site: X [k1, k2] -> left (X / balance) right^T.
@@ -92,19 +106,16 @@ class SiteRotation:
 
     left: Factor  # order k1: the paper's R1 = R_U1 R_A
     right: Factor  # order k2: the transpose of the paper's R2 = H R_U2
-    art_steps: int = 0
-    urt_steps: int = 0
-    sweep_rotations: int = 0
+    steps: tuple[Step, ...] = ()  # what the solver did, in order; empty where nobody recorded it
     balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance
-    high: int = 0  # leading inputs, after rotation, that keep 8 bits where the others get 4
+    int8_inputs: int = 0  # leading inputs, after rotation, that keep 8 bits where others get 4
 
     def __post_init__(self) -> None:
         if self.balance is not None:
             object.__setattr__(self, "balance", _checked_balance(self.balance, self.k))
-        if not 0 <= self.high < self.k or self.high % HIGH_STEP:
-            raise ValueError(
-                f"high: expected a multiple of {HIGH_STEP} below {self.k}, found {self.high}"
-            )
+        if not 0 <= self.int8_inputs < self.k or self.int8_inputs % INT8_STEP:
+            raise ValueError(f"int8_inputs: expected a multiple of {INT8_STEP} below {self.k}, "
+                             f"found {self.int8_inputs}")
 
     @property
     def k(self) -> int:
@@ -126,12 +137,44 @@ class SiteRotation:
         """(left, right) as _C.rotate takes them."""
         return self.left.runtime(), self.right.runtime()
 
+    def givens_count(self, kind: str) -> int:
+        """Givens rotations of the steps of one kind: "ART", "URT" or "sweep"."""
+        return sum(step.count for step in self.steps if step.is_a(kind))
+
+    def partials(self) -> Iterator[tuple[str, SiteRotation]]:
+        """(name, what stands after it) of the balance and of each recorded step, in order.
+
+        The last one is the rotation itself. Hadamards of both axes in a row are one entry.
+        Without recorded steps the one entry is ("final", self).
+        """
+        factors = [replace(f, hadamard=False, pairs=f.pairs[:0], angles=f.angles[:0])
+                   for f in (self.left, self.right)]
+        found = []
+        if self.balance is not None:
+            found.append(("balance", replace(self, left=factors[0], right=factors[1])))
+        for number, step in enumerate(self.steps):
+            whole = (self.left, self.right)[step.axis]
+            end = factors[step.axis].steps + step.count
+            factors[step.axis] = replace(
+                whole, hadamard=factors[step.axis].hadamard or step.hadamard,
+                pairs=whole.pairs[:end], angles=whole.angles[:end])
+            after = replace(self, left=factors[0], right=factors[1])
+            if step.hadamard and number and self.steps[number - 1].hadamard:
+                found[-1] = f"{step.name}, both axes", after
+            else:
+                found.append((f"{step.name}, axis {step.axis + 1}", after))
+        if not self.steps and not self.is_identity:
+            return iter([*found, ("final", self)])
+        if found:
+            found[-1] = found[-1][0], self
+        return iter(found)
+
     def __repr__(self) -> str:
+        counts = "".join(f", {kind} {self.givens_count(kind)}" for kind in ("ART", "URT", "sweep"))
         return (
-            f"SiteRotation({self.left.order}x{self.right.order}, art {self.art_steps}, "
-            f"urt {self.urt_steps}, sweeps {self.sweep_rotations}"
+            f"SiteRotation({self.left.order}x{self.right.order}{counts}"
             f"{', balanced' if self.balance is not None else ''}"
-            f"{f', {self.high} at 8 bits' if self.high else ''})"
+            f"{f', {self.int8_inputs} at 8 bits' if self.int8_inputs else ''})"
         )
 
 
@@ -151,7 +194,7 @@ class BlockRotation:
     second: NDArray[np.float32]  # [k / b, b, b]
     balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance, as in SiteRotation
 
-    art_steps = urt_steps = sweep_rotations = high = 0  # no Givens rotations, one width
+    int8_inputs = 0  # all inputs have one width
 
     def __post_init__(self) -> None:
         for name, dtype in (("first", np.float32), ("permutation", np.int32),
@@ -191,6 +234,20 @@ class BlockRotation:
     def arrays(self) -> tuple[Any, Any, Any]:
         """(first, permutation, second) as _C.rotate_blocks takes them."""
         return self.first, self.permutation, self.second
+
+    def givens_count(self, kind: str) -> int:
+        """0: blocks are matrices, without Givens rotations."""
+        return 0
+
+    def partials(self) -> Iterator[tuple[str, BlockRotation]]:
+        """(name, what stands after it) of each step in order; the last one is the rotation."""
+        eye = np.broadcast_to(np.eye(self.sizes[1], dtype=np.float32), self.first.shape)
+        unmoved = np.arange(self.k, dtype=np.int32)
+        if self.balance is not None:
+            yield "balance", replace(self, first=eye, permutation=unmoved, second=eye)
+        yield "first blocks", replace(self, permutation=unmoved, second=eye)
+        yield "permutation", replace(self, second=eye)
+        yield "second blocks", self
 
     def __repr__(self) -> str:
         return f"BlockRotation({self.sizes[0]} blocks of {self.sizes[1]})"

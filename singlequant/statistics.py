@@ -14,23 +14,21 @@ from .config import check_sites
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteStatistics:
-    """Moments and extremes of a site's inputs x [k], k = k1 * k2, over the calibration tokens."""
+    """Sums of squares and extremes of a site's inputs x [k], k = k1 * k2, over all tokens."""
 
     k1: int
     k2: int
     count: int  # tokens
     min: NDArray[np.float64]  # [k]
     max: NDArray[np.float64]  # [k]
-    sum: NDArray[np.float64]  # [k]
     sum2: NDArray[np.float64]  # [k] sum of squares
-    sum4: NDArray[np.float64]  # [k] sum of fourth powers
-    gram1: NDArray[np.float64]  # [k1, k1] sum over tokens of X X^T, X = x as (k1, k2)
-    gram2: NDArray[np.float64]  # [k2, k2] sum over tokens of X^T X
     sample: NDArray[np.float32]  # [tokens kept, k], evenly spaced
     weights: NDArray[np.float32]  # [rows kept, k] of the site's linears, evenly spaced
     weight_max: NDArray[np.float64]  # [k] largest magnitude of a column of the site's linears
     weight_sum2: NDArray[np.float64]  # [k] sum of squares of a column
     shared: tuple[int, int, int]  # k = a * b * c; inputs that differ in b share one producer
+    reads: str = "mlp"  # what the site reads: the "residual" stream, "attention" or the "mlp"
+    foldable: bool = True  # whether what produces the inputs can take a balance
     inputs: NDArray[np.float32] | None = None  # [count, k] if kept, while the layer is processed
 
     def __repr__(self) -> str:

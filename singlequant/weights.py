@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import HIGH_STEP, QuantConfig, check_clip, check_sites
+from .config import INT8_STEP, QuantConfig, check_clip, check_sites
 from .rotations import BlockRotation, SiteRotation
 
 
@@ -128,7 +128,7 @@ def high_problem(high: int, k: int, config: QuantConfig) -> str | None:
     """What a number of inputs with 8 bits among k is expected to be, if it is not; or None."""
     if high and config.activation_bits != 4:
         return f"expected 0 with {config.scheme}"
-    step = config.group_size or HIGH_STEP
+    step = config.group_size or INT8_STEP
     if not 0 <= high < k or high % step:
         return f"expected a multiple of {step} below {k}"
     return None

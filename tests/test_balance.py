@@ -10,13 +10,14 @@ from safetensors.numpy import load_file, save_file
 import singlequant as sq
 from singlequant import _C
 from singlequant.config import SITES
-from singlequant.methods.solve import METHODS, solve_site
+from singlequant.methods.registry import METHODS
+from singlequant.methods.solve import solve_site
 from singlequant.rotations import BlockRotation, Factor, LayerRotations, SiteRotation
 from singlequant.rows import rotate_rows
 from singlequant.sweep.calibrate import site_statistics
 from singlequant.sweep.layer import producer_scales, quantize_layer
 
-BALANCED = [name for name, method in METHODS.items() if method.balance]
+BALANCED = [name for name, method in METHODS.items() if method.balances]
 TOKENS = np.random.default_rng(5).integers(0, 320, (2, 20))
 SITE_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up",
            "down": "down"}  # fmt: skip
@@ -120,10 +121,10 @@ def test_folding_reaches_packed_and_ignored_linears(folder, method, ignore):
             found = layer.dense[f"{linear.name}.weight"]
             np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=linear.name)
             continue
-        packed, rotation = layer.packed[linear.name], rotations.sites[SITE_OF[role]]
+        packed, rotation = layer.packed[linear.name], rotations.sites.get(SITE_OF[role])
         n, k = packed.shape
         turned = (_C.unpack(packed.words, k) * packed.scales).astype(np.float64)
-        if not rotation.is_identity:
+        if rotation is not None and not rotation.is_identity:
             turned = turned @ rotate_rows(np.eye(k, dtype=np.float32), rotation).T
         error = np.linalg.norm(turned - expected) / np.linalg.norm(expected)
         assert error < 0.2, linear.name  # 4 bits; other factors would be off by more
@@ -207,11 +208,17 @@ def test_smoothquant_is_equation_4():
     x = np.array([[1, -16, 0.5, 4], [-4, 2, 0.25, 1]], np.float32)
     w = [np.array([[1, 0.25, -2, 1]], np.float32), np.array([[-0.25, 1, 1, 4]], np.float32)]
     s = np.sqrt(np.array([4, 16, 0.5, 4]) / np.array([1, 1, 2, 4]))
-    for site in ("qkv", "gate_up"):
-        balance = solve_site(site_statistics(x, w), "smoothquant", site=site).balance
-        np.testing.assert_allclose(balance, s / geometric_mean(s), rtol=1e-6)
-    for site in ("o", "down"):  # as published: where a norm feeds the linears
-        assert solve_site(site_statistics(x, w), "smoothquant", site=site).balance is None
+    balance = solve_site(site_statistics(x, w, reads="residual"), "smoothquant").balance
+    np.testing.assert_allclose(balance, s / geometric_mean(s), rtol=1e-6)
+    for reads in ("attention", "mlp"):  # as published: where a norm feeds the linears
+        assert solve_site(site_statistics(x, w, reads=reads), "smoothquant").balance is None
+
+
+@pytest.mark.parametrize("method", BALANCED)
+def test_site_whose_producer_takes_no_balance_gets_none(method):
+    x, w = np.random.default_rng(0).standard_normal((2, 40, 64)).astype(np.float32)
+    site = site_statistics(x, [w], reads="residual", foldable=False)
+    assert solve_site(site, method).balance is None
 
 
 def test_duquant_balances_by_peaks_at_its_own_alpha():
@@ -241,7 +248,7 @@ def test_dead_channels_get_factor_one(method):
     w[:, 9] = 0
     x[:, 11] = w[:, 11] = 0
     x[:, 20] *= 50
-    balance = solve_site(site_statistics(x, [w]), method, site="qkv").balance
+    balance = solve_site(site_statistics(x, [w], reads="residual"), method).balance
     np.testing.assert_array_equal(balance[[5, 9, 11]], 1)
     live = np.delete(balance, [5, 9, 11])
     assert geometric_mean(live) == pytest.approx(1, rel=1e-5)
@@ -250,8 +257,9 @@ def test_dead_channels_get_factor_one(method):
 
 @pytest.mark.parametrize("method", BALANCED)
 def test_site_without_a_live_channel_is_left_alone(method):
-    zeros = site_statistics(np.zeros((8, 64), np.float32), [np.zeros((4, 64), np.float32)])
-    np.testing.assert_array_equal(solve_site(zeros, method, site="qkv").balance, 1)
+    zeros = site_statistics(np.zeros((8, 64), np.float32), [np.zeros((4, 64), np.float32)],
+                            reads="residual")
+    np.testing.assert_array_equal(solve_site(zeros, method).balance, 1)
 
 
 @pytest.mark.parametrize("method", BALANCED)
@@ -261,7 +269,7 @@ def test_balance_of_extreme_channels_stays_within_float32(method):
     x[:, 1] *= 1e-18
     w[:, 0] *= 1e-18
     w[:, 1] *= 1e18
-    balance = solve_site(site_statistics(x, [w]), method, site="qkv").balance
+    balance = solve_site(site_statistics(x, [w], reads="residual"), method).balance
     assert np.abs(np.log(balance)).max() <= 12.0001
     assert balance[0] > balance[2:].max()
     assert balance[1] < balance[2:].min()
@@ -314,7 +322,7 @@ def test_balanced_undoes_a_diagonal_twin(folder, tmp_path, sites):
         for name in sites:
             a, b = plain.sites[name], spiky.sites[name]
             assert not np.array_equal(np.abs(b.sample), np.abs(a.sample))
-            first, second = (solve_site(s, "balanced", site=name) for s in (a, b))
+            first, second = (solve_site(s, "balanced") for s in (a, b))
             live = a.sample != 0
             ratio = (b.sample / second.balance)[live] / (a.sample / first.balance)[live]
             np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-5)

@@ -10,21 +10,20 @@ import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant import config
 from singlequant.cli.main import main
 from singlequant.files import check_file, check_picture
+from singlequant.methods.registry import METHODS, Method
 from singlequant.runtime.model import Model
 from singlequant.study.compare import Row, RowsFile, default_methods
 from singlequant.study.evaluate import CachedScorer
 
 compare_module = sys.modules["singlequant.study.compare"]
-rotate_module = sys.modules["singlequant.methods.solve"]
-METHODS = ("none", "hadamard")
+COMPARED = ("none", "hadamard")
 
 
 def compare(model, text, **changes) -> sq.Comparison:
     """Two methods, one scheme, two short windows of one text unless `changes` says otherwise."""
-    options = {"methods": METHODS, "schemes": ("w4a4",), "texts": [text], "seq_len": 32,
+    options = {"methods": COMPARED, "schemes": ("w4a4",), "texts": [text], "seq_len": 32,
                "windows": 2, "calibration": text, "calibration_tokens": 64, "defaults": False}
     return sq.compare(model, **{**options, **changes})
 
@@ -65,7 +64,7 @@ def test_rows_are_what_quantize_and_perplexity_give(tmp_path):
     plain = sq.perplexity(original, ids, 128)
     assert found.rows[0].results[0].perplexity == plain.perplexity
     equal = [sq.QuantConfig(scheme, method, "rtn", clip=1.0, calibration_tokens=tokens)
-             for scheme in ("w4a4", "w4a8") for method in METHODS]
+             for scheme in ("w4a4", "w4a8") for method in COMPARED]
     default = [sq.QuantConfig(scheme, calibration_tokens=tokens) for scheme in ("w4a4", "w4a8")]
     expected = [*equal[:2], default[0], *equal[2:], default[1]]
     assert [row.config for row in found.rows[1:]] == expected
@@ -235,8 +234,10 @@ def test_method_that_fails_is_a_row_with_the_reason(model, text, tmp_path, monke
     def needs_more(site):
         raise ImportError("the torch extra is missing")
 
-    monkeypatch.setattr(config, "METHODS", (*config.METHODS, "learned"))
-    monkeypatch.setitem(rotate_module.METHODS, "learned", rotate_module._Method(needs_more))
+    module = types.ModuleType("made_up")
+    module.build = needs_more
+    monkeypatch.setitem(sys.modules, "made_up", module)
+    monkeypatch.setitem(METHODS, "learned", Method("learned", "", "made_up"))
     found = compare(model, text, methods=("none", "learned", "hadamard"), out=tmp_path / "out")
     assert [row.error for row in found.rows] == [None, None, "the torch extra is missing", None]
     assert "w4a4 learned: the torch extra is missing" in repr(found)
@@ -244,8 +245,7 @@ def test_method_that_fails_is_a_row_with_the_reason(model, text, tmp_path, monke
     assert figures(found)[3] == figures(compare(model, text))[2]
     assert not list((tmp_path / "out").glob("*.partial"))
     assert found.records()[2]["error"] == "the torch extra is missing"
-    nothing = rotate_module._Method(lambda site: None)
-    monkeypatch.setitem(rotate_module.METHODS, "learned", nothing)
+    module.build = lambda site: None
     again = compare(model, text, methods=("none", "learned", "hadamard"), out=tmp_path / "out")
     assert [row.error for row in again.rows] == [None] * 4  # a failure is tried again
     assert again.rows[2].results[0].kl_mean == again.rows[1].results[0].kl_mean
@@ -322,7 +322,7 @@ def test_tasks_come_from_the_harness(model, text, monkeypatch):
 def test_default_methods_are_all_that_need_no_extra():
     methods = default_methods()
     assert methods[0] == "none"
-    assert set(methods) == set(config.METHODS) - {"spinquant"}
+    assert set(methods) == set(METHODS) - {"spinquant"}
 
 
 def test_cached_scorer_runs_each_windows_once(model):

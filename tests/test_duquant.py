@@ -15,7 +15,8 @@ from singlequant._C import FormatError
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.export.writer import ModelWriter, estimate_size
-from singlequant.methods.duquant import block_size, solve_site_duquant
+from singlequant.methods.axes import Site
+from singlequant.methods.duquant import block_size, build
 from singlequant.rotations import BlockRotation
 from singlequant.rows import rotate_rows
 from singlequant.runtime.layers import layer_blocks
@@ -312,7 +313,7 @@ def test_block_size_is_a_power_of_two_where_one_is_useful(k, b):
 @pytest.mark.parametrize("k", [1, 7, 64, 172, 384, 509])
 def test_solution_is_orthogonal_and_keeps_the_product(k):
     x, w = outlier_inputs(96, k), outlier_inputs(5, k, seed=1)
-    rotation = solve_site_duquant(site_statistics(x, [w]))
+    rotation = build(Site(site_statistics(x, [w])))
     assert max(orthogonality(rotation.first), orthogonality(rotation.second)) < 1e-6
     assert rotation.k == k
     assert rotation.sizes == (k // block_size(k), block_size(k))
@@ -325,7 +326,7 @@ def test_solution_is_orthogonal_and_keeps_the_product(k):
 def test_solution_spreads_a_massive_channel_over_all_blocks():
     x = outlier_inputs(256, 256)
     x[:, 3] *= 40
-    rotation = solve_site_duquant(site_statistics(x, [x[:2]]))
+    rotation = build(Site(site_statistics(x, [x[:2]])))
     before, after = block_peaks(x, 128), block_peaks(rotate_rows(x, rotation), 128)
     assert after.max() < 0.2 * before.max()
     assert after.max() < 1.5 * after.min()  # what one rotation by itself cannot do:
@@ -336,7 +337,7 @@ def test_solution_spreads_a_massive_channel_over_all_blocks():
 
 def test_seed_decides():
     site = site_statistics(outlier_inputs(40, 64), [outlier_inputs(4, 64)])
-    one, same, other = (solve_site_duquant(site, seed) for seed in (3, 3, 4))
+    one, same, other = (build(Site(site, seed)) for seed in (3, 3, 4))
     for a, b in zip(one.arrays, same.arrays, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(one.first, other.first)

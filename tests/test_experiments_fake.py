@@ -14,6 +14,7 @@ import pytest
 
 import singlequant as sq
 from singlequant import _C
+from singlequant.methods.balanced import INT8_SHARE
 from singlequant.sweep.run import bundled_model, bundled_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
@@ -41,7 +42,7 @@ def recipe(solver, rounding="rtn", of=None, name="a row"):
 
 BALANCED = {
     "named": fake.named("balanced"),
-    "built": fake.built(fake.principal(fake.rotate.HIGH_SHARE), power=0.5),
+    "built": fake.built(fake.principal(INT8_SHARE), power=0.5),
 }
 
 
@@ -178,7 +179,7 @@ def test_axis_balance_makes_both_gram_matrices_equal(experiment):
     sides = [np.ascontiguousarray(a, np.float32)
              for a in (found.left, found.right, found.left_w, found.right_w)]
     # the second axis was balanced last
-    x_gram, w_gram = (_C.statistics_update(_C.rotate(rows, *two), k1, k2)[fake.rotate.GRAM1 + 1]
+    x_gram, w_gram = (_C.statistics_update(_C.rotate(rows, *two), k1, k2)[7]
                       for rows, two in ((x, sides[:2]), (w, sides[2:])))
     x_gram, w_gram = x_gram / np.trace(x_gram), w_gram / np.trace(w_gram)
     assert np.linalg.norm(x_gram - w_gram) < 0.01 * np.linalg.norm(w_gram)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import singlequant as sq
 from singlequant import _C, _reference, files
 from singlequant.cli.main import main
 from singlequant.config import SITES, QuantConfig
-from singlequant.methods.solve import METHODS, solve_site
-from singlequant.rotations import Factor, SiteRotation
+from singlequant.methods.registry import METHODS as ALL_METHODS
+from singlequant.methods.solve import solve_site
+from singlequant.rotations import SiteRotation
 from singlequant.rows import rotate_rows
 from singlequant.study import inspect as outliers
 from singlequant.study.inspect import (
@@ -25,8 +27,10 @@ from singlequant.study.inspect import (
     transform_weights,
     transformation_steps,
 )
+from singlequant.study.inspect.run import _cells as cells_of
 
 F32 = np.float32
+METHODS = [name for name, row in ALL_METHODS.items() if not row.residual]
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +198,8 @@ STEPS = {
                     "sweep 1, axis 2", "sweep 2, axis 1", "sweep 2, axis 2"],
     "balanced": ["original", "balance", "principal directions, axis 1", "Hadamard, axis 2",
                  "sweep 1, axis 1", "sweep 1, axis 2", "sweep 2, axis 1", "sweep 2, axis 2"],
-    "random": ["original", "Givens chain, axis 1", "Givens chain, axis 2"],
-    "duquant": ["original", "final"],
+    "random": ["original", "random rotation, axis 1", "random rotation, axis 2"],
+    "duquant": ["original", "balance", "first blocks", "permutation", "second blocks"],
     "smoothquant": ["original", "balance"],
 }
 
@@ -207,13 +211,14 @@ def test_each_sweep_and_art_is_told_apart(statistics):
         steps = transformation_steps(rotation)
         sizes = [0 if p is None else p.left.steps + p.right.steps for _, p in steps]
         grown = list(zip([name for name, _ in steps], np.diff(sizes, prepend=0), strict=True))
-        for kind, count in (("sweep", rotation.sweep_rotations), ("ART", rotation.art_steps)):
-            assert sum(size for name, size in grown if name.startswith(kind)) == count
+        for kind in ("sweep", "ART"):
+            grew = sum(size for name, size in grown if name.startswith(kind))
+            assert grew == rotation.givens_count(kind)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_named_in_the_solvers_order(statistics, method):
-    rotation = solve_site(statistics["down"], method, site="qkv")
+    rotation = solve_site(replace(statistics["down"], reads="residual"), method)
     names = [name for name, _ in transformation_steps(None if method == "none" else rotation)]
     assert [name for name in names if name != "ART, axis 2"] == STEPS[method]
 
@@ -235,7 +240,7 @@ def test_inspect_measures_blocks_and_balances(make_checkpoint, tmp_path):
     config = QuantConfig(method="duquant", calibration_tokens=64)
     rows = outliers.inspect_model(model, ["duquant", "smoothquant"], config=config).rows
     names = {(r.site, r.method): r.name for r in rows if r.final}
-    assert {names[site, "duquant"] for site in SITES} == {"final"}
+    assert {names[site, "duquant"] for site in SITES} == {"second blocks"}
     assert {s for s in SITES if names[s, "smoothquant"] == "balance"} == {"qkv", "gate_up"}
 
 
@@ -273,11 +278,10 @@ def test_every_step_keeps_the_product(statistics):
         np.testing.assert_allclose(found, exact, atol=1e-4 * np.abs(exact).max())
 
 
-def test_chains_of_unknown_origin_are_called_so():
+def test_rotation_without_recorded_steps_is_one_step():
     rng = np.random.default_rng(6)
     rotation = SiteRotation(random_factor(rng, 6), random_factor(rng, 8, hadamard=False))
-    assert [name for name, _ in transformation_steps(rotation)] == [
-        "original", "Hadamard, axis 1", "Givens chain, axis 1", "Givens chain, axis 2"]
+    assert transformation_steps(rotation) == [("original", None), ("final", rotation)]
 
 
 def test_diagonal_balance_is_a_step_of_its_own():
@@ -285,8 +289,7 @@ def test_diagonal_balance_is_a_step_of_its_own():
     rotation = SiteRotation(random_factor(rng, 6), random_factor(rng, 8),
                             balance=rng.uniform(0.5, 2, 48).astype(F32))
     steps = transformation_steps(rotation)
-    assert [name for name, _ in steps] == ["original", "balance", "Hadamard, both axes",
-                                           "Givens chain, axis 1", "Givens chain, axis 2"]
+    assert [name for name, _ in steps] == ["original", "balance", "final"]
     x, w = rng.standard_normal((2, 5, 48)).astype(F32)
     np.testing.assert_allclose(transform(steps[1][1], x), x / rotation.balance, rtol=1e-5)
     for _, partial in steps:
@@ -295,19 +298,13 @@ def test_diagonal_balance_is_a_step_of_its_own():
 
 
 @pytest.mark.parametrize("orders", [(12, 16), (600, 4)])
-def test_stored_rotation_shows_the_hadamard_and_both_factors(orders):
+def test_stored_rotation_shows_the_whole(orders):
     rng = np.random.default_rng(7)
     rotation = SiteRotation(*(random_factor(rng, order) for order in orders))
     stored = StoredRotation(rotation.left.runtime(), rotation.right.runtime())
-    steps = transformation_steps(stored, "singlequant")
-    assert [name for name, _ in steps] == [
-        "original", "Hadamard, both axes", "Givens chain, axis 1", "Givens chain, axis 2"]
+    assert transformation_steps(stored) == [("original", None), ("final", stored)]
     x = rng.standard_normal((5, orders[0] * orders[1])).astype(F32)
-    hadamard = SiteRotation(*(Factor(n, True, np.empty((0, 2)), np.empty(0)) for n in orders))
-    np.testing.assert_allclose(transform(steps[1][1], x), _C.rotate(
-        x, hadamard.left.runtime(), hadamard.right.runtime()), atol=1e-5)
-    np.testing.assert_array_equal(transform(steps[-1][1], x),
-                                  _C.rotate(x, stored.left, stored.right))
+    np.testing.assert_array_equal(transform(stored, x), _C.rotate(x, stored.left, stored.right))
 
 
 # ---- a model ------------------------------------------------------------------------------------
@@ -389,12 +386,12 @@ def test_surface_is_of_the_worst_site(inspection):
 def test_cells_keep_the_largest():
     x = np.zeros((513, 300), F32)
     x[512, 299], x[0, 0] = -9, 4
-    cells = outliers._cells(x)
+    cells = cells_of(x)
     assert cells.shape == (64, 128)
     assert cells[-1, -1] == 9
     assert cells[0, 0] == 4
     assert np.count_nonzero(cells) == 2
-    assert outliers._cells(np.ones((1, 2), F32)).shape == (1, 2)
+    assert cells_of(np.ones((1, 2), F32)).shape == (1, 2)
 
 
 # ---- packed folders -----------------------------------------------------------------------------
@@ -415,8 +412,7 @@ def test_packed_folder_shows_what_is_stored(packed, text):
                            config=QuantConfig(calibration_tokens=64, weights="rtn"))
     assert stored.methods == ("singlequant",)
     assert stored.calibration_tokens == 64
-    assert [row.name for row in stored.rows[:4]] == [
-        "original", "Hadamard, both axes", "Givens chain, axis 1", "Givens chain, axis 2"]
+    assert [row.name for row in stored.rows[:3]] == ["original", "final", "original"]
     for a, b in zip(stored.select(final=True), solved.select(final=True), strict=True):
         assert (a.layer, a.site) == (b.layer, b.site)
         for name in outliers.FIGURE_FIELDS:
@@ -583,7 +579,7 @@ def test_command_reads_a_packed_folder(packed, text, capsys):
     assert main(["inspect", str(out), "--original", str(model), "--calibration", str(text)]) == 0
     printed = capsys.readouterr().out
     assert "weights rtn" in printed
-    assert "Givens chain, axis 2" in printed
+    assert "final" in printed
     assert main(["inspect", str(out)]) == 2
     assert "original: expected the model" in capsys.readouterr().err
 

@@ -11,13 +11,13 @@ from singlequant.checkpoint.views import (
     DenseRotation,
     RandomizedHadamard,
     ResidualCheckpoint,
-    online_rotations,
-    quarot_checkpoint,
-    spinquant_checkpoint,
 )
 from singlequant.config import QuantConfig
 from singlequant.export.writer import estimate_size
-from singlequant.methods.solve import solve_rotations
+from singlequant.methods import quarot, spinquant
+from singlequant.methods.quarot import quarot_checkpoint
+from singlequant.methods.solve import solve_layer, solve_rotations
+from singlequant.methods.spinquant import spinquant_checkpoint
 from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
 from singlequant.sweep.calibrate import calibrate
@@ -139,8 +139,6 @@ def test_a_shape_or_matrix_that_does_not_fit_is_refused(model):
         spinquant_checkpoint(checkpoint, np.eye(64), np.stack([np.eye(16), 2 * np.eye(16)]))
     with pytest.raises(ValueError, match="residual: expected a square matrix"):
         DenseRotation(np.eye(4)[:2])
-    with pytest.raises(ValueError, match="kind: expected one of quarot, spinquant, found 'flat'"):
-        online_rotations(checkpoint.spec, 0, "flat")
     with pytest.raises(IndexError):
         quarot_checkpoint(checkpoint).layer(2)
     with pytest.raises(KeyError):
@@ -168,10 +166,26 @@ def test_fingerprint_tells_rotations_apart(model):
     assert views[0].fingerprint == quarot_checkpoint(checkpoint).fingerprint
 
 
-@pytest.mark.parametrize("kind", ["quarot", "spinquant"])
+ONLINE = {"quarot": quarot.online_rotations, "spinquant": spinquant.online_rotations}
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_statistics_give_the_same_online_rotations_as_the_shape(model, kind):
+    view = quarot_checkpoint(load_checkpoint(model))
+    layer = next(calibrate(view, tokens_of(view)))
+    found, expected = solve_layer(layer, kind).sites, ONLINE[kind](view.shape, 0).sites
+    assert list(found) == list(expected)
+    for name, rotation in expected.items():
+        assert found[name].sizes == rotation.sizes
+        assert found[name].steps == rotation.steps
+        for a, b in zip(found[name].arrays, rotation.arrays, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ONLINE)
 def test_online_rotations_act_as_published(model, kind):
     shape = load_checkpoint(model).shape
-    sites = online_rotations(shape, 1, kind).sites
+    sites = ONLINE[kind](shape, 1).sites
     assert set(sites) == ({"o", "down"} if kind == "quarot" else {"down"})
     down = np.kron(sites["down"].left.matrix(), sites["down"].right.matrix())
     np.testing.assert_allclose(down @ down.T, np.eye(96), atol=1e-12)
@@ -208,12 +222,12 @@ def test_quarot_beats_plain_rounding_on_the_bundled_model(tmp_path):
 
     indices, view = range(checkpoint.spec.layers), quarot_checkpoint(checkpoint)
     plain = score("none", checkpoint, [LayerRotations(i, {}) for i in indices])
-    online = [online_rotations(view.spec, i, "quarot") for i in indices]
-    quarot = score("quarot", view, online)
-    assert np.isfinite(quarot.perplexity)
-    assert quarot.kl_mean < 0.5 * plain.kl_mean
+    online = [quarot.online_rotations(view.spec, i) for i in indices]
+    rotated = score("quarot", view, online)
+    assert np.isfinite(rotated.perplexity)
+    assert rotated.kl_mean < 0.5 * plain.kl_mean
     fused_alone = score("fused", view, [LayerRotations(i, {}) for i in indices])
-    assert quarot.kl_mean < fused_alone.kl_mean  # what is done online is of use
+    assert rotated.kl_mean < fused_alone.kl_mean  # what is done online is of use
 
 
 @pytest.mark.slow

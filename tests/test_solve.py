@@ -9,14 +9,17 @@ import pytest
 import singlequant as sq
 from singlequant import _reference, config
 from singlequant.config import QuantConfig
-from singlequant.methods.solve import METHODS, arrange, solve_layer, solve_site
+from singlequant.methods import singlequant
+from singlequant.methods.registry import METHODS
+from singlequant.methods.solve import solve_layer, solve_site
 from singlequant.rotations import Factor, SiteRotation
 from singlequant.rows import rotate_rows
 from singlequant.statistics import SiteStatistics
 from singlequant.sweep.calibrate import site_statistics
 from singlequant.sweep.layer import high_inputs
 
-KRONECKER = [method for method in METHODS if method != "duquant"]
+ONLINE = [name for name, row in METHODS.items() if not row.residual]
+KRONECKER = [method for method in ONLINE if method != "duquant"]
 
 
 def outlier_inputs(k: int, tokens: int = 96, seed: int = 0) -> np.ndarray:
@@ -42,7 +45,7 @@ def test_factors_are_orthogonal(method, k):
         np.testing.assert_allclose(m @ m.T, np.eye(factor.order), atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONLINE)
 @pytest.mark.parametrize("k", [64, 172, 509, 521])
 def test_rotating_both_sides_leaves_the_product(method, k):
     x = outlier_inputs(k).astype(np.float32)
@@ -66,8 +69,8 @@ def peak_to_rms(x: np.ndarray) -> float:
 def test_every_transformation_flattens_outliers_and_singlequant_most():
     site = statistics(512)
     ratio = {}
-    for method in METHODS:
-        rotation = solve_site(site, method, site="qkv")
+    for method in ONLINE:
+        rotation = solve_site(replace(site, reads="residual"), method)
         balance = 1 if rotation.balance is None else rotation.balance
         ratio[method] = peak_to_rms(rotate_rows(site.sample / balance, rotation))
     assert max(v for m, v in ratio.items() if m != "none") < ratio["none"]
@@ -77,20 +80,24 @@ def test_every_transformation_flattens_outliers_and_singlequant_most():
 def test_counts_say_what_each_method_did():
     counts = {m: solve_site(statistics(512), m) for m in KRONECKER}
     for method, r in counts.items():
-        steps = r.left.steps + r.right.steps - r.art_steps - r.urt_steps - r.sweep_rotations
-        assert (steps > 0) == (method in ("random", "balanced")), method  # they hold a matrix
-        assert steps >= 0, method
+        named = sum(r.givens_count(kind) for kind in ("ART", "URT", "sweep"))
+        steps = r.left.steps + r.right.steps
+        assert (steps > named) == (method in ("random", "balanced")), method  # they hold a matrix
+        assert steps == sum(step.count for step in r.steps), method
+        for axis, factor in enumerate((r.left, r.right)):
+            assert factor.steps == sum(s.count for s in r.steps if s.axis == axis)
+            assert factor.hadamard == any(s.hadamard for s in r.steps if s.axis == axis)
     assert counts["none"].is_identity
-    assert counts["art"].art_steps > 0
-    assert counts["art"].urt_steps == 0
-    assert counts["urt"].art_steps == 0
-    assert counts["urt"].urt_steps > 0
-    assert counts["paper"].art_steps > 0
-    assert counts["paper"].urt_steps > 0
-    assert counts["singlequant"].sweep_rotations > 0
+    assert counts["art"].givens_count("ART") > 0
+    assert counts["art"].givens_count("URT") == 0
+    assert counts["urt"].givens_count("ART") == 0
+    assert counts["urt"].givens_count("URT") > 0
+    assert counts["paper"].givens_count("ART") > 0
+    assert counts["paper"].givens_count("URT") > 0
+    assert counts["singlequant"].givens_count("sweep") > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONLINE)
 def test_same_statistics_give_the_same_bytes_at_any_thread_count(method):
     sq.set_num_threads(1)
     a = solve_site(statistics(512), method)
@@ -123,18 +130,19 @@ def low_rank_statistics(k: int, rank: int = 3) -> SiteStatistics:
 def test_high_inputs_hold_the_most_energy_an_orthogonal_factor_can_give_them(k):
     site = low_rank_statistics(k)
     rotation = solve_site(site, "balanced")
-    assert rotation.high > 0
+    assert rotation.int8_inputs > 0
     balanced = site.sample / rotation.balance
     rotated = rotate_rows(balanced, rotation).astype(np.float64)
     energy = np.sum(rotated**2, axis=0)
-    blocks = energy[: k // rotation.high * rotation.high].reshape(-1, rotation.high).sum(1)
+    size = rotation.int8_inputs
+    blocks = energy[: k // size * size].reshape(-1, size).sum(1)
     assert np.argmax(blocks) == 0
     # Ky Fan: no `count` orthonormal directions of the first axis hold more than the largest
     # eigenvalues of its Gram matrix.
     tokens = balanced.astype(np.float64).reshape(-1, site.k1, site.k2)
     gram = np.einsum("tij,tkj->ik", tokens, tokens)
-    most = np.linalg.eigvalsh(gram)[-(rotation.high // site.k2) :].sum()
-    assert energy[: rotation.high].sum() == pytest.approx(most, rel=1e-5)
+    most = np.linalg.eigvalsh(gram)[-(rotation.int8_inputs // site.k2) :].sum()
+    assert energy[: rotation.int8_inputs].sum() == pytest.approx(most, rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [64, 96, 128, 172, 256, 1000, 1408, 4096])
@@ -142,21 +150,21 @@ def test_high_inputs_are_whole_blocks_of_both_the_axis_and_the_kernels(k):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 40, k)).astype(np.float32)
     site = site_statistics(x, [w])
-    high = solve_site(site, "balanced").high
+    high = solve_site(site, "balanced").int8_inputs
     assert 0 < high <= k // 2
-    assert high % config.HIGH_STEP == 0
+    assert high % config.INT8_STEP == 0
     assert high % site.k2 == 0
-    assert abs(high - k / 8) <= max(np.lcm(site.k2, config.HIGH_STEP), k / 16)
+    assert abs(high - k / 8) <= max(np.lcm(site.k2, config.INT8_STEP), k / 16)
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 31, 32, 40, 521, 1042])
 def test_sites_too_small_or_prime_get_no_high_inputs_and_the_plain_arrangement(k):
     site = statistics(k)
     rotation = solve_site(site, "balanced")
-    assert rotation.high == 0
+    assert rotation.int8_inputs == 0
     balanced = replace(site, sample=site.sample / rotation.balance,
                        weights=site.weights * rotation.balance)
-    expected = solve_site(balanced, functools.partial(arrange, art="no"))
+    expected = solve_site(balanced, functools.partial(singlequant.build, art="no"))
     for side in ("left", "right"):
         found = getattr(rotation, side)
         assert found.hadamard == getattr(expected, side).hadamard
@@ -168,7 +176,7 @@ def test_sites_too_small_or_prime_get_no_high_inputs_and_the_plain_arrangement(k
     (256, 384, 256), (64, 0, 0),
 ])  # fmt: skip
 def test_high_inputs_are_cut_to_whole_weight_groups(group, high, expected):
-    rotation = SiteRotation(Factor.identity(24), Factor.identity(32), high=high)
+    rotation = SiteRotation(Factor.identity(24), Factor.identity(32), int8_inputs=high)
     assert high_inputs(rotation, QuantConfig(group_size=group)) == expected
     for scheme in ("w4a8", "w4a16"):  # nothing to raise
         assert high_inputs(rotation, QuantConfig(scheme=scheme, group_size=group)) == 0
@@ -176,8 +184,9 @@ def test_high_inputs_are_cut_to_whole_weight_groups(group, high, expected):
 
 @pytest.mark.parametrize("high", [-32, 16, 64, 96])
 def test_rotation_refuses_high_inputs_of_no_whole_block(high):
-    with pytest.raises(ValueError, match=f"high: expected a multiple of 32 below 64, found {high}"):
-        SiteRotation(Factor.identity(8), Factor.identity(8), high=high)
+    message = f"int8_inputs: expected a multiple of 32 below 64, found {high}"
+    with pytest.raises(ValueError, match=message):
+        SiteRotation(Factor.identity(8), Factor.identity(8), int8_inputs=high)
 
 
 @pytest.mark.parametrize(("options", "stored"), [
@@ -220,7 +229,7 @@ def test_random_is_the_orthogonal_matrix_of_its_seed():
         np.testing.assert_allclose(factor.matrix(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("random", "duquant")])
+@pytest.mark.parametrize("method", [m for m in ONLINE if m not in ("random", "duquant")])
 def test_other_methods_do_not_depend_on_the_seed(method):
     a, b = (solve_site(statistics(64), method, seed) for seed in (0, 1))
     for x, y in zip(a.arrays, b.arrays, strict=True):
@@ -236,11 +245,6 @@ def test_layer_tells_each_site_its_name(make_checkpoint, tmp_path):
     assert all(r.is_identity for r in sites.values())
 
 
-def test_recipes_name_exactly_these_methods():
-    whole_model = {"quarot", "spinquant"}
-    assert set(config.METHODS) == {*METHODS, *whole_model}
-
-
 def test_unknown_method_is_named():
-    with pytest.raises(ValueError, match="method: expected one of .*, got 'magic'"):
+    with pytest.raises(ValueError, match="method: expected one of .*, found 'magic'"):
         solve_site(statistics(64), "magic")

@@ -7,15 +7,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
-from singlequant import _C, spinquant  # noqa: E402
+from singlequant import _C  # noqa: E402
 from singlequant._C import FormatError  # noqa: E402
 from singlequant.checkpoint.folder import load_checkpoint  # noqa: E402
-from singlequant.checkpoint.views import (  # noqa: E402
-    RandomizedHadamard,
-    online_rotations,
-    spinquant_checkpoint,
-)
+from singlequant.checkpoint.views import RandomizedHadamard  # noqa: E402
 from singlequant.config import QuantConfig  # noqa: E402
+from singlequant.methods import spinquant  # noqa: E402
+from singlequant.methods.spinquant import online_rotations, spinquant_checkpoint  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
 from singlequant.sweep.layer import quantize  # noqa: E402
 from singlequant.sweep.run import (  # noqa: E402
@@ -87,7 +85,7 @@ def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint
     R1, R2 = random_rotations(checkpoint.shape)
     view = spinquant_checkpoint(checkpoint, R1.numpy(), R2.numpy())
     config = QuantConfig(method="none", weights="rtn", clip=0.9)
-    layers = [online_rotations(view.shape, i, "spinquant") for i in range(view.spec.layers)]
+    layers = [online_rotations(view.shape, i) for i in range(view.spec.layers)]
     out = save(quantize(view, layers, config), tmp_path / "out", view, config)
     packed = load(out, kv_bits=32)  # as torch's attention
     tokens = tokens_of(checkpoint)
@@ -234,7 +232,7 @@ def test_learned_rotations_beat_their_start_on_held_out_text(bundled_run, tmp_pa
     perplexities = []
     for name, (r1, r2) in {"start": start, "end": (learned.R1, learned.R2)}.items():
         view = spinquant_checkpoint(checkpoint, r1, r2)
-        layers = [online_rotations(view.shape, i, "spinquant") for i in range(5)]
+        layers = [online_rotations(view.shape, i) for i in range(5)]
         out = save(quantize(view, layers, config), tmp_path / name, view, config)
         perplexities.append(perplexity(load(out), text, 512, reference).perplexity)
     assert perplexities[1] < perplexities[0]

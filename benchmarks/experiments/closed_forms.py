@@ -27,6 +27,8 @@ from fake import AxisBalance, Experiment, Key, Range, Recipe, Solver, Transforme
 from numpy.typing import NDArray
 
 from singlequant import _C
+from singlequant.methods import hadamard, singlequant
+from singlequant.methods.axes import SWEEP_ROUNDS
 from singlequant.statistics import SiteStatistics
 
 TITLE = "Closed-form transformations"
@@ -95,7 +97,7 @@ def urt_principal(site: Any, before: bool) -> None:
         columns = site.columns(axis)
         direction = _C.principal_directions(columns @ columns.T)[0]
         chain = _C.urt(direction, np.where(direction < 0, -1.0, 1.0))
-        site.urt_steps += site.apply_chain(axis, *chain)
+        site.apply_chain("URT", axis, *chain)
     if before:
         _hadamard_last(site)
 
@@ -119,7 +121,7 @@ def _hadamard_first(site: Any) -> None:
 def _hadamard_last(site: Any) -> None:
     """A factor's own Hadamard comes first: behind a chain it is a chain itself."""
     for axis, order in enumerate((site.k1, site.k2)):
-        site.apply_matrix(axis, _C.hadamard_matrix(order))
+        site.apply_matrix("Hadamard as a chain", axis, _C.hadamard_matrix(order))
 
 
 def sweeps(
@@ -140,7 +142,7 @@ def sweeps(
             parts.append(_unit_rms(rows) * (share * len(inputs) / len(rows)) ** 0.25)
         site.sample = np.concatenate(parts).reshape(-1, site.k1, site.k2)
     _hadamard_first(site)
-    for _ in range(fake.rotate.SWEEP_ROUNDS):
+    for _ in range(SWEEP_ROUNDS):
         for axis in order:
             site.sweep(axis)
 
@@ -212,8 +214,8 @@ def two_levels(budget: float, clip: float, weighted: bool) -> Callable[[Transfor
 
 def solvers() -> dict[str, Solver]:
     """Every transformation by name."""
-    arrange, principal, balanced = fake.rotate.arrange, fake.principal, 0.5
-    mixed = fake.rotate.METHODS["hadamard"].build
+    arrange, principal, balanced = singlequant.build, fake.principal, 0.5
+    mixed = hadamard.build
     found = {"hadamard": fake.named("hadamard"), "singlequant": fake.named("singlequant")}
     for power in (0.25, 0.5, 0.75, 1.0):
         found[f"balance {power:g}, H"] = built(mixed, power)

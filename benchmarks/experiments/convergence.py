@@ -29,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant.checkpoint.views import online_rotations, spinquant_checkpoint
 from singlequant.files import save_figure
 from singlequant.methods import spinquant
 from singlequant.study.evaluate import CachedScorer, Evaluation
@@ -180,8 +179,8 @@ class Bench:
     def residual(self, r1: NDArray, r2: NDArray, clip: float) -> dict[str, Any]:
         """The model with r1 and r2 fused, down_proj's Hadamard online, rounded to nearest."""
         config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
-        view = spinquant_checkpoint(self.checkpoint, r1, r2)
-        rotations = [online_rotations(view.shape, i, "spinquant")
+        view = spinquant.spinquant_checkpoint(self.checkpoint, r1, r2)
+        rotations = [spinquant.online_rotations(view.shape, i)
                      for i in range(view.spec.layers)]
         return self._packed(
             lambda out: sq.save(sq.quantize(view, rotations, config), out, view, config)

@@ -33,8 +33,10 @@ from numpy.typing import NDArray
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.config import HIGH_STEP, SITES
+from singlequant.config import INT8_STEP, SITES
 from singlequant.files import write_file
+from singlequant.methods import axes, balanced
+from singlequant.methods.axes import SWEEP_ROUNDS, WEIGHT_SHARE, axis_gram
 from singlequant.models.family import ModelShape, rope_frequencies
 from singlequant.rotations import FACTOR_DENSE_MAX, SiteRotation
 from singlequant.statistics import SiteStatistics
@@ -162,7 +164,8 @@ class Transform:
         a = axes or AxisBalance(*(np.eye(n) for n in (*rotation.sizes, *rotation.sizes)))
         sides = (left @ a.left, right @ a.right, left @ a.left_w, right @ a.right_w)
         return Transform(np.asarray(balance, np.float32),
-                         *(np.ascontiguousarray(s, np.float32) for s in sides), rotation.high)
+                         *(np.ascontiguousarray(s, np.float32) for s in sides),
+                         rotation.int8_inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +200,12 @@ Solver = Callable[[Site], Transform]
 
 def named(method: str) -> Solver:
     """The transformation of one of the package's methods."""
-    return lambda site: Transform.of(rotate.solve_site(site.statistics, method, 0, site.name))
+    return lambda site: Transform.of(rotate.solve_site(site.statistics, method))
 
 
 def balance_of(site: Site, power: float) -> Float32:
     """[k] (rms_x / rms_W)^power, geometric mean 1; 0.5 is method `balanced`'s."""
-    half = rotate.METHODS["balanced"].balance(site.statistics)
+    half = balanced.balance(site.statistics)
     return (half ** (2 * power)).astype(np.float32)
 
 
@@ -236,34 +239,34 @@ def built(
 
 
 def high_count(k1: int, k2: int, share: float) -> int:
-    """Directions of the first axis in so large a block of 8 bits: whole ones of HIGH_STEP inputs.
+    """Directions of the first axis in so large a block of 8 bits: whole ones of INT8_STEP inputs.
 
     ValueError when there is no such block in the first half.
     """
-    step = int(np.lcm(k2, HIGH_STEP)) // k2
+    step = int(np.lcm(k2, INT8_STEP)) // k2
     count = max(1, round(share * k1 / step)) * step
     if 2 * count > k1:
         raise ValueError(f"share: expected room for {count} of {k1} directions in the first half")
     return count
 
 
-def principal(share: float, rounds: int = rotate.SWEEP_ROUNDS) -> Callable[[Any], None]:
+def principal(share: float, rounds: int = SWEEP_ROUNDS) -> Callable[[Any], None]:
     """Build of method `balanced` with another share of the directions at 8 bits."""
 
     def build(site: Any) -> None:
         count = high_count(site.k1, site.k2, share)
-        gram = _C.statistics_update(site.statistics.sample, site.k1, site.k2)[rotate.GRAM1]
+        gram = axis_gram(site.statistics.sample, site.k1, site.k2)
         directions = _C.principal_directions(gram)
         parts = ((0, count), (count, site.k1))
-        site.normalize(rotate.WEIGHT_SHARE)
+        site.normalize(WEIGHT_SHARE)
         mixed = [_C.hadamard_transform(directions[a:b].T).T for a, b in parts]
-        site.apply_matrix(0, np.concatenate(mixed))
+        site.apply_matrix("principal directions", 0, np.concatenate(mixed))
         site.apply_hadamard(1)
         for _ in range(rounds):
             for part in parts:
                 site.sweep(0, *part)
             site.sweep(1)
-        site.high = count * site.k2
+        site.int8_inputs = count * site.k2
 
     return build
 
@@ -447,7 +450,7 @@ class Experiment:
         state = hashlib.sha256(self.checkpoint.fingerprint.encode())
         for array in (self.calibration, self.windows):
             state.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-        for source in (__file__, command, rotate.__file__):
+        for source in (__file__, command, rotate.__file__, axes.__file__, balanced.__file__):
             state.update(Path(source).read_bytes())
         return state.hexdigest()[:16]
 

@@ -25,6 +25,7 @@ import numpy as np
 from fake import Experiment, Key, Range, Recipe, Transformed
 
 from singlequant import _C
+from singlequant.methods import singlequant
 
 TITLE = "Ranges of 4-bit activations"
 STATIC_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
@@ -86,7 +87,7 @@ def blocks() -> dict[tuple[str, str], fake.Ranges]:
 
 def recipes() -> list[Recipe]:
     """All rows, those of one transformation together."""
-    plain = fake.built(fake.rotate.arrange, power=0.5)
+    plain = fake.built(singlequant.build, power=0.5)
     rows = [fake.BASELINE]
     rows += [Recipe(name, "balanced, no block", plain, "gptq", r) for name, r in options().items()]
     for share, value in HIGH_SHARES.items():

@@ -30,7 +30,8 @@ import common
 from trials import ORIGINAL, Laboratory, Trial
 
 import singlequant as sq
-from singlequant import _C
+from singlequant.methods import paper
+from singlequant.methods.axes import SWEEP_ORDER_MAX
 from singlequant.rotations import LayerRotations
 from singlequant.statistics import LayerStatistics, SiteStatistics
 from singlequant.study.compare import ROWS_FILE, Row
@@ -45,9 +46,9 @@ THRESHOLDS = {
     "urt_threshold": ("URT: normal above x median", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
 }
 PAPER = {
-    "art_threshold": rotate.PAPER_ART_THRESHOLD,
-    "art_share": rotate.PAPER_ART_SHARE,
-    "urt_threshold": rotate.PAPER_URT_THRESHOLD,
+    "art_threshold": paper.ART_THRESHOLD,
+    "art_share": paper.ART_SHARE,
+    "urt_threshold": paper.URT_THRESHOLD,
 }
 TOKENS = tuple(16 << i for i in range(9))  # 16 ... 4096
 TOKEN_SEEDS, SEEDS = (1, 2, 3), (1, 2, 3, 4, 5)  # 0 would take the text's first tokens
@@ -96,7 +97,7 @@ def threshold_trials(config: sq.QuantConfig, quick: bool) -> list[Trial]:
     """The paper's method with one threshold moved, and the Hadamard beside it."""
 
     def solve(layer: LayerStatistics, build: Callable) -> LayerRotations:
-        return LayerRotations(layer.index, {name: rotate.solve_site(site, build, config.seed, name)
+        return LayerRotations(layer.index, {name: rotate.solve_site(site, build, config.seed)
                                             for name, site in layer.sites.items()})
 
     trials = {}
@@ -104,7 +105,7 @@ def threshold_trials(config: sq.QuantConfig, quick: bool) -> list[Trial]:
         few = sorted({*values[::3], PAPER[name]})
         for value in few if quick else values:
             facts = {**PAPER, name: value}
-            build = functools.partial(rotate.paper, **facts)
+            build = functools.partial(paper.build, **facts)
             trials[f"{name} {value:g}"] = Trial(
                 f"{name} {value:g}", config, functools.partial(solve, build=build), facts)
     hadamard = replace(config, method="hadamard")
@@ -315,8 +316,7 @@ def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
     if scale == 1:
         return site
     k2 = int(site.k2 * scale)
-    *_, gram1, gram2 = _C.statistics_update(site.sample, k // k2, k2)
-    return replace(site, k1=k // k2, k2=k2, gram1=gram1, gram2=gram2)
+    return replace(site, k1=k // k2, k2=k2)
 
 
 def factors(arguments: Namespace) -> None:
@@ -371,7 +371,7 @@ def factors(arguments: Namespace) -> None:
              "a Hadamard on both axes of the same sizes, with the same rounding.",
              "k1 + k2: multiply-adds per input of a site to rotate it with dense factors, the mean "
              "over sites weighted by their width.",
-             f"Sweeps leave out factors above order {rotate.SWEEP_ORDER_MAX}."]
+             f"Sweeps leave out factors above order {SWEEP_ORDER_MAX}."]
     common.Report("factors", title, columns, rows, notes).write(
         arguments.out, arguments, draw_factors(rows, config.method, title))
 

@@ -24,9 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..config import RESIDUAL_METHODS
 from ..models.spec import LayerSpec, ModelSpec
-from ..rotations import Factor, LayerRotations, SiteRotation
 from ..rows import ROWS_PER_BLOCK, float32_blocks, require_finite
 from ..tensors import DTYPES, TensorInfo
 from ..weights import LayerWeights, Linear, Norm
@@ -36,9 +34,6 @@ __all__ = [
     "RandomizedHadamard",
     "ResidualCheckpoint",
     "ValueCheckpoint",
-    "online_rotations",
-    "quarot_checkpoint",
-    "spinquant_checkpoint",
 ]
 
 ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |Q^T Q - I|, as for the stored factors
@@ -427,47 +422,3 @@ def _frozen(array: NDArray) -> NDArray[np.float32]:
     array = np.ascontiguousarray(array, np.float32)
     array.flags.writeable = False
     return array
-
-
-# ---- the two methods ----------------------------------------------------------------------------
-
-
-def quarot_checkpoint(checkpoint, seed: int = 0) -> ResidualCheckpoint:
-    """QuaRot's fused part: a randomized Hadamard on the residual stream, H on each value head."""
-    spec = checkpoint.spec
-    head = _C.hadamard_transform(np.eye(spec.attention.head_dim))
-    values = np.broadcast_to(head, (spec.layers, *head.shape))
-    return ResidualCheckpoint(checkpoint, RandomizedHadamard(spec.hidden, seed), values)
-
-
-def spinquant_checkpoint(
-    checkpoint, r1: NDArray[np.floating], r2: NDArray[np.floating], seconds: float = 0.0
-) -> ResidualCheckpoint:
-    """SpinQuant's fused part: learned r1 [hidden, hidden] and r2 [layers, head_dim, head_dim].
-
-    seconds: what learning them took. ValueError unless they are orthogonal and of these sizes.
-    """
-    return ResidualCheckpoint(checkpoint, DenseRotation(r1, "r1"), r2, seconds)
-
-
-def online_rotations(spec: ModelSpec, layer: int, kind: str) -> LayerRotations:
-    """What stays to be done at inference: rotations of the inputs of o_proj and down_proj.
-
-    quarot: o takes a Hadamard across the heads, which with the one fused into each value head is
-    the Hadamard of all of o's inputs; down takes the Hadamard of the intermediate size. spinquant:
-    down alone (its R4). Hadamards of a size are Kronecker products of two smaller ones. ValueError
-    for another kind.
-    """
-    if kind not in RESIDUAL_METHODS:
-        raise ValueError(f"kind: expected one of {', '.join(RESIDUAL_METHODS)}, found {kind!r}")
-    attention, mlp = spec.layer(layer).attention, spec.layer(layer).mlp
-    k1, k2 = _C.factor_sizes(mlp.intermediate)
-    rotations = {
-        "o": SiteRotation(_hadamard(attention.heads), Factor.identity(attention.head_dim)),
-        "down": SiteRotation(_hadamard(k1), _hadamard(k2)),
-    }
-    return LayerRotations(layer, {site: rotations[site] for site in RESIDUAL_METHODS[kind]})
-
-
-def _hadamard(order: int) -> Factor:
-    return Factor(order, True, np.empty((0, 2), np.int32), np.empty(0))

@@ -13,16 +13,14 @@ from pathlib import Path
 
 from .. import _C, __version__
 from ..config import (
-    BALANCED_SITES,
     GPTQ_INPUTS,
     KV_BITS,
-    METHODS,
-    RESIDUAL_METHODS,
     SCHEMES,
     SITES,
     WEIGHTS,
     QuantConfig,
 )
+from ..methods.registry import METHODS
 
 EXIT_BAD_INPUT = 2
 
@@ -205,8 +203,8 @@ def _add_inspect(commands) -> None:
     c.add_argument("--original", type=Path, metavar="MODEL",
                    help="the model that OUT was made of; needed with a packed folder, which must "
                         "be of a method that folds nothing into the weights (not "
-                        f"{', '.join([*BALANCED_SITES, *RESIDUAL_METHODS])})")
-    c.add_argument("--method", choices=[m for m in METHODS if m not in RESIDUAL_METHODS],
+                        f"{', '.join(m.name for m in METHODS.values() if m.folds)})")
+    c.add_argument("--method", choices=[m.name for m in METHODS.values() if not m.residual],
                    nargs="+", action="extend",
                    help=f"transformations to solve, one or more (default {defaults.method}; a "
                         "packed folder has its own)")

@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .. import _C
-from ..config import BALANCED_SITES, RESIDUAL_METHODS, QuantConfig
+from ..config import QuantConfig
 from ..files import read_json, whole_file
-from ..methods.duquant import block_size
+from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, Site, tensor_name
-from ..rotations import FACTOR_DENSE_MAX
 from ..tensors import write_safetensors
 from ..weights import (
     PackedLinear,
@@ -369,7 +367,7 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
     spec, packed = checkpoint.spec.separate(), packed_linears(checkpoint, config)
     copies = [checkpoint.path / name for name in COPIED_FILES]
     total = sum(path.stat().st_size for path in copies if path.is_file())
-    folded = _folded_tensors(checkpoint, config)
+    folded, method = _folded_tensors(checkpoint, config), METHODS[config.method]
     usual = checkpoint.tensors[f"{spec.embed}.weight"]
     for name, shape in spec.tensors():
         total += 160  # its header entry and its line of the index
@@ -383,12 +381,8 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
         else:
             info = checkpoint.tensors.get(name, usual)
             total += prod(shape) * info.nbytes // prod(info.shape)
-    if config.method not in ("none", "smoothquant"):
-        measure = _block_bytes if config.method == "duquant" else _factor_bytes
-        total += sum(measure(site.k) for i in range(spec.layers)
-                     for site in _packed_sites(checkpoint, config, i)
-                     if site.name in RESIDUAL_METHODS.get(config.method, (site.name,)))
-    return total
+    return total + sum(method.online_bytes(site.reads, site.k) for i in range(spec.layers)
+                       for site in _packed_sites(checkpoint, config, i))
 
 
 def _packed_sites(checkpoint: Checkpoint, config: QuantConfig, i: int) -> list[Site]:
@@ -399,11 +393,11 @@ def _packed_sites(checkpoint: Checkpoint, config: QuantConfig, i: int) -> list[S
 
 def _folded_tensors(checkpoint: Checkpoint, config: QuantConfig) -> set[str]:
     """Tensors that the method's balance multiplies: in float32 unless they are packed."""
-    names: set[str] = set()
+    balances, names = METHODS[config.method].balances, set()
     for i in range(checkpoint.spec.layers):
         norms = checkpoint.spec.layer(i).norms
         for site in _packed_sites(checkpoint, config, i):
-            if site.name not in BALANCED_SITES.get(config.method, ()) or site.producer is None:
+            if site.reads not in balances or site.producer is None:
                 continue
             roles = [*site.roles]
             if site.producer in norms:
@@ -412,16 +406,3 @@ def _folded_tensors(checkpoint: Checkpoint, config: QuantConfig) -> set[str]:
                 roles.append(site.producer)
             names |= {f"{checkpoint.linear_name(i, role)}.weight" for role in roles}
     return names
-
-
-def _factor_bytes(k: int) -> int:
-    """Bytes of a site's factors: dense, or for a large one a chain of two rotations per entry."""
-    return sum(
-        320 + (4 * order**2 if order <= FACTOR_DENSE_MAX else 16 * 2 * order)
-        for order in _C.factor_sizes(k)
-    )
-
-
-def _block_bytes(k: int) -> int:
-    """Bytes of a site's two block rotations and their permutation."""
-    return 3 * 320 + 4 * k * (2 * block_size(k) + 1)

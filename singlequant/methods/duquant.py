@@ -3,7 +3,7 @@
 
 x' = x R1 P R2: a block-diagonal rotation built greedily around the outlier channels, a zigzag
 permutation that balances the blocks, a second block-diagonal rotation. The paper's diagonal
-smoothing before it is the caller's: the sample is taken as it is.
+smoothing is the balance before it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from .. import _C
 from ..rotations import BlockRotation
 from ..statistics import SiteStatistics
+from .axes import TENSOR_HEADER_BYTES, Site
+from .balance import peak_balance
 
-__all__ = ["BLOCK", "GREEDY_STEPS", "block_size", "solve_site_duquant"]
+__all__ = ["ALPHA", "BLOCK", "GREEDY_STEPS", "balance", "block_size", "build", "online_bytes"]
 
+ALPHA = 0.6  # the paper's balance of peaks
 BLOCK = 128  # the paper's 2^n, section 4.1
 GREEDY_STEPS = 256  # the paper's N, section 4.1
 USEFUL_POWER = 16  # below this, a power of two mixes too few channels
@@ -50,14 +53,24 @@ def _rotate(x: NDArray[np.float32], blocks: NDArray[np.float32]) -> NDArray[np.f
     return np.matmul(x.reshape(len(x), count, 1, b), blocks).reshape(x.shape)
 
 
-def solve_site_duquant(statistics: SiteStatistics, seed: int = 0) -> BlockRotation:
+def balance(statistics: SiteStatistics) -> NDArray[np.float64]:
+    """[k] the peaks' balance at the paper's alpha."""
+    return peak_balance(statistics, ALPHA)
+
+
+def online_bytes(k: int) -> int:
+    """Bytes of a site's two stored block rotations and their permutation."""
+    return 3 * TENSOR_HEADER_BYTES + 4 * k * (2 * block_size(k) + 1)
+
+
+def build(site: Site) -> BlockRotation:
     """DuQuant's rotation of one site, on the tokens that its statistics keep.
 
     The random matrices are drawn once for the first rotations and once for the second; each block
     has its own outlier channels and its own number of steps. Bytes repeat on equal instruction
     sets only: the greedy choice may turn on a last bit. ValueError for NaN or Inf in the sample.
     """
-    x = statistics.sample
+    x, seed = site.statistics.sample, site.seed
     b = block_size(x.shape[1])
     first, _ = _C.duquant_blocks(x, _steps(b, 2 * seed))
     x = _rotate(x, first)

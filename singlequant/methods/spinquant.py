@@ -26,14 +26,31 @@ from safetensors.numpy import load_file, save
 
 from .. import _C
 from .._C import FormatError
+from ..checkpoint.views import DenseRotation, ResidualCheckpoint
+from ..config import QuantConfig
 from ..files import write_file
+from ..models.spec import ModelSpec
+from ..rotations import LayerRotations, SiteRotation
 from ..rows import float32_blocks
+from .axes import Site, factor_bytes as online_bytes
+from .quarot import online_hadamard
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Learned", "learn_rotations", "load_learned", "save_learned"]
+__all__ = [
+    "Learned",
+    "build",
+    "learn_rotations",
+    "load_learned",
+    "online_bytes",
+    "online_rotations",
+    "prepare",
+    "save_learned",
+    "spinquant_checkpoint",
+]
 
+DEFAULT_STEPS = 100  # of a quantization that learns them, as published
 STEPS, LEARNING_RATE = 1000, 1.5  # the rate falls linearly to 0 (section 4.1 of the paper)
 CAYLEY_ITERATIONS = 5  # of the fixed point, and the bound on the step: Li et al. 2020, algorithm 1
 RETRACTION_ODDS = 101  # a step in so many starts from the QR factor: rounding must not pile up
@@ -47,6 +64,50 @@ ARRAYS = {
     "seconds": np.float64, "cpu_seconds": np.float64, "probe_steps": np.int64,
     "probe_losses": np.float64,
 }  # fmt: skip
+
+
+def spinquant_checkpoint(
+    checkpoint, r1: NDArray[np.floating], r2: NDArray[np.floating], seconds: float = 0.0
+) -> ResidualCheckpoint:
+    """SpinQuant's fused part: learned r1 [hidden, hidden] and r2 [layers, head_dim, head_dim].
+
+    seconds: what learning them took. ValueError unless they are orthogonal and of these sizes.
+    """
+    return ResidualCheckpoint(checkpoint, DenseRotation(r1, "r1"), r2, seconds)
+
+
+def prepare(checkpoint, config: QuantConfig, windows: NDArray[np.int64]) -> ResidualCheckpoint:
+    """The checkpoint with its fused part: of the file config.learned, or learned on the windows.
+
+    ImportError without torch where they are to be learned; ValueError when the file is of another
+    model.
+    """
+    if config.learned is not None:
+        learned = load_learned(config.learned)
+    else:
+        try:
+            learned = learn_rotations(
+                checkpoint, windows, DEFAULT_STEPS, seed=config.seed,
+                clip=config.activation_clip, activation_bits=config.activation_bits,
+            )
+        except ModuleNotFoundError as error:
+            raise ImportError(f"method spinquant learns its rotations with torch: pip install "
+                              f"'singlequant[torch]', or name a file of them ({error})") from None
+    try:
+        return spinquant_checkpoint(checkpoint, learned.R1, learned.R2, sum(learned.seconds))
+    except ValueError as error:
+        raise ValueError(f"{config.learned or 'learned rotations'}: {error}") from None
+
+
+def build(site: Site) -> SiteRotation:
+    """The online Hadamard of down's inputs (R4)."""
+    return online_hadamard(site.k1, site.k2)
+
+
+def online_rotations(shape: ModelSpec, layer: int) -> LayerRotations:
+    """What stays to be done at inference in one layer, without statistics: for down alone."""
+    return LayerRotations(
+        layer, {"down": online_hadamard(*_C.factor_sizes(shape.intermediate))})
 
 
 @dataclass(frozen=True, eq=False, repr=False)

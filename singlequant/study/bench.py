@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..config import DEFAULT_CLIP, HIGH_STEP, SCHEMES
+from ..config import DEFAULT_CLIP, INT8_STEP, SCHEMES
 from ..info import machine_info
-from ..methods.solve import HIGH_SHARE
+from ..methods.balanced import INT8_SHARE
 
 __all__ = [
     "TransformedLinear",
@@ -228,8 +228,8 @@ class TransformedLinear:
 
 def recipe_high(k1: int, k2: int) -> int:
     """Leading inputs that the default method keeps at 8 bits under w4a4: whole rows of k2."""
-    rows = round(HIGH_SHARE * k1)
-    return rows * k2 if k2 % HIGH_STEP == 0 and 2 * rows <= k1 else 0
+    rows = round(INT8_SHARE * k1)
+    return rows * k2 if k2 % INT8_STEP == 0 and 2 * rows <= k1 else 0
 
 
 # ---- the short benchmark ------------------------------------------------------------------------

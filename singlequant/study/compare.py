@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.folder import Checkpoint, load_checkpoint
-from ..config import METHODS, QuantConfig
+from ..config import QuantConfig
 from ..export.writer import ModelWriter
 from ..files import check_picture, save_figure, write_file
 from ..info import __version__, machine_info
-from ..methods.solve import high_step
+from ..methods.registry import METHODS
+from ..methods.solve import int8_step
 from ..methods.spinquant import load_learned
 from ..runtime.model import Model
 from ..statistics import LayerStatistics
@@ -48,7 +49,6 @@ from ..sweep.run import (
 from .evaluate import CachedScorer, Evaluation, evaluate, split_windows
 
 ROWS_FILE = "rows.jsonl"
-NEEDS_EXTRA = ("spinquant",)  # methods that run only with an optional dependency
 EQUAL_CLIP = 1.0  # activations are not clipped in rows of equal rounding
 STAGES = ("calibrate", "solve", "quantize", "evaluate")
 # What a method may fail with on a model that others can treat; anything else ends the run.
@@ -326,7 +326,7 @@ def _draw_panel(axis, lines: Mapping[str, list[Row]], t: int) -> None:
 
 def default_methods() -> tuple[str, ...]:
     """Every method that needs no extra, the plain rounding first."""
-    return ("none", *(m for m in METHODS if m != "none" and m not in NEEDS_EXTRA))
+    return ("none", *(m.name for m in METHODS.values() if m.name != "none" and not m.extra))
 
 
 def _configs(
@@ -591,7 +591,7 @@ def _treat_layer(view: Checkpoint, statistics: LayerStatistics, builds: Sequence
     solved: dict[tuple, _Measured] = {}
     for build in builds:
         config = build.config
-        key = config.method, config.seed, high_step(config)
+        key = config.method, config.seed, int8_step(config)
         if key not in solved:
             solved[key] = _measure(solve, view, statistics, build.config)
         rotations = build.charge("solve", solved[key])

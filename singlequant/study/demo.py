@@ -78,7 +78,7 @@ def worst_site(source: Path) -> tuple[str, SiteStatistics, SiteRotation]:
             if found is None or ratio > found[0]:
                 found = ratio, f"layer {layer.index}, inputs of {name}", site
     _, name, site = found
-    return name, site, solve_site(site, site=name.split()[-1])
+    return name, site, solve_site(site)
 
 
 def draw(source: Path, picture: Path) -> str:

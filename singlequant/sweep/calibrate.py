@@ -6,13 +6,13 @@ is processed. Statistics are the same bytes at any thread count.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,17 @@ from safetensors.numpy import load_file, save_file
 
 from .. import _C
 from .._C import FormatError
-from ..config import SITES
 from ..files import read_json
+from ..methods.registry import ALL_INPUTS
 from ..runtime.layers import build_layer, flat_positions, new_cache
 from ..statistics import LayerStatistics, SiteStatistics
 
 WINDOW = 512  # tokens of a calibration window
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
-STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 2
-ARRAYS = ("gram1", "gram2", "min", "max", "sum", "sum2", "sum4", "sample", "weights", "weight_max",
-          "weight_sum2")
+STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 3
+ARRAYS = ("min", "max", "sum2", "sample", "weights", "weight_max", "weight_sum2")
+FACTS = ("k1", "k2", "count", "shared", "reads", "foldable")  # of a site, beside its arrays
 
 
 def calibration_windows(
@@ -67,24 +67,29 @@ def site_statistics(
     sample_tokens: int = SAMPLE_TOKENS,
     keep_inputs: bool = False,
     shared: tuple[int, int, int] | None = None,
+    reads: str = "mlp",
+    foldable: bool = True,
 ) -> SiteStatistics:
     """Statistics of one site from its inputs [m, k] and its linears' weights, each [n, k].
 
     keep_inputs: the statistics hold the inputs themselves (not a copy), as GPTQ wants them. shared:
     k = a * b * c, where inputs that differ in b alone come from one producer (the queries that
-    share a value head).
+    share a value head). reads: what the site reads, the "residual" stream, "attention" or the
+    "mlp". foldable: whether what produces the inputs can take a balance.
     """
     k1, k2 = _C.factor_sizes(inputs.shape[1])
-    state = _C.statistics_update(inputs, k1, k2)
+    # for the lead: the core will give these four alone
+    count, low, high, _, sum2, *_ = _C.statistics_update(inputs, k1, k2)
     tokens = max(1, -(-len(inputs) // sample_tokens))
     rows = max(1, -(-sum(map(len, weights)) // SAMPLE_ROWS))
     kept = [_C.to_float32(np.ascontiguousarray(w[::rows]), reject=True) for w in weights]
     moments = [_C.column_moments(w) for w in weights]
-    return SiteStatistics(k1, k2, *state, sample=inputs[::tokens].copy(),
+    return SiteStatistics(k1, k2, count, low, high, sum2, sample=inputs[::tokens].copy(),
                           weights=np.concatenate(kept),
                           weight_max=np.max([m for m, _ in moments], axis=0),
                           weight_sum2=np.sum([s for _, s in moments], axis=0),
-                          shared=shared or (1, 1, k1 * k2), inputs=inputs if keep_inputs else None)
+                          shared=shared or (1, 1, k1 * k2), reads=reads, foldable=foldable,
+                          inputs=inputs if keep_inputs else None)
 
 
 def calibrate(
@@ -147,7 +152,7 @@ def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> 
             shared = a.kv_heads, a.heads // a.kv_heads, a.head_dim
         try:
             sites[name] = site_statistics(inputs[name], weights, sample_tokens, keep_inputs,
-                                          shared)
+                                          shared, site.reads)
         except ValueError as error:
             for i in range(index + 1):  # a weight that is not finite is the better message
                 checkpoint.require_finite(i)
@@ -173,9 +178,9 @@ def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -
                 for name, site in layer.sites.items()
                 for field in ARRAYS
             }
-            save_file(tensors, partial / _layer_file(layer.index),
-                      {key: value for n, s in layer.sites.items() for key, value in
-                       ((f"{n}.count", str(s.count)), (f"{n}.shared", json.dumps(s.shared)))})
+            facts = {name: {fact: getattr(site, fact) for fact in FACTS}
+                     for name, site in layer.sites.items()}
+            save_file(tensors, partial / _layer_file(layer.index), {"sites": json.dumps(facts)})
             count += 1
         header = {"format_version": STATISTICS_VERSION, "layers": count}
         (partial / STATISTICS_FILE).write_text(json.dumps(header))
@@ -208,35 +213,45 @@ def _load_layer(path: Path, index: int) -> LayerStatistics:
     try:
         tensors = load_file(path)
         with safe_open(path, "np") as file:
-            counts = file.metadata() or {}
-        return LayerStatistics(index, {name: _load_site(name, tensors, counts) for name in SITES})
+            facts = json.loads((file.metadata() or {})["sites"])
+        if not isinstance(facts, dict) or not all(isinstance(f, dict) for f in facts.values()):
+            raise ValueError(f"sites: expected facts of each site, found {facts!r:.80}")
+        return LayerStatistics(index, {name: _load_site(name, tensors, facts[name])
+                                       for name in facts})
     except KeyError as error:
         raise FormatError(f"{path}: expected {error.args[0]}, found no such entry") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise FormatError(f"{path}: {error}") from None
 
 
 def _load_site(
-    name: str, tensors: Mapping[str, NDArray], counts: Mapping[str, str]
+    name: str, tensors: Mapping[str, NDArray], facts: Mapping[str, Any]
 ) -> SiteStatistics:
     """One site's statistics. KeyError for a missing entry, ValueError for one that is wrong."""
     arrays = {field: tensors[f"{name}.{field}"] for field in ARRAYS}
-    k1, k2 = (len(np.atleast_1d(arrays[gram])) for gram in ("gram1", "gram2"))
+    found = {fact: facts[fact] if fact in facts else _missing(f"{name}.{fact}") for fact in FACTS}
+    k1, k2, count = (found[fact] for fact in ("k1", "k2", "count"))
+    for fact, least in (("k1", 1), ("k2", 1), ("count", 0)):
+        if type(found[fact]) is not int or found[fact] < least:
+            raise ValueError(f"{name}.{fact}: expected an integer from {least}, "
+                             f"found {found[fact]!r:.80}")
     for field, array in arrays.items():
         rows = len(array) if array.ndim else 0
-        shape = {"gram1": (k1, k1), "gram2": (k2, k2), "sample": (rows, k1 * k2),
-                 "weights": (rows, k1 * k2)}.get(field, (k1 * k2,))
+        shape = (rows, k1 * k2) if field in ("sample", "weights") else (k1 * k2,)
         dtype = np.float32 if field in ("sample", "weights") else np.float64
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{name}.{field}: expected {np.dtype(dtype)} {shape}, "
                              f"found {array.dtype} {array.shape}")
-    count = counts[f"{name}.count"]
-    if not (count.isascii() and count.isdigit()):
-        raise ValueError(f"{name}.count: expected a number of tokens, found {count!r:.80}")
-    shared = counts[f"{name}.shared"]
-    with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is no list either
-        shared = json.loads(shared)
+    shared, reads, foldable = (found[fact] for fact in ("shared", "reads", "foldable"))
     whole = isinstance(shared, list) and len(shared) == 3 and all(type(n) is int for n in shared)
     if not whole or min(shared) < 1 or prod(shared) != k1 * k2:
         raise ValueError(f"{name}.shared: expected 3 factors of {k1 * k2}, found {shared!r:.80}")
-    return SiteStatistics(k1, k2, int(count), **arrays, shared=tuple(shared))
+    if reads not in ALL_INPUTS or type(foldable) is not bool:
+        raise ValueError(f"{name}: expected reads among {', '.join(ALL_INPUTS)} and foldable true "
+                         f"or false, found {reads!r:.80} and {foldable!r:.80}")
+    return SiteStatistics(k1, k2, count, **arrays, shared=tuple(shared), reads=reads,
+                          foldable=foldable)
+
+
+def _missing(name: str) -> None:
+    raise KeyError(name)

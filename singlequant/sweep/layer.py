@@ -248,7 +248,7 @@ def high_inputs(rotation: Rotation, config: QuantConfig) -> int:
     """
     if config.activation_bits != 4:
         return 0
-    return rotation.high - rotation.high % (config.group_size or 1)
+    return rotation.int8_inputs - rotation.int8_inputs % (config.group_size or 1)
 
 
 def _site_factor(rotations: LayerRotations, site: str, config: QuantConfig) -> GptqFactor:

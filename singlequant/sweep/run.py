@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -16,17 +16,12 @@ import numpy as np
 
 from .. import _C
 from ..checkpoint.folder import Checkpoint, load_checkpoint
-from ..checkpoint.views import (
-    ResidualCheckpoint,
-    ValueCheckpoint,
-    online_rotations,
-    quarot_checkpoint,
-    spinquant_checkpoint,
-)
-from ..config import RESIDUAL_METHODS, QuantConfig
+from ..checkpoint.views import ResidualCheckpoint, ValueCheckpoint
+from ..config import QuantConfig
 from ..export.writer import ModelWriter, check_run, estimate_size
 from ..files import read_json
 from ..info import __version__
+from ..methods.registry import METHODS
 from ..methods.solve import solve_layer
 from ..rotations import LayerRotations
 from ..rows import require_finite
@@ -40,7 +35,6 @@ from .layer import quantize_layer
 View = Checkpoint | ResidualCheckpoint | ValueCheckpoint
 
 BUNDLED_MODEL = "stdlib-llama"
-SPINQUANT_STEPS = 100  # as published
 
 
 def bundled_model() -> Path:
@@ -161,37 +155,16 @@ def prepare(checkpoint: Checkpoint, config: QuantConfig, windows: np.ndarray) ->
     """The checkpoint as config sees it: with its residual stream rotated, or as it is.
 
     With kv_bits below 16 its value heads are rotated in any case: by the method, or by a Hadamard.
-    spinquant learns its rotations here on the calibration windows, with torch, unless
-    config.learned names a file of them. ValueError when that file is of another model.
+    windows: the calibration tokens, which a method may learn on.
     """
-    if config.method == "quarot":
-        return quarot_checkpoint(checkpoint, config.seed)
-    if config.method != "spinquant":
-        return checkpoint if config.kv_bits == 16 else ValueCheckpoint(checkpoint)
-    from ..methods import spinquant  # imports torch only to learn
-
-    if config.learned is not None:
-        learned = spinquant.load_learned(config.learned)
-    else:
-        try:
-            learned = spinquant.learn_rotations(
-                checkpoint, windows, SPINQUANT_STEPS, seed=config.seed,
-                clip=config.activation_clip, activation_bits=config.activation_bits,
-            )
-        except ModuleNotFoundError as error:
-            raise ImportError(f"method spinquant learns its rotations with torch: pip install "
-                              f"'singlequant[torch]', or name a file of them ({error})") from None
-    try:
-        return spinquant_checkpoint(checkpoint, learned.R1, learned.R2, sum(learned.seconds))
-    except ValueError as error:
-        raise ValueError(f"{config.learned or 'learned rotations'}: {error}") from None
+    method = METHODS[config.method]
+    if method.residual:
+        return method.implementation().prepare(checkpoint, config, windows)
+    return checkpoint if config.kv_bits == 16 else ValueCheckpoint(checkpoint)
 
 
 def solve(view: View, statistics: LayerStatistics, config: QuantConfig) -> LayerRotations:
-    """One layer's transformations under config, for what `prepare` returned."""
-    if config.method in RESIDUAL_METHODS:
-        rotations = online_rotations(view.spec, statistics.index, config.method)
-        return replace(rotations, statistics=statistics)
+    """One layer's transformations under config, for statistics of what `prepare` returned."""
     return solve_layer(statistics, config)
 
 
@@ -320,7 +293,7 @@ def _check_text(recipe: Path, checkpoint: Checkpoint, config: QuantConfig, diges
 
 def _counts(layer: QuantizedLayer) -> list[SiteCounts]:
     return [
-        SiteCounts(layer.index, name, *r.sizes, r.art_steps, r.urt_steps, r.sweep_rotations,
+        SiteCounts(layer.index, name, *r.sizes, *map(r.givens_count, ("ART", "URT", "sweep")),
                    r.balance is not None, layer.high.get(name, 0))
         for name, r in layer.rotations.items()
     ]

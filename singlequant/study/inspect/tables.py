@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An inspection as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .result import FIGURE_FIELDS, Inspection, OutlierRow
+
+HEADINGS = ("largest", "NO", "peak²/rms²", "kurtosis", "utiliz.", "fill", "flatness", "act. err",
+            "out. err")
+
+
+def site_table(inspection: Inspection) -> str:
+    """Every layer and site, the original and what the whole transformation makes of it."""
+    names = {row.name if row.step == 0 else row.method: None for row in inspection.rows}
+    label = max(len(name) for name in names)
+    lines = [f"layer site     {'after':<{label}} {_heading(inspection)}"]
+    for row in inspection.rows:
+        if row.step == 0 and row.method == inspection.methods[0]:
+            lines.append(f"{row.layer:>5} {row.site:<8} {'original':<{label}} {_figures([row])}")
+        if row.final and row.step:
+            lines.append(f"{row.layer:>5} {row.site:<8} {row.method:<{label}} {_figures([row])}")
+    return "\n".join(lines)
+
+
+def step_table(inspection: Inspection) -> str:
+    """Every step at each site: means over the layers, massive entries and NO channels in sum."""
+    label = max(len(row.name) for row in inspection.rows)
+    width = max(len(method) for method in inspection.methods)
+    lines = [f"{'method':<{width}} site     {'after':<{label}} {_heading(inspection)}"]
+    groups: dict[tuple[str, str, str], list[OutlierRow]] = {}
+    for row in inspection.rows:
+        groups.setdefault((row.method, row.site, row.name), []).append(row)
+    for (method, site, name), rows in sorted(
+        groups.items(),
+        key=lambda item: (inspection.methods.index(item[0][0]), inspection.sites.index(item[0][1]),
+                          item[1][0].step),
+    ):
+        lines.append(f"{method:<{width}} {site:<8} {name:<{label}} {_figures(rows)}")
+    return "\n".join(lines)
+
+
+def _heading(inspection: Inspection) -> str:
+    massive = [f"MO>{t:g}" for t in inspection.massive]
+    return " ".join(f"{title:>10}" for title in [*massive, *HEADINGS])
+
+
+def _figures(rows: Sequence[OutlierRow]) -> str:
+    """One line: counts in sum, the largest of `largest`, means of the rest."""
+    counts = [f"{sum(row.massive[i] for row in rows):>10}" for i in range(len(rows[0].massive))]
+    counts += [f"{max(row.largest for row in rows):>10.1f}",
+               f"{sum(row.normal for row in rows):>10}"]
+    means = {name: float(np.mean([getattr(row, name) for row in rows])) for name in FIGURE_FIELDS}
+    counts += [f"{means[name]:>10.2f}" for name in ("peak", "kurtosis")]
+    counts += [f"{means[name]:>10.3f}" for name in ("utilization", "fill", "flatness")]
+    counts += [f"{means[name]:>10.4f}" for name in ("activation_error", "output_error")]
+    return " ".join(counts)
