@@ -43,10 +43,8 @@ sq_factor_sizes(int64_t k, int64_t *k1, int64_t *k2);
 
 /* Streaming statistics of one site's inputs; the arrays are the caller's, zeroed by _reset. */
 struct sq_statistics {
-    int64_t k1, k2, count;
-    double *min, *max, *sum, *sum2, *sum4; /* [k] each, k = k1 * k2 */
-    double *gram1;                         /* [k1][k1] sum over tokens of X X^T */
-    double *gram2;                         /* [k2][k2] sum over tokens of X^T X */
+    int64_t k, count;
+    double *min, *max, *sum2; /* [k] each; sum2: of squares */
 };
 
 sq_status
@@ -59,6 +57,11 @@ sq_statistics_update(struct sq_statistics *s, const float *x, int64_t m);
 /* dst += src; sizes must agree. */
 sq_status
 sq_statistics_merge(struct sq_statistics *dst, const struct sq_statistics *src);
+
+/* gram [k1][k1] <- sum over tokens of X X^T, X [k1][k2] being the token reshaped, x [m][k1 k2]: in
+ * float64, one chain per entry. NaN or Inf: SQ_ERR_NONFINITE. Parallel over rows of gram. */
+sq_status
+sq_axis_gram(const float *x, int64_t m, int64_t k1, int64_t k2, double *gram);
 
 /* Largest magnitude and sum of squares of each column of w [n][k], in float64 chains over the rows.
  * NaN or Inf: SQ_ERR_NONFINITE. Parallel over columns. */

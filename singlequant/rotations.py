@@ -15,7 +15,7 @@ from . import _C
 from .config import HIGH_STEP, check_sites
 from .statistics import LayerStatistics
 
-FACTOR_DENSE_MAX = 512  # SQ_FACTOR_DENSE_MAX of the core: larger factors stay chains
+FACTOR_DENSE_MAX = _C.FACTOR_DENSE_MAX  # larger factors stay chains
 
 
 @dataclass(frozen=True, eq=False, repr=False)

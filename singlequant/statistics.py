@@ -21,11 +21,7 @@ class SiteStatistics:
     count: int  # tokens
     min: NDArray[np.float64]  # [k]
     max: NDArray[np.float64]  # [k]
-    sum: NDArray[np.float64]  # [k]
     sum2: NDArray[np.float64]  # [k] sum of squares
-    sum4: NDArray[np.float64]  # [k] sum of fourth powers
-    gram1: NDArray[np.float64]  # [k1, k1] sum over tokens of X X^T, X = x as (k1, k2)
-    gram2: NDArray[np.float64]  # [k2, k2] sum over tokens of X^T X
     sample: NDArray[np.float32]  # [tokens kept, k], evenly spaced
     weights: NDArray[np.float32]  # [rows kept, k] of the site's linears, evenly spaced
     weight_max: NDArray[np.float64]  # [k] largest magnitude of a column of the site's linears

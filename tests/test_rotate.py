@@ -508,6 +508,7 @@ FUNCTIONS = [
     "urt",
     "uniformity_sweep",
     "rotate",
+    "axis_gram",
     "statistics_update",
     "statistics_merge",
 ]

@@ -252,7 +252,7 @@ def principal(share: float, rounds: int = rotate.SWEEP_ROUNDS) -> Callable[[Any]
 
     def build(site: Any) -> None:
         count = high_count(site.k1, site.k2, share)
-        gram = _C.statistics_update(site.statistics.sample, site.k1, site.k2)[rotate.GRAM1]
+        gram = _C.axis_gram(site.statistics.sample, site.k1, site.k2)
         directions = _C.principal_directions(gram)
         parts = ((0, count), (count, site.k1))
         site.normalize(rotate.WEIGHT_SHARE)

@@ -30,7 +30,6 @@ import common
 from trials import ORIGINAL, Laboratory, Trial
 
 import singlequant as sq
-from singlequant import _C
 from singlequant.rotations import LayerRotations
 from singlequant.statistics import LayerStatistics, SiteStatistics
 from singlequant.study.compare import ROWS_FILE, Row
@@ -302,10 +301,7 @@ def seeds(arguments: Namespace) -> None:
 
 
 def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
-    """The site with the second factor's order times `scale`, as far as that divides.
-
-    The axes' Gram matrices are those of the kept sample.
-    """
+    """The site with the second factor's order times `scale`, as far as that divides."""
     k = site.k1 * site.k2
     while scale != 1:
         k2 = site.k2 * scale
@@ -315,8 +311,7 @@ def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
     if scale == 1:
         return site
     k2 = int(site.k2 * scale)
-    *_, gram1, gram2 = _C.statistics_update(site.sample, k // k2, k2)
-    return replace(site, k1=k // k2, k2=k2, gram1=gram1, gram2=gram2)
+    return replace(site, k1=k // k2, k2=k2)
 
 
 def factors(arguments: Namespace) -> None:

@@ -351,11 +351,6 @@ done:
     return result;
 }
 
-#define SQ_METHOD(name)                                                                    \
-    {                                                                                      \
-#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, name##_doc \
-    }
-
 PyMethodDef sq_py_duquant_methods[] = {
     SQ_METHOD(random_orthogonal), SQ_METHOD(duquant_steps),
     SQ_METHOD(duquant_blocks),    SQ_METHOD(zigzag),

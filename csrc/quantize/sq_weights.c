@@ -60,9 +60,9 @@ widen(const struct weight_job *job, const void *row, float *x)
 }
 
 static void
-scale_row(const struct sq_weight_transform *t, int64_t row, int64_t k, float *SQ_RESTRICT x)
+scale_row(const struct sq_weight_transform *t, int64_t row, int64_t k, float *restrict x)
 {
-    const float *SQ_RESTRICT columns = t->columns;
+    const float *restrict columns = t->columns;
     for (int64_t j = 0; columns && j < k; j++) {
         x[j] *= columns[j];
     }

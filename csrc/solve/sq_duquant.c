@@ -45,8 +45,7 @@ random_normal(uint64_t seed, uint64_t i)
 
 /* q [n][n] (rows ld apart) <- (I - 2 v v^T / v^T v) q; v is not zero. work [n]. */
 static void
-reflect(double *SQ_RESTRICT q, int64_t ld, int64_t n, const double *SQ_RESTRICT v,
-        double *SQ_RESTRICT work)
+reflect(double *restrict q, int64_t ld, int64_t n, const double *restrict v, double *restrict work)
 {
     double norm2 = 0;
     memset(work, 0, (size_t)n * sizeof *work);

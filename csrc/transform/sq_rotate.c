@@ -264,7 +264,7 @@ rotated_peaks(const double *a, const double *b, int64_t rows, double c, double s
 }
 
 static void
-rotate_columns(double *SQ_RESTRICT a, double *SQ_RESTRICT b, int64_t rows, double c, double s)
+rotate_columns(double *restrict a, double *restrict b, int64_t rows, double c, double s)
 {
     for (int64_t r = 0; r < rows; r++) {
         const double va = a[r], vb = b[r];
@@ -464,7 +464,7 @@ sq_chain_from_matrix(double *matrix, int64_t n, int32_t *pairs, double *angles, 
  * 1/4 Re(e^(4 i theta) sum z^4): theta = (pi - arg sum z^4) / 4, modulo pi / 2. With p = a^2 - b^2
  * and q = a b, z^4 = p^2 - 4 q^2 + 4 i p q. */
 static double
-uniformity_angle(const double *SQ_RESTRICT a, const double *SQ_RESTRICT b, int64_t rows)
+uniformity_angle(const double *restrict a, const double *restrict b, int64_t rows)
 {
     enum { LANES = 4 };
     double pp[LANES] = {0}, qq[LANES] = {0}, pq[LANES] = {0};
@@ -642,7 +642,7 @@ sq_rotate_workspace_bytes(const struct sq_factor *left, const struct sq_factor *
 }
 
 void
-sq_transpose(const float *SQ_RESTRICT a, int64_t n, float *SQ_RESTRICT out)
+sq_transpose(const float *restrict a, int64_t n, float *restrict out)
 {
     enum { TILE = 16 };
     for (int64_t i0 = 0; i0 < n; i0 += TILE) {

@@ -43,6 +43,7 @@ from .runtime import (
 from .solve import (
     art_columns,
     art_extremes,
+    axis_gram,
     chain_from_matrix,
     column_moments,
     duquant_blocks,
@@ -87,6 +88,7 @@ __all__ = [
     "art_extremes",
     "as_chain",
     "attention",
+    "axis_gram",
     "chain_apply",
     "chain_from_matrix",
     "column_moments",

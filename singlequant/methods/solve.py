@@ -30,7 +30,6 @@ SWEEP_ELEMENTS, SWEEP_TOKENS_MIN = 1 << 20, 128  # a sweep's sample: wide sites 
 WEIGHT_SHARE = 1.0  # of the weight rows in a sweep's sum of fourth powers, the tokens' being 1
 HIGH_SHARE = 1 / 8  # of the first axis's directions, the most energetic, that keep 8 bits
 SMOOTHQUANT_ALPHA, DUQUANT_ALPHA = 0.5, 0.6  # their papers' balance of peaks
-GRAM1 = 6  # place of the first axis's Gram matrix in what statistics_update returns
 BALANCE_LOG_MAX = 12.0  # a balance stays within e^12 of its geometric mean: float32 has room
 SWEEP_ORDER_MAX = 512  # a sweep has n (n - 1) / 2 rotations: longer axes keep H alone
 
@@ -225,7 +224,7 @@ def _principal(site: _Site) -> None:
     if count == 0:
         arrange(site, art="no")
         return
-    gram = _C.statistics_update(site.statistics.sample, site.k1, site.k2)[GRAM1]
+    gram = _C.axis_gram(site.statistics.sample, site.k1, site.k2)
     directions = _C.principal_directions(gram)
     parts = ((0, count), (count, site.k1))
     site.normalize(WEIGHT_SHARE)

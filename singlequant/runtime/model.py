@@ -15,7 +15,7 @@ from ..config import KV_BITS
 from .layers import build_layer, flat_positions
 
 PREFILL_TOKENS = 2048  # prompt tokens per call
-HEAD_ROWS = 64  # SQ_DENSE_FEW of the core: a row of so many logits knows nothing of the others
+HEAD_ROWS = _C.DENSE_FEW  # up to so many rows of logits, a row knows nothing of the others
 STREAM_CONTEXT = 16  # prompt tokens decoded with new ones: spaces depend on what stands before
 
 

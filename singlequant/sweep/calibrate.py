@@ -29,9 +29,8 @@ from ..statistics import LayerStatistics, SiteStatistics
 WINDOW = 512  # tokens of a calibration window
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
-STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 2
-ARRAYS = ("gram1", "gram2", "min", "max", "sum", "sum2", "sum4", "sample", "weights", "weight_max",
-          "weight_sum2")
+STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 3
+ARRAYS = ("min", "max", "sum2", "sample", "weights", "weight_max", "weight_sum2")
 
 
 def calibration_windows(
@@ -75,7 +74,7 @@ def site_statistics(
     share a value head).
     """
     k1, k2 = _C.factor_sizes(inputs.shape[1])
-    state = _C.statistics_update(inputs, k1, k2)
+    state = _C.statistics_update(inputs)
     tokens = max(1, -(-len(inputs) // sample_tokens))
     rows = max(1, -(-sum(map(len, weights)) // SAMPLE_ROWS))
     kept = [_C.to_float32(np.ascontiguousarray(w[::rows]), reject=True) for w in weights]
@@ -218,11 +217,11 @@ def _load_site(
 ) -> SiteStatistics:
     """One site's statistics. KeyError for a missing entry, ValueError for one that is wrong."""
     arrays = {field: tensors[f"{name}.{field}"] for field in ARRAYS}
-    k1, k2 = (len(np.atleast_1d(arrays[gram])) for gram in ("gram1", "gram2"))
+    k = arrays["min"].size
+    k1, k2 = _C.factor_sizes(k)
     for field, array in arrays.items():
         rows = len(array) if array.ndim else 0
-        shape = {"gram1": (k1, k1), "gram2": (k2, k2), "sample": (rows, k1 * k2),
-                 "weights": (rows, k1 * k2)}.get(field, (k1 * k2,))
+        shape = (rows, k) if field in ("sample", "weights") else (k,)
         dtype = np.float32 if field in ("sample", "weights") else np.float64
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{name}.{field}: expected {np.dtype(dtype)} {shape}, "
@@ -234,6 +233,6 @@ def _load_site(
     with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is no list either
         shared = json.loads(shared)
     whole = isinstance(shared, list) and len(shared) == 3 and all(type(n) is int for n in shared)
-    if not whole or min(shared) < 1 or prod(shared) != k1 * k2:
-        raise ValueError(f"{name}.shared: expected 3 factors of {k1 * k2}, found {shared!r:.80}")
+    if not whole or min(shared) < 1 or prod(shared) != k:
+        raise ValueError(f"{name}.shared: expected 3 factors of {k}, found {shared!r:.80}")
     return SiteStatistics(k1, k2, int(count), **arrays, shared=tuple(shared))
