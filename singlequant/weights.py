@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _C
 from .config import HIGH_STEP, QuantConfig, check_clip, check_sites
 from .rotations import BlockRotation, SiteRotation
 
@@ -74,7 +75,7 @@ class LayerWeights:
     index: int
     norms: tuple[NDArray[Any], NDArray[Any]]  # [hidden] before attention, [hidden] before the MLP
     linears: Mapping[str, Linear]  # q, k, v, o, gate, up, down, in this order
-    rotations: Mapping[str, tuple[Any, ...]]  # by site: the `arrays` of its rotation
+    rotations: Mapping[str, _C.Rotation]  # by site; absent = not rotated
     clips: Mapping[str, float]  # by site; empty for an unquantized checkpoint
     high: Mapping[str, int] = field(default_factory=dict)  # by site, inputs with 8 bits; absent = 0
 

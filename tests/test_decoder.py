@@ -334,25 +334,25 @@ def packed_parts(rng, a, bits, rotation="dense", group=0, biases=True):
     sites = []
     for k in sizes:
         k1, k2 = _C.factor_sizes(k)
-        factors = None, None
+        turn = None
         if rotation == "dense":
-            factors = orthogonal(rng, k1), orthogonal(rng, k2)
+            turn = _C.Rotation(k, orthogonal(rng, k1), orthogonal(rng, k2))
         elif rotation == "chain":
-            factors = chain(rng, k1, False), chain(rng, k2, True)
+            turn = _C.Rotation(k, chain(rng, k1, False), chain(rng, k2, True))
         elif rotation == "left":
-            factors = orthogonal(rng, k1), None
-        sites.append((*factors, bits, 0.95))
+            turn = _C.Rotation(k, orthogonal(rng, k1))
+        sites.append((turn, bits, 0.95))
     linears, twins = [], []
     for (w, b), site in zip(dense, inputs, strict=True):
-        left, right, _, clip = sites[site]
+        turn, _, clip = sites[site]
         codes, scales, _ = _C.quantize(w, bits=4, group=group)
         linears.append((_C.PackedWeight(_C.pack(codes), scales, w.shape[1], group), b))
         values = _C.dequantize(codes, scales).astype(np.float64)
 
-        def twin(x, values=values, b=b, left=left, right=right, clip=clip):
+        def twin(x, values=values, b=b, turn=turn, clip=clip):
             x = x.astype(np.float32)
-            if left is not None:
-                x = _C.rotate(x, left, np.eye(x.shape[1] // len(left)) if right is None else right)
+            if turn is not None:
+                x = _C.rotate(x, turn)
             if bits < 16:
                 codes, scales, _ = _C.quantize(x, bits=bits, clip=clip)
                 x = _C.dequantize(codes, scales)
@@ -464,7 +464,7 @@ def test_site_may_mix_packed_and_dense_linears(rng):
     expected = hidden.astype(np.float64)
     twin = reference.DecoderLayer(a, norms, twins, None)
     twin.forward(expected, *tokens([9]), new_cache(a, 1, kind=reference), 0)
-    sites = [dict(zip(("left", "right", "bits", "clip"), s, strict=True)) for s in sites]
+    sites = [dict(zip(("rotation", "bits", "clip"), s, strict=True)) for s in sites]
     layer = _C.DecoderLayer(a, norms, linears, sites)
     assert "6 of 7 packed" in repr(layer)
     layer.forward(hidden, *tokens([9]), new_cache(a, 1), 0)
@@ -490,10 +490,10 @@ def test_layer_is_shared_by_threads_while_their_number_changes(rng):
 
 
 def test_layer_gives_its_references_back(rng):
-    parts, _ = packed_parts(rng, PACKED["gqa"], 4, "chain")
+    parts = packed_parts(rng, PACKED["gqa"], 4, "chain")[0]
     dense = (np.zeros((32, 96), np.float32), None)
     parts[2][2] = dense
-    watched = [parts[2][0][0], dense[0], parts[0]["inv_freq"], parts[3][0][0][2]]
+    watched = [parts[2][0][0], dense[0], parts[0]["inv_freq"], parts[3][0][0]]
     before = [sys.getrefcount(x) for x in watched]
     layer = _C.DecoderLayer(*parts)
     held = [sys.getrefcount(x) for x in watched]
@@ -508,7 +508,7 @@ def test_layer_gives_its_references_back(rng):
     assert [sys.getrefcount(x) for x in (hidden, sequence, cache, layer)] == arguments
     del layer
     with pytest.raises(ValueError, match="site down: bits"):
-        _C.DecoderLayer(*parts[:3], [*parts[3][:3], (*parts[3][3][:2], 3, 1.0)])
+        _C.DecoderLayer(*parts[:3], [*parts[3][:3], (parts[3][3][0], 3, 1.0)])
     assert [sys.getrefcount(x) for x in watched] == before
 
 
@@ -531,7 +531,7 @@ def broken(rng, **changes):
     return {**parts, **changes}
 
 
-EYE6, EYE8 = np.eye(6), np.eye(8)
+TURN = _C.Rotation(48, np.eye(6), np.eye(8))
 
 
 @pytest.mark.parametrize(
@@ -557,16 +557,10 @@ EYE6, EYE8 = np.eye(6), np.eye(8)
             {"linears": {1: (np.zeros((16, 48), np.float32), np.zeros(15))}},
             r"k: expected shape\[0\] = 16, got 15",
         ),
-        ({"sites": {0: (EYE6, EYE8, 5, 1.0)}}, "site qkv: bits: expected 4, 8 or 16, got 5"),
-        ({"sites": {1: (EYE6, EYE8, 4, 0.0)}}, "site o: clip: expected more than 0"),
-        ({"sites": {1: (EYE6, EYE6, 4, 1.0)}}, r"site o: expected orders .* = 48, got 6 \* 6"),
-        ({"sites": {3: (EYE6, EYE8, 4, 1.0)}}, "site down: left factor: .* dividing 40, got 6"),
-        ({"sites": {2: {"left": None}}}, "site gate_up: 'right' is missing"),
-        (
-            {"sites": {0: ((6, False, [[0, 6]], [0.1]), EYE8, 4, 1.0)}},
-            r"qkv: left factor: expected two different indices below 6, got \(0, 6\)",
-        ),
-        ({"sites": {0: ((6, False, [[0, 1]], [np.nan]), EYE8, 4, 1.0)}}, "angle 0 is NaN"),
+        ({"sites": {0: (TURN, 5, 1.0)}}, "site qkv: bits: expected 4, 8 or 16, got 5"),
+        ({"sites": {1: (TURN, 4, 0.0)}}, "site o: clip: expected more than 0"),
+        ({"sites": {3: (TURN, 4, 1.0)}}, "site down: expected one of k = 40 inputs, got 48"),
+        ({"sites": {2: {"rotation": None}}}, "site gate_up: 'bits' is missing"),
     ],
 )
 def test_layer_says_what_does_not_fit(rng, changes, message):

@@ -178,7 +178,7 @@ def test_axis_balance_makes_both_gram_matrices_equal(experiment):
     sides = [np.ascontiguousarray(a, np.float32)
              for a in (found.left, found.right, found.left_w, found.right_w)]
     # the second axis was balanced last
-    turned = (_C.rotate(rows, *two).reshape(-1, k1, k2)
+    turned = (fake.kronecker(rows, *two).reshape(-1, k1, k2)
               for rows, two in ((x, sides[:2]), (w, sides[2:])))
     x_gram, w_gram = (_C.axis_gram(y.swapaxes(1, 2).reshape(len(y), -1), k2, k1) for y in turned)
     x_gram, w_gram = x_gram / np.trace(x_gram), w_gram / np.trace(w_gram)

@@ -73,7 +73,7 @@ def test_plain_reader_multiplies_as_the_core_does(folder):
     for site, roles in checkpoint.architecture.sites.items():
         x = rng.standard_normal((5, checkpoint.shape.site(site))).astype(np.float32)
         given = quantize(tensors, 0, site, quantization["activations"], rotate(tensors, 0, site, x))
-        rotated = _C.rotate(x, *layer.rotations[site])
+        rotated = _C.rotate(x, layer.rotations[site])
         for role in roles:
             linear, packed = layer.linears[role], layer.linears[role].weight
             if isinstance(packed, PackedLinear):

@@ -305,9 +305,9 @@ def test_stored_rotation_shows_the_hadamard_and_both_factors(orders):
     x = rng.standard_normal((5, orders[0] * orders[1])).astype(F32)
     hadamard = SiteRotation(*(Factor(n, True, np.empty((0, 2)), np.empty(0)) for n in orders))
     np.testing.assert_allclose(transform(steps[1][1], x), _C.rotate(
-        x, hadamard.left.runtime(), hadamard.right.runtime()), atol=1e-5)
+        x, hadamard.core), atol=1e-5)
     np.testing.assert_array_equal(transform(steps[-1][1], x),
-                                  _C.rotate(x, stored.left, stored.right))
+                                  _C.rotate(x, rotation.core))
 
 
 # ---- a model ------------------------------------------------------------------------------------

@@ -126,6 +126,12 @@ def _round_to_rms(x: Float32, r: Range) -> Float32:
 # ---- transformations of a site ------------------------------------------------------------------
 
 
+def kronecker(x: Float32, left: Float32, right: Float32) -> Float32:
+    """x [m, k1 * k2] -> left X right^T row by row, for factors that need not be orthogonal."""
+    tokens = x.reshape(-1, len(left), len(right))
+    return (left @ tokens @ right.T).reshape(x.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Transform:
     """X [k1, k2] -> left (X / balance) right^T; a weight's rows go the inverse transposed way.
@@ -142,11 +148,11 @@ class Transform:
 
     def inputs(self, x: Float32) -> Float32:
         """Tokens x [m, k] as they meet the quantizer."""
-        return _C.rotate(x / self.balance, self.left, self.right)
+        return kronecker(x / self.balance, self.left, self.right)
 
     def weights(self, w: Float32) -> Float32:
         """Weights w [n, k] as they are rounded."""
-        return _C.rotate(w * self.balance, self.left_w, self.right_w)
+        return kronecker(w * self.balance, self.left_w, self.right_w)
 
     @staticmethod
     def of(rotation: SiteRotation, axes: AxisBalance | None = None) -> Transform:
@@ -227,8 +233,8 @@ def built(
                          np.concatenate(site.weights) * balance)
             sides = [np.ascontiguousarray(a, np.float32)
                      for a in (found.left, found.right, found.left_w, found.right_w)]
-            statistics = replace(statistics, sample=_C.rotate(statistics.sample, *sides[:2]),
-                                 weights=_C.rotate(statistics.weights, *sides[2:]))
+            statistics = replace(statistics, sample=kronecker(statistics.sample, *sides[:2]),
+                                 weights=kronecker(statistics.weights, *sides[2:]))
         rotation = rotate.solve_site(statistics, build)
         return Transform.of(replace(rotation, balance=balance), found)
 

@@ -18,7 +18,7 @@
 
 struct sq_module_state {
     PyObject *format_error; /* owned, like the types */
-    PyTypeObject *packed_type, *layer_type, *cache_type;
+    PyTypeObject *rotation_type, *packed_type, *layer_type, *cache_type;
 };
 
 /* Work (in elements touched) from which a call releases the GIL. */
@@ -73,12 +73,15 @@ sq_py_raise(PyObject *module, sq_status status, const char *context);
 
 /* PyModule_AddType-style registration for the types of one binding file. 0 or -1. */
 int
+sq_py_add_rotation_type(PyObject *module);
+int
 sq_py_add_pack_types(PyObject *module);
 int
 sq_py_add_runtime_types(PyObject *module);
 
 /* Each binding file's functions; {NULL}-terminated. */
 extern PyMethodDef sq_py_rotate_methods[];
+extern PyMethodDef sq_py_rotation_methods[];
 extern PyMethodDef sq_py_statistics_methods[];
 extern PyMethodDef sq_py_duquant_methods[];
 extern PyMethodDef sq_py_quantize_methods[];

@@ -7,7 +7,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#include "python/py_factor.h"
+#include "python/py_rotation.h"
 
 /* ---- KVCache ---------------------------------------------------------------------------- */
 
@@ -463,7 +463,6 @@ typedef struct {
     PyObject_HEAD struct sq_architecture architecture;
     struct sq_layer layer;
     PyObject *owned; /* list of the arrays and weights that the structs point into */
-    struct sq_py_rotation rotations[SQ_N_SITES]; /* what the sites point into */
 } DecoderLayer;
 
 static const char *const linear_names[SQ_N_LINEARS] = {"q", "k", "v", "o", "gate", "up", "down"};
@@ -699,12 +698,12 @@ done:
 static PyObject *
 site_tuple(PyObject *o, const char *name)
 {
-    static const char *const names[4] = {"left", "right", "bits", "clip"};
+    static const char *const names[3] = {"rotation", "bits", "clip"};
     if (!PyDict_Check(o)) {
         return PySequence_Tuple(o);
     }
-    PyObject *tuple = PyTuple_New(4);
-    for (int i = 0; tuple && i < 4; i++) {
+    PyObject *tuple = PyTuple_New(3);
+    for (int i = 0; tuple && i < 3; i++) {
         PyObject *value = PyDict_GetItemString(o, names[i]);
         if (!value) {
             PyErr_Format(PyExc_ValueError, "site %s: '%s' is missing", name, names[i]);
@@ -718,10 +717,11 @@ site_tuple(PyObject *o, const char *name)
 }
 
 static int
-parse_site(DecoderLayer *self, int site, PyObject *o, int64_t k)
+parse_site(DecoderLayer *self, PyObject *module, int site, PyObject *o, int64_t k)
 {
     struct sq_site *s = &self->layer.sites[site];
-    PyObject *left, *right;
+    const struct sq_rotation *rotation;
+    PyObject *rotation_object;
     s->bits = 16;
     s->clip = 1;
     if (o == Py_None) {
@@ -732,7 +732,7 @@ parse_site(DecoderLayer *self, int site, PyObject *o, int64_t k)
         return -1;
     }
     int result = -1;
-    if (!PyArg_ParseTuple(tuple, "OOif;site: expected (left, right, bits, clip)", &left, &right,
+    if (!PyArg_ParseTuple(tuple, "Oif;site: expected (rotation, bits, clip)", &rotation_object,
                           &s->bits, &s->clip)) {
         goto done;
     }
@@ -743,13 +743,16 @@ parse_site(DecoderLayer *self, int site, PyObject *o, int64_t k)
     }
     if (!(s->clip > 0 && s->clip <= 1)) {
         PyErr_Format(PyExc_ValueError, "site %s: clip: expected more than 0 and at most 1, got %R",
-                     site_names[site], PyTuple_GET_ITEM(tuple, 3));
+                     site_names[site], PyTuple_GET_ITEM(tuple, 2));
         goto done;
     }
     char name[16];
     PyOS_snprintf(name, sizeof name, "site %s", site_names[site]);
-    result = sq_py_rotation(left, right, k, name, &self->rotations[site]);
-    s->rotation = self->rotations[site].rotation;
+    rotation = sq_py_rotation(module, rotation_object, k, name);
+    if (rotation && PyList_Append(self->owned, rotation_object) == 0) { /* keeps its arrays */
+        s->rotation = *rotation;
+        result = 0;
+    }
 done:
     Py_DECREF(tuple);
     return result;
@@ -781,7 +784,7 @@ check_high(const DecoderLayer *self, int site)
 }
 
 static int
-parse_sites(DecoderLayer *self, PyObject *sites)
+parse_sites(DecoderLayer *self, PyObject *module, PyObject *sites)
 {
     PyObject *list = PySequence_Tuple(sites);
     if (!list) {
@@ -794,8 +797,8 @@ parse_sites(DecoderLayer *self, PyObject *sites)
         result = -1;
     }
     for (int i = 0; i < SQ_N_SITES && !result; i++) {
-        result =
-            parse_site(self, i, PyTuple_GET_ITEM(list, i), self->layer.linears[sq_site_first[i]].k);
+        result = parse_site(self, module, i, PyTuple_GET_ITEM(list, i),
+                            self->layer.linears[sq_site_first[i]].k);
         if (!result) {
             result = check_high(self, i);
         }
@@ -817,11 +820,9 @@ PyDoc_STRVAR(
     "linears: q, k, v, o, gate, up, down, each (weight, bias or None); a weight is a "
     "PackedWeight or\n    an array [n, k] of float32, float16 or bfloat16, which is kept and "
     "read in place.\n"
-    "sites: qkv, o, gate_up, down, each None or (left, right, bits, clip), or a dict of these: "
-    "the\n    rotation of the input of packed linears as in rotate() (None, a matrix or a "
-    "chain) and the bits\n    (4, 8, 16) and clip of their activations. Dense linears read the "
-    "input as it is. In place of\n    left, with right None, may stand (first, permutation, "
-    "second) as in rotate_blocks().\n\n"
+    "sites: qkv, o, gate_up, down, each None or (rotation, bits, clip), or a dict of these: "
+    "the\n    Rotation (or None) of the input of packed linears, and the bits (4, 8, 16) and clip "
+    "of their\n    activations. Dense linears read the input as it is.\n\n"
     "ValueError and TypeError name what disagrees. May be shared between threads.");
 
 static PyObject *
@@ -857,7 +858,7 @@ layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
               parse_vector(self, PyTuple_GET_ITEM(norms, 0), a->hidden, "norms[0]")) ||
         !(layer->norm_mlp =
               parse_vector(self, PyTuple_GET_ITEM(norms, 1), a->hidden, "norms[1]")) ||
-        parse_linears(self, module, linears) || parse_sites(self, sites)) {
+        parse_linears(self, module, linears) || parse_sites(self, module, sites)) {
         Py_CLEAR(self);
     }
     Py_DECREF(norms);
@@ -869,9 +870,6 @@ layer_dealloc(PyObject *object)
 {
     DecoderLayer *self = (DecoderLayer *)object;
     PyTypeObject *type = Py_TYPE(object);
-    for (int i = 0; i < SQ_N_SITES; i++) {
-        sq_py_rotation_clear(&self->rotations[i]);
-    }
     Py_XDECREF(self->owned);
     type->tp_free(object);
     Py_DECREF(type);

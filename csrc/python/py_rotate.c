@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the rotate stage: factor sizes, Hadamard matrices, chains and their solvers
  * and rotation of activations. */
-#include "python/py_factor.h"
+#include "python/py_rotation.h"
 
 #include <math.h>
 #include <string.h>
@@ -460,66 +460,6 @@ done:
     return result;
 }
 
-/* ---- rotation of activations ------------------------------------------------------------ */
-
-PyDoc_STRVAR(
-    rotate_doc,
-    "rotate(x, left, right)\n--\n\n"
-    "y [..., k] float32: each row of x, reshaped to X [k1, k2], becomes L X R^T. A factor is a\n"
-    "matrix [n, n] or a tuple (order, hadamard, pairs [g, 2], angles [g]) that stands for\n"
-    "chain(H v). left has order k1, right k2; ValueError unless k1 * k2 = k. A row's result\n"
-    "depends on that row alone.");
-
-static PyObject *
-rotate(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"x", "left", "right", NULL};
-    PyObject *x_object, *left_object, *right_object, *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:rotate", names, &x_object, &left_object,
-                                     &right_object)) {
-        return NULL;
-    }
-    struct sq_py_factor left = {.matrix = NULL}, right = {.matrix = NULL};
-    PyArrayObject *y = NULL, *x = sq_py_array(x_object, NPY_FLOAT32, -1, "x");
-    void *workspace = NULL;
-    npy_intp rows, k;
-    if (!x || sq_py_factor(left_object, SQ_PY_LEFT, "left", &left) ||
-        sq_py_factor(right_object, SQ_PY_RIGHT, "right", &right) ||
-        (k = last_axis(x, &rows, "x")) < 0) {
-        goto done;
-    }
-    int64_t product;
-    const int64_t k1 = left.factor.order, k2 = right.factor.order;
-    if (__builtin_mul_overflow(k1, k2, &product) || product != k) {
-        PyErr_Format(PyExc_ValueError, "x: expected shape[-1] = k1 * k2 = %lld * %lld, got %zd",
-                     (long long)k1, (long long)k2, (Py_ssize_t)k);
-        goto done;
-    }
-    y = sq_py_empty(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT32);
-    workspace = sq_alloc(sq_rotate_workspace_bytes(&left.factor, &right.factor, rows));
-    if (!y || !workspace) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    sq_status status;
-    SQ_BEGIN_NOGIL(PyArray_SIZE(x) + left.factor.steps + right.factor.steps);
-    status =
-        sq_rotate(&left.factor, &right.factor, PyArray_DATA(x), rows, PyArray_DATA(y), workspace);
-    SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "rotate");
-        goto done;
-    }
-    result = Py_NewRef(y);
-done:
-    free(workspace);
-    Py_XDECREF(x);
-    Py_XDECREF(y);
-    sq_py_factor_clear(&left);
-    sq_py_factor_clear(&right);
-    return result;
-}
-
 PyDoc_STRVAR(
     chain_from_matrix_doc,
     "chain_from_matrix(matrix)\n--\n\n"
@@ -613,11 +553,10 @@ done:
 }
 
 PyMethodDef sq_py_rotate_methods[] = {
-    SQ_METHOD(factor_sizes),      SQ_METHOD(givens_angle),
-    SQ_METHOD(hadamard_matrix),   SQ_METHOD(hadamard_transform),
-    SQ_METHOD(chain_apply),       SQ_METHOD(art_extremes),
-    SQ_METHOD(art_columns),       SQ_METHOD(urt),
-    SQ_METHOD(uniformity_sweep),  SQ_METHOD(rotate),
-    SQ_METHOD(chain_from_matrix), SQ_METHOD(principal_directions),
-    {NULL, NULL, 0, NULL},
+    SQ_METHOD(factor_sizes),         SQ_METHOD(givens_angle),
+    SQ_METHOD(hadamard_matrix),      SQ_METHOD(hadamard_transform),
+    SQ_METHOD(chain_apply),          SQ_METHOD(art_extremes),
+    SQ_METHOD(art_columns),          SQ_METHOD(urt),
+    SQ_METHOD(uniformity_sweep),     SQ_METHOD(chain_from_matrix),
+    SQ_METHOD(principal_directions), {NULL, NULL, 0, NULL},
 };

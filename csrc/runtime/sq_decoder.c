@@ -153,7 +153,7 @@ lay_out(const struct sq_architecture *a, const struct sq_layer *layer, int64_t m
         if (site_has_packed(layer, site)) {
             const size_t bytes = sq_activations_workspace_bytes(rules->bits, chunk, k);
             activations = bytes > activations ? bytes : activations;
-            const size_t scratch = sq_rotation_workspace_bytes(&rules->rotation, k, chunk);
+            const size_t scratch = sq_rotation_workspace_bytes(&rules->rotation, chunk);
             rotation = scratch > rotation ? scratch : rotation;
         }
     }
@@ -233,15 +233,11 @@ check_layer(const struct sq_architecture *a, const struct sq_layer *layer)
     for (int site = 0; site < SQ_N_SITES; site++) {
         const struct sq_site *s = &layer->sites[site];
         const struct sq_rotation *r = &s->rotation;
-        int64_t order = r->blocks.k;
         if (r->kind < SQ_UNROTATED || r->kind > SQ_BLOCKS) {
             return SQ_ERR_RANGE;
         }
         SQ_TRY(check_high(layer, site));
-        if (r->kind == SQ_KRONECKER && !sq_product(r->left.order, r->right.order, &order)) {
-            return SQ_ERR_SHAPE;
-        }
-        if (r->kind && order != k[sq_site_first[site]]) {
+        if (r->kind && r->k != k[sq_site_first[site]]) {
             return SQ_ERR_SHAPE;
         }
     }

@@ -65,6 +65,7 @@ from .solve import (
     zigzag,
 )
 from .transform import (
+    Rotation,
     as_chain,
     chain_apply,
     factor_matrix,
@@ -75,7 +76,6 @@ from .transform import (
     is_prime,
     jacobsthal,
     rotate,
-    rotate_blocks,
     to_float32,
     walsh_hadamard,
 )
@@ -84,6 +84,7 @@ __all__ = [
     "CLIP_RATIOS",
     "DecoderLayer",
     "KVCache",
+    "Rotation",
     "art_columns",
     "art_extremes",
     "as_chain",
@@ -133,7 +134,6 @@ __all__ = [
     "rms_norm_float64",
     "rotary",
     "rotate",
-    "rotate_blocks",
     "round_robin",
     "rounded",
     "sample",

@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from .. import _C
 from .._C import FormatError
 from ..config import SITES, QuantConfig
 from ..export.names import (
     BLOCK_PARTS,
     CHAIN_PARTS,
+    FACTOR_PARTS,
     FORMAT_VERSION,
     PACKED_PARTS,
     QUANT_METHOD,
@@ -40,7 +42,7 @@ from ..models.family import (
     iterate_tensors,
     parse_shape,
 )
-from ..rotations import FACTOR_DENSE_MAX, chain_problem, permutation_problem
+from ..rotations import FACTOR_DENSE_MAX
 from ..rows import require_finite
 from ..weights import LayerWeights, Linear, PackedLinear, high_problem, packed_words
 
@@ -50,7 +52,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |M M^T - I|; float32 rounding stays below 1e-5
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -318,44 +319,31 @@ class Checkpoint:
             raise self._error(f"{name}.weight_packed", "code 0 in the tail of each row", "others")
         return PackedLinear(words, scales, shape, k // groups if groups > 1 else 0)
 
-    def _rotation(self, layer: int, site: str) -> tuple[Any, ...]:
-        """(left, right) for _C.rotate: y = left X right^T, so a dense right is transposed here;
-        or (first, permutation, second) for _C.rotate_blocks."""
-        if rotation_name(layer, site, "first") in self.tensors:
-            return self._blocks(layer, site)
-        left = self._factor(rotation_name(layer, site, "left"))
-        right = self._factor(rotation_name(layer, site, "right"))
-        return left, np.ascontiguousarray(right.T) if isinstance(right, np.ndarray) else right
+    def _rotation(self, layer: int, site: str) -> _C.Rotation:
+        """A site's rotation, whose tensors' shapes were checked; the core proves their contents."""
+        blocks = rotation_name(layer, site, "first") in self.tensors
+        names = [rotation_name(layer, site, p) for p in (BLOCK_PARTS if blocks else FACTOR_PARTS)]
+        parts = [self.tensor(name) if blocks else self._factor(name) for name in names]
+        try:
+            if blocks:
+                return _C.Rotation.blocks(*parts)
+            if isinstance(parts[1], np.ndarray):  # stored as what rows are multiplied by
+                parts[1] = np.ascontiguousarray(parts[1].T)
+            return _C.Rotation(self.shape.site(site), *parts)
+        except ValueError as error:  # `part: expected ..., got ...`
+            part, _, problem = str(error).partition(": ")
+            name = rotation_name(layer, site, part)
+            info = self.tensors.get(name) or self.tensors[f"{name}_chain"]
+            problem = problem.replace(", got ", ", found ")
+            raise FormatError(f"{info.path}: {name}: {problem}") from None
 
     def _factor(self, name: str) -> Any:
         """Dense float32 [order, order] as stored, or (order, hadamard, pairs, angles)."""
         if name in self.tensors:
-            return self._orthogonal(name)
+            return self.tensor(name)
         chain, pairs, angles = (self.tensor(f"{name}_{part}") for part in CHAIN_PARTS)
         order, hadamard = chain.tolist()
-        problem = chain_problem(order, pairs, angles)
-        if problem:
-            raise self._error(name, "a chain of Givens rotations", problem)
         return order, bool(hadamard), pairs, angles
-
-    def _blocks(self, layer: int, site: str) -> tuple[Any, ...]:
-        """The tensors of BLOCK_PARTS, whose shapes were checked."""
-        first, permutation, second = (rotation_name(layer, site, part) for part in BLOCK_PARTS)
-        order = self.tensor(permutation)
-        problem = permutation_problem(order)
-        if problem:
-            raise self._error(permutation, "a permutation", problem)
-        return self._orthogonal(first), order, self._orthogonal(second)
-
-    def _orthogonal(self, name: str) -> NDArray[np.float32]:
-        """A stored matrix [..., n, n], each of which must be orthogonal."""
-        m = self.tensor(name)
-        # NaN and Inf fail the comparison as well.
-        with np.errstate(all="ignore"):
-            error = np.abs(m @ m.swapaxes(-1, -2) - np.eye(m.shape[-1], dtype=np.float32)).max()
-        if not error < ORTHOGONALITY_TOLERANCE:
-            raise self._error(name, "an orthogonal matrix", f"|M M^T - I| = {error:.3g}")
-        return m
 
     def _clip(self, layer: int, site: str, config: QuantConfig) -> float:
         name = clip_name(layer, site)

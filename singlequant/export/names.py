@@ -27,4 +27,5 @@ PACKED_PARTS = {"weight_packed": "I32", "weight_scale": "F32", "weight_shape": "
 
 CHAIN_PARTS = {"chain": "I64", "pairs": "I32", "angles": "F64"}
 
+FACTOR_PARTS = ("left", "right")
 BLOCK_PARTS = {"first": "F32", "permutation": "I32", "second": "F32"}

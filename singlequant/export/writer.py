@@ -156,7 +156,8 @@ def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArr
             continue
         if isinstance(rotation, BlockRotation):
             names = [rotation_name(layer.index, site, part) for part in BLOCK_PARTS]
-            tensors |= zip(names, rotation.arrays, strict=True)
+            blocks = (rotation.first, rotation.permutation, rotation.second)
+            tensors |= zip(names, blocks, strict=True)
         else:
             left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
             tensors |= factor_tensors(left, rotation.left, transpose=False)

@@ -43,10 +43,7 @@ def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
     if checkpoint.quant_config is not None:
         bits = checkpoint.quant_config.activation_bits
         for i, site in enumerate(SITES):
-            rotation = weights.rotations.get(site, (None, None))
-            if len(rotation) == 3:  # a BlockRotation's stand in place of left
-                rotation = (rotation, None)
-            sites[i] = (*rotation, bits, weights.clips[site])
+            sites[i] = (weights.rotations.get(site), bits, weights.clips[site])
     return _C.DecoderLayer(architecture_row(checkpoint.shape), weights.norms, linears, sites)
 
 

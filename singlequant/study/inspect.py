@@ -286,14 +286,14 @@ def transform(partial: Any, x: Sample) -> Sample:
     if partial is None:
         return x
     if isinstance(partial, StoredRotation):
-        return _C.rotate(x, partial.left, partial.right)
+        return _C.rotate(x, _C.Rotation(x.shape[-1], partial.left, partial.right))
     return transform_inputs(x, partial)
 
 
 def transform_weights(partial: Any, weights: Sample) -> Sample:
     """Weight rows [n, k] after the same: x' W'^T = x W^T."""
     if isinstance(partial, StoredRotation):
-        return _C.rotate(weights, partial.left, partial.right)
+        return transform(partial, weights)
     return transform_rows(weights, partial)
 
 
@@ -590,8 +590,9 @@ class _Run:
                              for part in ("words", "scales"))
             if len(words) == kept and len({linear.group for linear in linears}) == 1:
                 rows = _C.PackedWeight(words, scales, linears[0].shape[1], linears[0].group)
-        if rotation:
-            rotation = (BlockRotation if len(rotation) == 3 else StoredRotation)(*rotation)
+        if rotation is not None:
+            kind = BlockRotation if rotation.kind == "blocks" else StoredRotation
+            rotation = kind(*rotation.parts)
         return rotation, weights.clips[site], rows
 
 
