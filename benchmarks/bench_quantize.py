@@ -91,7 +91,7 @@ class RotationSpeed:
 
     def __init__(self, k: int) -> None:
         self.sizes = _C.factor_sizes(k)
-        self.factors = [_C.random_orthogonal(n, n).astype(np.float32) for n in self.sizes]
+        self.rotation = _C.Rotation(k, *(_C.random_orthogonal(n, n) for n in self.sizes))
         self.x = np.random.default_rng(k).standard_normal((self.ROWS, k), np.float32)
 
     def best(self) -> float:
@@ -101,7 +101,7 @@ class RotationSpeed:
         for _ in range(9):
             start = time.perf_counter()
             for _ in range(4):
-                _C.rotate(self.x, *self.factors)
+                _C.rotate(self.x, self.rotation)
             seconds = time.perf_counter() - start
             best = max(best, 4 * 2 * self.x.size * sum(self.sizes) / seconds / 1e9)
         _C.set_num_threads(threads)
@@ -222,7 +222,7 @@ def _profile_rows(
     gptq: GptqFactor | None,
 ) -> None:
     """One block of a weight's rows."""
-    turn, columns, group = rotation.arrays, rotation.balance, config.group_size
+    turn, columns, group = rotation.core, rotation.balance, config.group_size
     if columns is None:
         columns = np.ones(rotation.k, np.float32)
     if gptq is not None:

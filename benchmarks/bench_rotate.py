@@ -22,6 +22,7 @@ import singlequant as sq
 from singlequant import arrays
 from singlequant.methods import singlequant
 from singlequant.rotations import LayerRotations
+from singlequant.rows import rotate_rows
 
 rotate = importlib.import_module("singlequant.methods.solve")
 
@@ -77,11 +78,10 @@ class Bench:
             weights = self.checkpoint.layer(layer.layer)
             for site, roles in self.checkpoint.architecture.sites.items():
                 x, rotation = held.sites[site].sample, layer.sites[site]
-                sides = rotation.left.runtime(), rotation.right.runtime()
-                x_q = rounded(arrays.rotate(x, *sides), clip=config.activation_clip)
+                x_q = rounded(rotate_rows(x, rotation), clip=config.activation_clip)
                 for role in roles:
                     w = weights.linears[role].weight.astype(np.float32)
-                    w_q = rounded(arrays.rotate(w, *sides), search=config.weights == "mse")
+                    w_q = rounded(rotate_rows(w, rotation), search=config.weights == "mse")
                     y = x @ w.T
                     errors.append(((x_q @ w_q.T - y) ** 2).sum() / (y**2).sum())
         return float(np.mean(errors))

@@ -233,8 +233,8 @@ def describe_transform(folder: Path) -> dict[str, str]:
         dense = isinstance(value, np.ndarray)
         return f"dense {len(value)}" if dense else f"chain of order {value[0]}"
 
-    return {site: f"{' x '.join(map(factor, layer.rotations[site]))}, clip {layer.clips[site]:g}, "
-                  f"{layer.high.get(site, 0)} inputs of 8 bits" for site in SITES}
+    return {site: f"{' x '.join(map(factor, layer.rotations[site].parts))}, "
+                  f"clip {layer.clips[site]:g}, {layer.high.get(site, 0)} inputs of 8 bits" for site in SITES}
 
 
 # ---- agreement ----------------------------------------------------------------------------------

@@ -43,10 +43,8 @@ sq_factor_sizes(int64_t k, int64_t *k1, int64_t *k2);
 
 /* Streaming statistics of one site's inputs; the arrays are the caller's, zeroed by _reset. */
 struct sq_statistics {
-    int64_t k1, k2, count;
-    double *min, *max, *sum, *sum2, *sum4; /* [k] each, k = k1 * k2 */
-    double *gram1;                         /* [k1][k1] sum over tokens of X X^T */
-    double *gram2;                         /* [k2][k2] sum over tokens of X^T X */
+    int64_t k, count;
+    double *min, *max, *sum2; /* [k] each; sum2: of squares */
 };
 
 sq_status
@@ -59,6 +57,11 @@ sq_statistics_update(struct sq_statistics *s, const float *x, int64_t m);
 /* dst += src; sizes must agree. */
 sq_status
 sq_statistics_merge(struct sq_statistics *dst, const struct sq_statistics *src);
+
+/* gram [k1][k1] <- sum over tokens of X X^T, X [k1][k2] being the token reshaped, x [m][k1 k2]: in
+ * float64, one chain per entry. NaN or Inf: SQ_ERR_NONFINITE. Parallel over rows of gram. */
+sq_status
+sq_axis_gram(const float *x, int64_t m, int64_t k1, int64_t k2, double *gram);
 
 /* Largest magnitude and sum of squares of each column of w [n][k], in float64 chains over the rows.
  * NaN or Inf: SQ_ERR_NONFINITE. Parallel over columns. */
@@ -149,23 +152,11 @@ struct sq_factor {
 void
 sq_transpose(const float *a, int64_t n, float *out);
 
-/* Bytes of workspace for m rows or fewer in sq_rotate, whatever the number of threads is when the
- * call comes; untouched scratch takes no memory. SIZE_MAX / 2 when the sizes are out of range. */
-size_t
-sq_rotate_workspace_bytes(const struct sq_factor *left, const struct sq_factor *right, int64_t m);
-
-/* y [m][k] <- row by row L X R^T, where X [k1][k2] is the row reshaped, L the left factor and R the
- * right one (both act on their axis's vectors: R2 of the paper is R^T). y may be x. Parallel over
- * rows; the value of a row depends on that row alone, bit for bit. */
-sq_status
-sq_rotate(const struct sq_factor *left, const struct sq_factor *right, const float *x, int64_t m,
-          float *y, void *workspace);
-
 /* ---- DuQuant (rotate) ---------------------------------------------------------------------
  * arXiv 2406.01721, section 3.2: x' = x R1 P R2, R1 and R2 block-diagonal with k / b blocks [b][b],
  * P a permutation of the channels. */
 
-/* Largest block of sq_duquant_* and sq_rotate_blocks, and largest random matrix. */
+/* Largest block of sq_duquant_* and of a rotation, and largest random matrix. */
 #define SQ_DUQUANT_B_MAX 4096
 
 /* q [n][n] <- a random orthogonal matrix (Haar's measure) of the seed's own stream. workspace:
@@ -194,46 +185,68 @@ sq_duquant_blocks(const float *sample, int64_t rows, int64_t k, const float *ste
 sq_status
 sq_zigzag(const double *maxima, int64_t k, int64_t b, int32_t *permutation);
 
+/* ---- a site's rotation ------------------------------------------------------------------- */
+
 struct sq_block_rotation {
-    int64_t k, b;
+    int64_t b;
     const float *first;         /* [k / b][b][b] */
     const int32_t *permutation; /* [k], each of 0 .. k - 1 once */
     const float *second;        /* [k / b][b][b] */
 };
 
-/* Bytes of workspace for m rows or fewer in sq_rotate_blocks, whatever the number of threads is
- * when the call comes. SIZE_MAX / 2 when the sizes are out of range. */
-size_t
-sq_rotate_blocks_workspace_bytes(int64_t k, int64_t m);
-
-/* y [m][k] <- x blockdiag(first), permuted, times blockdiag(second). y may be x. Parallel over
- * rows; the value of a row depends on that row alone, bit for bit. */
-sq_status
-sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
-                 void *workspace);
-
-/* ---- a site's rotation, whichever it is -------------------------------------------------- */
-
 enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS };
 
+/* Largest k of a rotation. */
+#define SQ_ROTATION_K_MAX ((int64_t)1 << 40)
+
+/* A row x [k] becomes
+ *   SQ_KRONECKER  L X R^T, where X [k1][k2] is the row reshaped, L the left factor and R the right
+ *                 one (both act on their axis's vectors: R2 of the paper is R^T);
+ *   SQ_BLOCKS     x blockdiag(first), permuted, times blockdiag(second).
+ * Who makes one proves its contents once: indices in range, a permutation, orthogonal matrices. The
+ * functions below check sizes and pointers alone. */
 struct sq_rotation {
     int kind;                        /* one of the above */
+    int64_t k;                       /* k1 k2; 0 for SQ_UNROTATED, which fits every k */
     struct sq_factor left, right;    /* SQ_KRONECKER */
     struct sq_block_rotation blocks; /* SQ_BLOCKS */
 };
 
-/* Bytes of workspace for m rows of k or fewer in sq_rotate_each; 0 for SQ_UNROTATED. */
+/* SQ_OK if the sizes and pointers of a rotation (not SQ_UNROTATED) agree. */
+sq_status
+sq_rotation_check(const struct sq_rotation *rotation);
+
+/* *error <- the largest |M M^T - I| of matrices [count][n][n], NaN if one holds NaN or Inf. */
+sq_status
+sq_orthogonality_error(const float *matrices, int64_t count, int64_t n, float *error);
+
+/* Bytes of workspace for m rows or fewer in the functions below, whatever the number of threads is
+ * when the call comes; untouched scratch takes no memory. 0 for NULL and SQ_UNROTATED, SIZE_MAX / 2
+ * when the sizes are out of range. */
 size_t
-sq_rotation_workspace_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m);
+sq_rotation_workspace_bytes(const struct sq_rotation *rotation, int64_t m);
+
+/* y [m][k] <- the rows of x, each rotated. y may be x. Parallel over rows; the value of a row
+ * depends on that row alone, bit for bit. */
+sq_status
+sq_rotate(const struct sq_rotation *rotation, const float *x, int64_t m, float *y, void *workspace);
 
 /* Takes rotated rows `first` and following, values [rows][k], which are valid during the call. */
 typedef void (*sq_rows_fn)(void *context, int64_t first, int64_t rows, const float *values);
 
-/* Hands the rows of x [m][k], each rotated as by sq_rotate or sq_rotate_blocks, to fn: a block of
- * rows at a time, as it lies in the cache, on several threads at once. */
+/* Hands the rows of x [m][k], each rotated as by sq_rotate, to fn: a block of rows at a time, as it
+ * lies in the cache, on several threads at once. */
 sq_status
 sq_rotate_each(const struct sq_rotation *rotation, const float *x, int64_t m, sq_rows_fn fn,
                void *context, void *workspace);
+
+/* x [m][k] <- rotated on the calling thread alone, whatever the number of threads is: for calls
+ * inside a parallel loop. Its workspace is that of sq_rotation_serial_bytes. */
+size_t
+sq_rotation_serial_bytes(const struct sq_rotation *rotation, int64_t m);
+
+sq_status
+sq_rotate_serially(const struct sq_rotation *rotation, float *x, int64_t m, void *workspace);
 
 /* ---- quantizers (quantize) -------------------------------------------------------------- */
 
@@ -319,9 +332,9 @@ sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *
 
 /* What happens to a weight's rows before they are rounded, in this order. */
 struct sq_weight_transform {
-    const float *columns; /* [k] multiplies the columns: a balance; or NULL */
-    const float *rows;    /* [n] multiplies the rows; or NULL */
-    struct sq_rotation rotation;
+    const float *columns;               /* [k] multiplies the columns: a balance; or NULL */
+    const float *rows;                  /* [n] multiplies the rows; or NULL */
+    const struct sq_rotation *rotation; /* of the rows; or NULL */
 };
 
 /* weight [n][k] of dtype -> words [n][ceil(k / 8)] as sq_pack_int4 makes them and scales [n][k / g]

@@ -92,9 +92,11 @@ def apply_chain(chain: Chain, x: ArrayLike) -> NDArray[np.float64]:
 def rotate(x: ArrayLike, left: ArrayLike, right: ArrayLike) -> NDArray[np.float32]:
     """Row by row L X R^T, for x [..., k1 * k2] with X the row as (k1, k2); left L, right R.
 
-    Rotating activations and weight rows alike leaves x W^T unchanged. Returns float32, shaped as x.
+    Both factors are orthogonal: rotating activations and weight rows alike leaves x W^T unchanged.
+    Returns float32, shaped as x. ValueError names the factor that is not orthogonal, or does not
+    fit.
     """
-    return _C.rotate(x, left, right)
+    return _C.rotate(x, _C.Rotation(np.shape(x)[-1] if np.ndim(x) else 1, left, right))
 
 
 def quantize(

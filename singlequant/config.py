@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import _C
 from .files import read_json
 from .methods.registry import DEFAULT_METHOD, METHODS
 
 KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
 
-INT8_STEP = 32  # SQ_K_ALIGN of the core: inputs with 8 bits come in whole blocks
+INT8_STEP = _C.INT8_STEP  # inputs with 8 bits come in whole blocks
 
 SCHEMES = {"w4a4": 4, "w4a8": 8, "w4a16": 16}
 

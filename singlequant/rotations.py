@@ -15,7 +15,7 @@ from . import _C
 from .config import INT8_STEP, check_sites
 from .statistics import LayerStatistics
 
-FACTOR_DENSE_MAX = 512  # SQ_FACTOR_DENSE_MAX of the core: larger factors stay chains
+FACTOR_DENSE_MAX = _C.FACTOR_DENSE_MAX  # larger factors stay chains
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,7 +59,7 @@ class Factor:
         return np.ascontiguousarray(rows.T)
 
     def runtime(self) -> NDArray[np.float32] | tuple[int, bool, Any, Any]:
-        """What _C.rotate takes: a dense float32 matrix up to FACTOR_DENSE_MAX, else the chain."""
+        """What _C.Rotation takes: a dense float32 matrix up to FACTOR_DENSE_MAX, else the chain."""
         if self.order <= FACTOR_DENSE_MAX:
             return self.matrix().astype(np.float32)
         return self.order, self.hadamard, self.pairs, self.angles
@@ -133,9 +133,9 @@ class SiteRotation:
         return self.left.is_identity and self.right.is_identity
 
     @cached_property
-    def arrays(self) -> tuple[Any, Any]:
-        """(left, right) as _C.rotate takes them."""
-        return self.left.runtime(), self.right.runtime()
+    def core(self) -> _C.Rotation:
+        """The rotation as the core takes it, without the balance."""
+        return _C.Rotation(self.k, self.left.runtime(), self.right.runtime())
 
     def givens_count(self, kind: str) -> int:
         """Givens rotations of the steps of one kind: "ART", "URT" or "sweep"."""
@@ -230,10 +230,10 @@ class BlockRotation:
         unmoved = np.array_equal(self.permutation, np.arange(self.k))
         return unmoved and bool((self.first == eye).all() and (self.second == eye).all())
 
-    @property
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """(first, permutation, second) as _C.rotate_blocks takes them."""
-        return self.first, self.permutation, self.second
+    @cached_property
+    def core(self) -> _C.Rotation:
+        """The rotation as the core takes it, without the balance."""
+        return _C.Rotation.blocks(self.first, self.permutation, self.second)
 
     def givens_count(self, kind: str) -> int:
         """0: blocks are matrices, without Givens rotations."""

@@ -18,9 +18,7 @@ def rotate_rows(
     x: NDArray[np.floating], rotation: SiteRotation | BlockRotation
 ) -> NDArray[np.float32]:
     """Each row of x [..., k], a token or a weight's, as the site's rotation turns it."""
-    if isinstance(rotation, BlockRotation):
-        return _C.rotate_blocks(x, *rotation.arrays)
-    return _C.rotate(x, *rotation.arrays)
+    return _C.rotate(x, rotation.core)
 
 
 def float32_blocks(array: NDArray, name: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:

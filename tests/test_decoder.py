@@ -177,10 +177,10 @@ def chain(rng, order, hadamard, steps=9):
 def site_factors(rng, k, rotation):
     k1, k2 = _C.factor_sizes(k)
     if rotation == "dense":
-        return orthogonal(rng, k1), orthogonal(rng, k2)
+        return _C.Rotation(k, orthogonal(rng, k1), orthogonal(rng, k2))
     if rotation == "chain":
-        return chain(rng, k1, False), chain(rng, k2, True)
-    return (orthogonal(rng, k1), None) if rotation == "left" else None
+        return _C.Rotation(k, chain(rng, k1, False), chain(rng, k2, True))
+    return _C.Rotation(k, orthogonal(rng, k1)) if rotation == "left" else None
 
 
 def packed_twin(values, site, bits):
@@ -190,8 +190,7 @@ def packed_twin(values, site, bits):
     def weight(x):
         x = x.astype(np.float32)
         if rotation is not None:
-            left, right = rotation
-            x = _C.rotate(x, left, np.eye(x.shape[1] // len(left)) if right is None else right)
+            x = _C.rotate(x, rotation)
         if bits < 16:
             codes, scales, _ = _C.quantize(x, bits=bits, clip=clip)
             x = _C.dequantize(codes, scales)
@@ -345,8 +344,8 @@ def test_layer_gives_its_references_back(rng):
     parts, _ = packed_parts(rng, PACKED["gqa"], 4, "chain")
     dense = np.zeros((32, 96), np.float32)
     parts["attention"]["v"] = ("qkv", dense, None)
-    pairs = parts["sites"]["qkv"][1][0][2]
-    watched = [weight_of(parts, "q"), dense, parts["attention"]["rotary"][0], pairs]
+    rotation = parts["sites"]["qkv"][1]
+    watched = [weight_of(parts, "q"), dense, parts["attention"]["rotary"][0], rotation]
     before = [sys.getrefcount(x) for x in watched]
     layer = _C.DecoderLayer(**parts)
     held = [sys.getrefcount(x) for x in watched]

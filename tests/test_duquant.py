@@ -105,7 +105,8 @@ def test_peak_of_every_block_falls_and_what_is_kept_reaches_the_lowest(k, b):
     blocks, peaks = _C.duquant_blocks(x, _C.duquant_steps(b, 64, 0))
     assert orthogonality(blocks) < 1e-6
     np.testing.assert_array_equal(peaks[:, 0], block_peaks(x, b))
-    rotated = _reference.rotate_blocks(x, blocks, np.arange(k), np.tile(np.eye(b), (k // b, 1, 1)))
+    rotated = _reference.rotate(x, _reference.Rotation.blocks(
+        blocks, np.arange(k), np.tile(np.eye(b), (k // b, 1, 1))))
     reached = block_peaks(rotated, b)
     np.testing.assert_allclose(reached, peaks.min(axis=1), rtol=1e-4)
     assert (reached < 0.5 * peaks[:, 0]).all()
@@ -253,27 +254,28 @@ def test_zigzag_names_what_is_wrong():
                                            (2, 3, 1), (0, 8, 4), (9, 1408, 128)])
 def test_rotate_blocks_is_its_twin_and_undone_by_its_transpose(m, k, b):
     rotation, x = random_blocks(k, b), outlier_inputs(max(m, 1), k)[:m]
-    y = _C.rotate_blocks(x, *rotation.arrays)
+    y = _C.rotate(x, rotation.core)
     limit = 1e-6 * np.abs(x).max(initial=1.0) * b**0.5
-    np.testing.assert_allclose(y, _reference.rotate_blocks(x, *rotation.arrays), atol=limit)
+    np.testing.assert_allclose(y, _reference.rotate(x, rotation.core), atol=limit)
     back = BlockRotation(rotation.second.swapaxes(1, 2), np.arange(k), np.tile(np.eye(b),
                          (k // b, 1, 1)))
     z = np.empty_like(y)
     z[:, rotation.permutation] = rotate_rows(y, back)
-    undone = _C.rotate_blocks(z, rotation.first.swapaxes(1, 2), np.arange(k), back.second)
+    undone = _C.rotate(z, _C.Rotation.blocks(rotation.first.swapaxes(1, 2), np.arange(k),
+                                             back.second))
     np.testing.assert_allclose(undone, x, atol=4 * limit)
 
 
 @pytest.mark.usefixtures("table")
 def test_rotate_blocks_of_a_row_depends_on_that_row_alone():
     rotation, x = random_blocks(768, 128), outlier_inputs(131, 768)
-    whole = _C.rotate_blocks(x, *rotation.arrays)
+    whole = _C.rotate(x, rotation.core)
     for threads in (1, 3):
         _C.set_num_threads(threads)
-        np.testing.assert_array_equal(_C.rotate_blocks(x, *rotation.arrays), whole)
+        np.testing.assert_array_equal(_C.rotate(x, rotation.core), whole)
         for m in (1, 2, 5, 64):
-            np.testing.assert_array_equal(_C.rotate_blocks(x[:m], *rotation.arrays), whole[:m])
-    np.testing.assert_array_equal(_C.rotate_blocks(x[77], *rotation.arrays), whole[77])
+            np.testing.assert_array_equal(_C.rotate(x[:m], rotation.core), whole[:m])
+    np.testing.assert_array_equal(_C.rotate(x[77], rotation.core), whole[77])
 
 
 EYES = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
@@ -281,7 +283,7 @@ EYES = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
 
 @pytest.mark.parametrize(("parts", "message"), [
     ((EYES[:, :3], np.arange(8), EYES), "first: expected square blocks"),
-    ((EYES, np.arange(8), EYES[:1]), r"second: expected shape\[0\] = 2, got 1"),
+    ((EYES, np.arange(8), EYES[:1]), r"second: expected blocks \(2, 4, 4\) as first"),
     ((EYES, np.arange(7), EYES), r"permutation: expected shape\[0\] = 8, got 7"),
     ((EYES, np.array([0, 1, 2, 3, 4, 5, 6, 6]), EYES), "permutation: expected each of 0 to 7 once"),
     ((EYES, np.arange(1, 9), EYES), "permutation: expected each of 0 to 7 once"),
@@ -289,14 +291,14 @@ EYES = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
 ])
 def test_block_rotation_that_is_none_is_refused(parts, message):
     with pytest.raises(ValueError, match=message):
-        _C.rotate_blocks(np.ones((2, 8)), *parts)
+        _C.Rotation.blocks(*parts)
     with pytest.raises(ValueError, match=message.split(":")[0]):
         BlockRotation(*parts)
 
 
 def test_rotate_blocks_refuses_rows_of_another_length():
-    with pytest.raises(ValueError, match=r"x: expected shape\[-1\] = 8, got 9"):
-        _C.rotate_blocks(np.ones((2, 9)), EYES, np.arange(8), EYES)
+    with pytest.raises(ValueError, match=r"x: expected shape\[1\] = 8, got 9"):
+        _C.rotate(np.ones((2, 9)), _C.Rotation.blocks(EYES, np.arange(8), EYES))
 
 
 # ---- the solver ---------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def test_solution_spreads_a_massive_channel_over_all_blocks():
 def test_seed_decides():
     site = site_statistics(outlier_inputs(40, 64), [outlier_inputs(4, 64)])
     one, same, other = (build(Site(site, seed)) for seed in (3, 3, 4))
-    for a, b in zip(one.arrays, same.arrays, strict=True):
+    for a, b in zip(one.core.parts, same.core.parts, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(one.first, other.first)
 
@@ -364,7 +366,7 @@ def test_bundled_model_round_trips_and_beats_plain_rounding(bundled):
     assert kl["duquant"] < 0.25 * kl["none"]
     stored = load_checkpoint(bundled / "duquant")
     for i in range(stored.spec.layers):
-        first, permutation, second = stored.layer(i).rotations["down"]
+        first, permutation, second = stored.layer(i).rotations["down"].parts
         assert first.shape == second.shape == (7, 64, 64)
         assert sorted(permutation.tolist()) == list(range(448))
     estimate = estimate_size(load_checkpoint(sq.bundled_model()), stored.quant_config)
@@ -403,7 +405,7 @@ def test_written_blocks_come_back_and_the_plain_reader_turns_alike(written):
     stored = load_checkpoint(folder).layer(0).rotations
     _, tensors = format_reader.read_model(folder)
     for site, rotation in rotations.items():
-        for a, b in zip(stored[site], rotation.arrays, strict=True):
+        for a, b in zip(stored[site].parts, rotation.core.parts, strict=True):
             np.testing.assert_array_equal(a, b)
         x = outlier_inputs(4, source.spec.layer(0).sites[site].k)
         found = format_reader.rotate(tensors, 0, site, x.astype(np.float64))
@@ -423,9 +425,9 @@ def test_decoder_turns_blocks_as_it_turns_the_equal_kronecker_factors(make_check
     blocks, factors = {}, {}
     for site, k in zip(source.spec.layer(0).sites, (64, 64, 64, 96), strict=True):
         rotation = random_blocks(k, k, seed=k)
-        blocks[site] = k, rotation.arrays, 16, 1.0
+        blocks[site] = k, rotation.core, 16, 1.0
         product = rotation.first[0][:, rotation.permutation] @ rotation.second[0]
-        factors[site] = k, (product.T, np.ones((1, 1))), 16, 1.0
+        factors[site] = k, _C.Rotation(k, product.T), 16, 1.0
     start = rng.standard_normal((7, 64)).astype(np.float32)
     outputs = []
     for sites in (blocks, factors):
@@ -444,7 +446,7 @@ BLOCKS = np.tile(np.eye(16, dtype=np.float32), (4, 1, 1))
 
 
 @pytest.mark.parametrize(("part", "value", "message"), [
-    ("permutation", np.where(ORDER == 5, 6, ORDER), "permutation: expected a permutation"),
+    ("permutation", np.where(ORDER == 5, 6, ORDER), "permutation: expected each of 0 to 63 once"),
     ("permutation", ORDER + 1, "expected each of 0 to 63 once"),
     ("permutation", ORDER - 1, "expected each of 0 to 63 once"),
     ("permutation", ORDER[:63], r"expected shape \[64\], found \[63\]"),
@@ -487,9 +489,8 @@ def test_decoder_layer_names_the_site_of_blocks_that_do_not_fit(written):
             **layer_blocks(checkpoint.spec.layer(0), weights.norms, linears, changed)
         )
 
-    build(rotations["qkv"].arrays)
-    with pytest.raises(ValueError, match="site qkv: expected blocks of 64 inputs, got 96"):
-        build(rotations["down"].arrays)
-    first, permutation, second = rotations["qkv"].arrays
-    with pytest.raises(ValueError, match="site qkv: permutation: expected each of 0 to 63 once"):
-        build((first, np.zeros(64, np.int32), second))
+    build(rotations["qkv"].core)
+    with pytest.raises(ValueError, match="site qkv: expected one of k = 64 inputs, got 96"):
+        build(rotations["down"].core)
+    with pytest.raises(TypeError, match="site qkv: expected a Rotation or None, got tuple"):
+        build(rotations["qkv"].core.parts)

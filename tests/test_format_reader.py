@@ -74,7 +74,7 @@ def test_plain_reader_multiplies_as_the_core_does(folder):
     for site, names in sites(quantization, 0).items():
         x = rng.standard_normal((5, checkpoint.spec.layer(0).sites[site].k)).astype(np.float32)
         given = quantize(tensors, 0, site, quantization["activations"], rotate(tensors, 0, site, x))
-        rotated = _C.rotate(x, *layer.rotations[site])
+        rotated = _C.rotate(x, layer.rotations[site])
         for name in names:
             linear, packed = linears[name], linears[name].weight
             if isinstance(packed, PackedLinear):

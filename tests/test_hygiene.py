@@ -35,12 +35,14 @@ CODES = RNG.integers(-8, 8, (6, 40)).astype(np.int8)
 WORDS = _C.pack(CODES)
 PAIRS = np.array([[0, 3], [2, 1], [1, 3]], np.int32)
 CHAIN = (4, True, PAIRS, f64(3))
-STATE = _C.statistics_update(f32(5, 12), 3, 4)
+STATE = _C.statistics_update(f32(5, 12))
+TURN = _C.Rotation(16, EYE, CHAIN)
 GEOMETRY = geometry(16, 24, 2, 2, 8, rotary=(f32(4), 1.0))
 LAYER = llama(GEOMETRY, {role: (f32(n, k), f32(n)) for role, (n, k) in shapes(GEOMETRY).items()},
               (f32(16), f32(16)),
-              {"qkv": ((EYE, CHAIN), 4, 1.0), "gate_up": ((CHAIN, EYE), 4, 1.0),
-               "down": ((np.eye(6), None), 4, 1.0)})
+              {"qkv": (TURN, 4, 1.0),
+               "gate_up": (_C.Rotation(16, CHAIN, EYE), 4, 1.0),
+               "down": (_C.Rotation(24, np.eye(6)), 4, 1.0)})
 LAYER["attention"]["k_norm"] = ("layer", 1e-5, 1.0, f32(8), f32(8))
 
 # Function -> positional arguments; arrays may stand inside tuples and dicts.
@@ -51,20 +53,20 @@ CALLS = {
     "art_columns": (f64(7, 9), 12),
     "urt": (f64(9), f64(9)),
     "uniformity_sweep": (f64(6, 11), 2),
-    "rotate": (f32(3, 16), CHAIN, EYE),
+    "Rotation": (16, EYE, CHAIN),
+    "rotate": (f32(3, 16), TURN),
     "chain_from_matrix": (_C.random_orthogonal(5, 1),),
     "principal_directions": (np.cov(f64(6, 30)),),
     "column_moments": (f32(9, 70).astype(np.float16),),
     "duquant_blocks": (f32(5, 12), _C.duquant_steps(4, 3, 0)),
     "zigzag": (f64(12), 4),
-    "rotate_blocks": (f32(3, 12), _C.duquant_steps(4, 3, 1), np.arange(12, dtype=np.int32)[::-1],
-                      _C.duquant_steps(4, 3, 2)),
-    "statistics_update": (f32(5, 12), 3, 4, STATE),
+    "axis_gram": (f32(5, 12), 3, 4),
+    "statistics_update": (f32(5, 12), STATE),
     "statistics_merge": (STATE, STATE),
     "quantize": (f32(3, 64), 4, 32, False, 1.0, True),
     "dequantize": (CODES, f32(6, 2), RNG.integers(0, 15, (6, 2)).astype(np.int32)),
-    "quantize_weight": (f32(5, 16).astype(np.float16), 8, True, (EYE, CHAIN), f32(16), f32(5)),
-    "transform_weight": (f32(5, 16), (CHAIN, EYE), f32(16), f32(5)),
+    "quantize_weight": (f32(5, 16).astype(np.float16), 8, True, TURN, f32(16), f32(5)),
+    "transform_weight": (f32(5, 16), TURN, f32(16), f32(5)),
     "gram": (f32(9, 5),),
     "gptq_factor": (np.cov(f32(5, 40)).astype(np.float32), 0.1, True),
     "gptq_round": (f32(3, 6), np.eye(6, dtype=np.float32) + np.tril(f32(6, 6), -1),
@@ -106,6 +108,7 @@ NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "bl
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
              "duquant_steps", "KVCache", "Decoder", "FormatError", "will_need", "peak_steps",
              "measure_peak"}
+CONSTANTS = {"FACTOR_DENSE_MAX", "INT8_STEP", "DENSE_FEW", "PAGE_TOKENS"}
 # Functions whose results are times, which no two calls share; tests/test_bench.py has their tests.
 TIMES = {"measure_linear"}
 
@@ -157,6 +160,8 @@ def outcome(name, arguments):
     result = getattr(_C, name)(*arguments)
     if name == "PackedWeight":
         result = _C.linear(CALLS["linear"][0], result)
+    if name == "Rotation":
+        result = _C.rotate(CALLS["rotate"][0], result)
     if name == "DecoderLayer":
         hidden = np.ones((2, 16), np.float32)
         result.forward(hidden, [0, 0], [0, 1], _C.KVCache(1, 1, 2, 8, 4), 0)
@@ -169,7 +174,7 @@ def outcome(name, arguments):
 
 def test_table_holds_every_array_function():
     public = {name for name in dir(_C) if not name.startswith("_")}
-    assert set(CALLS) | NO_ARRAYS | TIMES == public
+    assert set(CALLS) | NO_ARRAYS | TIMES | CONSTANTS == public
     assert not set(CALLS) & NO_ARRAYS
 
 
@@ -302,19 +307,20 @@ def test_failing_calls_leak_nothing(name):
 BIG = f32(1024, 2048)
 SQUARE, ORTHOGONAL = f64(100, 100), _C.random_orthogonal(256, 0)
 LONG_CHAIN = (2048, False, np.tile([[0, 1]], (20_000, 1)).astype(np.int32), f64(20_000))
+LONG_TURN, FLAT_TURN = _C.Rotation(2048, LONG_CHAIN), _C.Rotation(2048, np.eye(32), np.eye(64))
 BIG_WORDS = RNG.integers(-(2**31), 2**31, (2048, 256)).astype(np.int32)
 BIG_WEIGHT = _C.PackedWeight(BIG_WORDS, np.ones((2048, 1), np.float32), 2048)
 LONG_CALLS = {
     "quantize": lambda: _C.quantize(BIG, 4, 0, True, 1.0, True),
     "linear": lambda: _C.linear(BIG, BIG_WEIGHT, 16),
     "linear_dense": lambda: _C.linear_dense(BIG, BIG),
-    "rotate": lambda: _C.rotate(BIG, LONG_CHAIN, np.eye(1, dtype=np.float32)),
-    "statistics_update": lambda: _C.statistics_update(BIG, 64, 32),
+    "rotate": lambda: _C.rotate(BIG, LONG_TURN),
+    "axis_gram": lambda: _C.axis_gram(BIG, 64, 32),
     "kl_divergence": lambda: _C.kl_divergence(BIG, -BIG),
     "principal_directions": lambda: _C.principal_directions(SQUARE @ SQUARE.T),
     "chain_from_matrix": lambda: _C.chain_from_matrix(ORTHOGONAL),
     "column_moments": lambda: _C.column_moments(BIG),
-    "quantize_weight": lambda: _C.quantize_weight(BIG, 0, True, (np.eye(32), np.eye(64))),
+    "quantize_weight": lambda: _C.quantize_weight(BIG, 0, True, FLAT_TURN),
 }
 
 

@@ -20,7 +20,6 @@ from singlequant.rows import rotate_rows
 from singlequant.study import inspect as outliers
 from singlequant.study.inspect import (
     Inspection,
-    StoredRotation,
     inspect_model,
     measure,
     transform,
@@ -301,10 +300,10 @@ def test_diagonal_balance_is_a_step_of_its_own():
 def test_stored_rotation_shows_the_whole(orders):
     rng = np.random.default_rng(7)
     rotation = SiteRotation(*(random_factor(rng, order) for order in orders))
-    stored = StoredRotation(rotation.left.runtime(), rotation.right.runtime())
+    stored = rotation.core
     assert transformation_steps(stored) == [("original", None), ("final", stored)]
     x = rng.standard_normal((5, orders[0] * orders[1])).astype(F32)
-    np.testing.assert_array_equal(transform(stored, x), _C.rotate(x, stored.left, stored.right))
+    np.testing.assert_array_equal(transform(stored, x), _C.rotate(x, rotation.core))
 
 
 # ---- a model ------------------------------------------------------------------------------------

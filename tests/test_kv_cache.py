@@ -22,7 +22,7 @@ from singlequant.checkpoint.views import ValueCheckpoint
 from singlequant.runtime.model import Model
 from singlequant.sweep.run import prepare
 
-PAGE = _C.KVCache(1, 1, 1, 2, 1).page_tokens
+PAGE = _C.PAGE_TOKENS
 TOLERANCE = 2e-5  # absolute, of values of order 1, as in test_attention.py
 BITS = [32, 16, 8, 4]
 SIZES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 128, 300]

@@ -232,12 +232,14 @@ def test_linear_rotates_like_rotate_bit_for_bit(table, bits, m):
     turn = np.stack([orthogonal(k // blocks, s) for s in range(blocks)])
     deal = np.random.default_rng(0).permutation(k).astype(np.int32)
     chain = (k1, True, np.array([[0, 5], [3, 1]], np.int32), np.array([0.3, -1.0]))
-    for rotation, rotated in (
-        ((orthogonal(k1), orthogonal(k2)), _C.rotate(x, orthogonal(k1), orthogonal(k2))),
-        ((chain, None), _C.rotate(x, chain, np.eye(k2, dtype=np.float32))),
-        ((turn, deal, turn), _C.rotate_blocks(x, turn, deal, turn)),
-        ((None, None), x),
+    for rotation in (
+        _C.Rotation(k, orthogonal(k1), orthogonal(k2)),
+        _C.Rotation(k, chain),
+        _C.Rotation.blocks(turn, deal, turn),
+        _C.Rotation(k),
+        None,
     ):
+        rotated = x if rotation is None else _C.rotate(x, rotation)
         np.testing.assert_array_equal(
             _C.linear(x, weight, bits, 0.9, rotation), _C.linear(rotated, weight, bits, 0.9)
         )
@@ -246,9 +248,9 @@ def test_linear_rotates_like_rotate_bit_for_bit(table, bits, m):
 @pytest.mark.parametrize(
     ("rotation", "error", "message"),
     [
-        (3, TypeError, "rotation: expected None, \\(left, right\\) or"),
-        ((np.eye(5), None), ValueError, "rotation: left factor: expected an order dividing 96"),
-        ((np.eye(6), np.eye(6)), ValueError, r"rotation: expected orders .* = 96, got 6 \* 6"),
+        (3, TypeError, "rotation: expected a Rotation or None, got int"),
+        ((None, None), TypeError, "rotation: expected a Rotation or None, got tuple"),
+        (_C.Rotation(48), ValueError, "rotation: expected one of k = 96 inputs, got 48"),
     ],
 )
 def test_linear_bad_rotation_is_refused(rotation, error, message):
@@ -262,7 +264,7 @@ def test_linear_rotated_does_not_depend_on_threads(table, m):
     k1, k2 = 48, 64
     x, words, scales = problem(m, 33, k1 * k2)
     weight = _C.PackedWeight(words, scales, k1 * k2)
-    rotation = orthogonal(k1), orthogonal(k2)
+    rotation = _C.Rotation(k1 * k2, orthogonal(k1), orthogonal(k2))
     before, results = _C.get_num_threads(), []
     for threads in (1, 2, 4):
         _C.set_num_threads(threads)

@@ -288,14 +288,14 @@ def rotation_of(kind, k, seed=0):
     if kind == "none":
         return None
     if kind == "dense":
-        return matrix(k1), matrix(k2)
+        return _C.Rotation(k, matrix(k1), matrix(k2))
     if kind == "chain":
         order = np.arange(k, dtype=np.int32)
         pairs = np.stack([order[:-1], order[1:]], 1).reshape(-1, 2)
-        return (k, True, pairs, rng.uniform(-3, 3, len(pairs))), np.eye(1, dtype=np.float32)
+        return _C.Rotation(k, (k, True, pairs, rng.uniform(-3, 3, len(pairs))))
     b = next(b for b in (16, 9, 5, 1) if k % b == 0)
     blocks = np.stack([matrix(b) for _ in range(k // b)])
-    return blocks, rng.permutation(k).astype(np.int32), blocks[::-1].copy()
+    return _C.Rotation.blocks(blocks, rng.permutation(k), blocks[::-1])
 
 
 def steps(weight, group, search, rotation, columns, rows):
@@ -304,7 +304,7 @@ def steps(weight, group, search, rotation, columns, rows):
     x = x if columns is None else x * columns
     x = x if rows is None else x * rows[:, None]
     if rotation is not None:
-        x = (_C.rotate if len(rotation) == 2 else _C.rotate_blocks)(x, *rotation)
+        x = _C.rotate(x, rotation)
     codes, scales, _ = _C.quantize(x, 4, group, True, 1.0, search)
     return x, _C.pack(codes), scales
 

@@ -400,6 +400,14 @@ def test_uniformity_sweep_releases_the_gil(rng):
 # ---- Kronecker application
 
 
+def rotate(x, left, right):
+    return _C.rotate(x, _C.Rotation(np.shape(x)[-1], left, right))
+
+
+def rotate_reference(x, left, right):
+    return reference.rotate(x, reference.Rotation(np.shape(x)[-1], left, right))
+
+
 def orthogonal(rng, n):
     return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
 
@@ -411,9 +419,9 @@ def test_rotate_equals_the_dense_product(rng, sizes, m):
     left, right = orthogonal(rng, k1), orthogonal(rng, k2)
     x = rng.standard_normal((m, k1 * k2)).astype(np.float32)
     before = x.copy()
-    y = _C.rotate(x, left, right)
+    y = rotate(x, left, right)
     assert y.dtype == np.float32
-    np.testing.assert_allclose(y, reference.rotate(x, left, right), atol=1e-5)
+    np.testing.assert_allclose(y, rotate_reference(x, left, right), atol=1e-5)
     np.testing.assert_array_equal(x, before)
     if k1 * k2 <= 64:
         kron = np.kron(left.astype(float).T, right.astype(float).T)
@@ -423,8 +431,8 @@ def test_rotate_equals_the_dense_product(rng, sizes, m):
 def test_rotate_keeps_a_reflection_of_order_one(rng):
     x = rng.standard_normal((3, 4)).astype(np.float32)
     minus = np.array([[-1.0]])
-    np.testing.assert_array_equal(_C.rotate(x, minus, np.eye(4)), -x)
-    np.testing.assert_array_equal(_C.rotate(x, np.eye(4), minus), -x)
+    np.testing.assert_array_equal(rotate(x, minus, np.eye(4)), -x)
+    np.testing.assert_array_equal(rotate(x, np.eye(4), minus), -x)
 
 
 @pytest.mark.parametrize("sizes", [(1, 6), (12, 5), (5, 12), (1031, 1), (3, 1024)], ids=str)
@@ -434,8 +442,8 @@ def test_rotate_applies_chain_factors(rng, sizes, hadamard):
     left = (k1, hadamard, *random_chain(rng, k1, 2 * k1 if k1 > 1 else 0))
     right = (k2, not hadamard, *random_chain(rng, k2, 2 * k2 if k2 > 1 else 0))
     x = rng.standard_normal((5, k1 * k2)).astype(np.float32)
-    y = _C.rotate(x, left, right)
-    np.testing.assert_allclose(y, reference.rotate(x, left, right), atol=1e-5)
+    y = rotate(x, left, right)
+    np.testing.assert_allclose(y, rotate_reference(x, left, right), atol=1e-5)
 
 
 def test_rotate_mixes_a_chain_and_a_matrix(rng):
@@ -443,9 +451,9 @@ def test_rotate_mixes_a_chain_and_a_matrix(rng):
     matrix = orthogonal(rng, 10)
     x = rng.standard_normal((2, 3, 120)).astype(np.float32)
     for left, right in ((chain, matrix), (matrix, chain)):
-        y = _C.rotate(x, left, right)
+        y = rotate(x, left, right)
         assert y.shape == x.shape
-        np.testing.assert_allclose(y, reference.rotate(x, left, right), atol=1e-5)
+        np.testing.assert_allclose(y, rotate_reference(x, left, right), atol=1e-5)
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "chain"])
@@ -457,8 +465,8 @@ def test_rotate_of_a_row_depends_on_that_row_alone(rng, both_thread_counts, tabl
     x = rng.standard_normal((1001, 204)).astype(np.float32)
     _C.use_kernels(table)
     try:
-        one, two = both_thread_counts(lambda: _C.rotate(x, left, right))
-        single = np.stack([_C.rotate(row, left, right) for row in x[::50]])
+        one, two = both_thread_counts(lambda: rotate(x, left, right))
+        single = np.stack([rotate(row, left, right) for row in x[::50]])
     finally:
         _C.use_kernels(active)
     assert one.tobytes() == two.tobytes()
@@ -468,33 +476,22 @@ def test_rotate_of_a_row_depends_on_that_row_alone(rng, both_thread_counts, tabl
 def test_rotate_takes_lists_strides_swapped_bytes_and_no_rows(rng):
     left, right = orthogonal(rng, 2), orthogonal(rng, 3)
     x = rng.standard_normal((4, 12)).astype(np.float32)[:, ::2]
-    expected = _C.rotate(np.ascontiguousarray(x), left, right)
+    expected = rotate(np.ascontiguousarray(x), left, right)
     for other in (x, x.tolist(), x.astype(">f4"), x.astype(np.float64)):
-        np.testing.assert_array_equal(_C.rotate(other, left, right), expected)
-    np.testing.assert_array_equal(_C.rotate(x, left.tolist(), right.astype(">f4")), expected)
-    assert _C.rotate(np.zeros((0, 6)), left, right).shape == (0, 6)
+        np.testing.assert_array_equal(rotate(other, left, right), expected)
+    np.testing.assert_array_equal(rotate(x, left.tolist(), right.astype(">f4")), expected)
+    assert rotate(np.zeros((0, 6)), left, right).shape == (0, 6)
 
 
 def test_rotate_errors_name_the_argument():
-    x, none = np.zeros((2, 6)), (np.zeros((0, 2), int), [])
-    with pytest.raises(ValueError, match=r"x: expected shape\[-1\] = k1 \* k2 = 2 \* 4, got 6"):
-        _C.rotate(x, np.eye(2), np.eye(4))
-    with pytest.raises(ValueError, match=r"left: expected a square matrix, got \(2, 3\)"):
-        _C.rotate(x, np.zeros((2, 3)), np.eye(3))
-    with pytest.raises(ValueError, match="right: expected 2 dimensions, got 1"):
-        _C.rotate(x, np.eye(2), np.zeros(3))
-    with pytest.raises(ValueError, match=r"right: expected \(order, hadamard, pairs, angles\)"):
-        _C.rotate(x, np.eye(2), (3, True))
-    with pytest.raises(ValueError, match="right: expected an order of 1 to .*, got 0"):
-        _C.rotate(x, np.eye(2), (0, True, *none))
-    with pytest.raises(ValueError, match=r"left: expected two different indices below 2"):
-        _C.rotate(x, (2, False, [[0, 2]], [0.1]), np.eye(3))
-    with pytest.raises(ValueError, match="left: expected as many angles as pairs = 1, got 2"):
-        _C.rotate(x, (2, False, [[0, 1]], [0.1, 0.2]), np.eye(3))
-    with pytest.raises(ValueError, match="left: angle 0 is NaN or Inf"):
-        _C.rotate(x, (2, False, [[0, 1]], [np.inf]), np.eye(3))
-    with pytest.raises(ValueError, match="x: expected"):
-        _C.rotate(1.0, np.eye(1), np.eye(1))
+    rotation = _C.Rotation(6)
+    with pytest.raises(ValueError, match=r"x: expected shape\[1\] = 6, got 8"):
+        _C.rotate(np.zeros((2, 8)), rotation)
+    with pytest.raises(ValueError, match=r"x: expected \[..., k\], got 0 dimensions"):
+        _C.rotate(1.0, rotation)
+    for other in (None, (np.eye(2), np.eye(3))):
+        with pytest.raises(TypeError, match="Rotation"):
+            _C.rotate(np.zeros((2, 6)), other)
 
 
 FUNCTIONS = [
@@ -508,6 +505,7 @@ FUNCTIONS = [
     "urt",
     "uniformity_sweep",
     "rotate",
+    "axis_gram",
     "statistics_update",
     "statistics_merge",
 ]

@@ -103,7 +103,7 @@ def test_same_statistics_give_the_same_bytes_at_any_thread_count(method):
     a = solve_site(statistics(512), method)
     sq.set_num_threads(3)
     b = solve_site(statistics(512), method)
-    for x, y in zip(a.arrays, b.arrays, strict=True):
+    for x, y in zip(a.core.parts, b.core.parts, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -232,7 +232,7 @@ def test_random_is_the_orthogonal_matrix_of_its_seed():
 @pytest.mark.parametrize("method", [m for m in ONLINE if m not in ("random", "duquant")])
 def test_other_methods_do_not_depend_on_the_seed(method):
     a, b = (solve_site(statistics(64), method, seed) for seed in (0, 1))
-    for x, y in zip(a.arrays, b.arrays, strict=True):
+    for x, y in zip(a.core.parts, b.core.parts, strict=True):
         np.testing.assert_array_equal(x, y)
 
 

@@ -11,11 +11,12 @@ from singlequant import _C, _reference
 STUB = ast.parse((Path(_C.__file__).parent / "_C.pyi").read_text())
 FUNCTIONS = {n.name: n for n in STUB.body if isinstance(n, ast.FunctionDef)}
 CLASSES = {n.name: n for n in STUB.body if isinstance(n, ast.ClassDef)}
+CONSTANTS = {n.target.id for n in STUB.body if isinstance(n, ast.AnnAssign)}
 
 
 def test_stub_lists_exactly_the_module():
     public = {name for name in dir(_C) if not name.startswith("_")}
-    assert public == set(FUNCTIONS) | set(CLASSES)
+    assert public == set(FUNCTIONS) | set(CLASSES) | CONSTANTS
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

@@ -23,7 +23,17 @@ from typing import Any
 
 import fake
 import numpy as np
-from fake import AxisBalance, Experiment, Key, Range, Recipe, Solver, Transformed, built
+from fake import (
+    AxisBalance,
+    Experiment,
+    Key,
+    Range,
+    Recipe,
+    Solver,
+    Transformed,
+    built,
+    kronecker,
+)
 from numpy.typing import NDArray
 
 from singlequant import _C
@@ -64,7 +74,7 @@ def axis_balance(
 def _axis_gram(rows: NDArray[np.float32], sides: list[Matrix], axis: int) -> Matrix:
     """Damped Gram matrix of an axis, mean eigenvalue 1, of rows [m, k] turned by sides."""
     left, right = (np.ascontiguousarray(s, np.float32) for s in sides)
-    turned = _C.rotate(rows, left, right).reshape(-1, len(left), len(right))
+    turned = kronecker(rows, left, right).reshape(-1, len(left), len(right))
     if axis == 0:
         turned = np.ascontiguousarray(turned.transpose(0, 2, 1))
     n = turned.shape[2]

@@ -36,7 +36,7 @@ from singlequant import _C
 from singlequant.config import INT8_STEP, SITES
 from singlequant.files import write_file
 from singlequant.methods import axes, balanced
-from singlequant.methods.axes import SWEEP_ROUNDS, WEIGHT_SHARE, axis_gram
+from singlequant.methods.axes import SWEEP_ROUNDS, WEIGHT_SHARE
 from singlequant.models.family import ModelShape, rope_frequencies
 from singlequant.rotations import FACTOR_DENSE_MAX, SiteRotation
 from singlequant.statistics import SiteStatistics
@@ -128,6 +128,12 @@ def _round_to_rms(x: Float32, r: Range) -> Float32:
 # ---- transformations of a site ------------------------------------------------------------------
 
 
+def kronecker(x: Float32, left: Float32, right: Float32) -> Float32:
+    """x [m, k1 * k2] -> left X right^T row by row, for factors that need not be orthogonal."""
+    tokens = x.reshape(-1, len(left), len(right))
+    return (left @ tokens @ right.T).reshape(x.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Transform:
     """X [k1, k2] -> left (X / balance) right^T; a weight's rows go the inverse transposed way.
@@ -144,11 +150,11 @@ class Transform:
 
     def inputs(self, x: Float32) -> Float32:
         """Tokens x [m, k] as they meet the quantizer."""
-        return _C.rotate(x / self.balance, self.left, self.right)
+        return kronecker(x / self.balance, self.left, self.right)
 
     def weights(self, w: Float32) -> Float32:
         """Weights w [n, k] as they are rounded."""
-        return _C.rotate(w * self.balance, self.left_w, self.right_w)
+        return kronecker(w * self.balance, self.left_w, self.right_w)
 
     @staticmethod
     def of(rotation: SiteRotation, axes: AxisBalance | None = None) -> Transform:
@@ -230,8 +236,8 @@ def built(
                          np.concatenate(site.weights) * balance)
             sides = [np.ascontiguousarray(a, np.float32)
                      for a in (found.left, found.right, found.left_w, found.right_w)]
-            statistics = replace(statistics, sample=_C.rotate(statistics.sample, *sides[:2]),
-                                 weights=_C.rotate(statistics.weights, *sides[2:]))
+            statistics = replace(statistics, sample=kronecker(statistics.sample, *sides[:2]),
+                                 weights=kronecker(statistics.weights, *sides[2:]))
         rotation = rotate.solve_site(statistics, build)
         return Transform.of(replace(rotation, balance=balance), found)
 
@@ -255,7 +261,7 @@ def principal(share: float, rounds: int = SWEEP_ROUNDS) -> Callable[[Any], None]
 
     def build(site: Any) -> None:
         count = high_count(site.k1, site.k2, share)
-        gram = axis_gram(site.statistics.sample, site.k1, site.k2)
+        gram = _C.axis_gram(site.statistics.sample, site.k1, site.k2)
         directions = _C.principal_directions(gram)
         parts = ((0, count), (count, site.k1))
         site.normalize(WEIGHT_SHARE)

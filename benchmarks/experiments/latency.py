@@ -118,7 +118,7 @@ def transform(model: sq.Model, m: int) -> Callable[[], None]:
     def run() -> None:
         for x, rotation, clip in work:
             if rotation is not None:
-                x = (_C.rotate if len(rotation) == 2 else _C.rotate_blocks)(x, *rotation)
+                x = _C.rotate(x, rotation)
             if config.activation_bits < 16:
                 _C.quantize(x, config.activation_bits, 0, True, clip, False)
 

@@ -303,10 +303,7 @@ def seeds(arguments: Namespace) -> None:
 
 
 def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
-    """The site with the second factor's order times `scale`, as far as that divides.
-
-    The axes' Gram matrices are those of the kept sample.
-    """
+    """The site with the second factor's order times `scale`, as far as that divides."""
     k = site.k1 * site.k2
     while scale != 1:
         k2 = site.k2 * scale

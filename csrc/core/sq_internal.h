@@ -95,6 +95,16 @@ sq_all_finite(const float *x, int64_t count)
     return 1;
 }
 
+static inline int
+sq_all_finite_f64(const double *x, int64_t count)
+{
+    int bad = 0;
+    for (int64_t i = 0; i < count; i++) {
+        bad |= !(x[i] >= -0x1.fffffffffffffp1023 && x[i] <= 0x1.fffffffffffffp1023);
+    }
+    return !bad;
+}
+
 /* Aligned scratch and long-lived blocks; NULL when there is no memory. Free with free(). Large ones
  * ask for huge pages: decoding reads weights once each, where a page table walk every 4 KiB costs a
  * quarter of the bandwidth. */
@@ -116,25 +126,6 @@ sq_alloc(size_t bytes)
     return aligned_alloc(SQ_ALIGN_BYTES, bytes);
 }
 
-/* x [m][k] <- rotated, as sq_rotate and sq_rotate_blocks do, on the calling thread alone whatever
- * the number of threads is: for calls inside a parallel loop. Workspace for m rows of k or fewer:
- * _bytes, which is SIZE_MAX / 2 when the sizes are out of range. */
-size_t
-sq_rotation_serial_bytes(const struct sq_rotation *rotation, int64_t k, int64_t m);
-sq_status
-sq_rotate_serially(const struct sq_rotation *rotation, float *x, int64_t m, void *workspace);
-
-/* The same for blocks. */
-size_t
-sq_rotate_blocks_serial_bytes(int64_t k, int64_t m);
-sq_status
-sq_rotate_blocks_serially(const struct sq_block_rotation *rotation, float *x, int64_t m,
-                          void *workspace);
-
-/* sq_rotate_each for blocks. */
-sq_status
-sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
-                      sq_rows_fn fn, void *context, void *workspace);
 
 /* What sq_pack.c makes and sq_linear.c reads: immutable after sq_packed_create. */
 struct sq_packed_t {

@@ -103,6 +103,18 @@ done:
 }
 
 PyArrayObject *
+sq_py_copy_f64(PyObject *o, int ndim, const char *name)
+{
+    PyArrayObject *a = sq_py_array(o, NPY_FLOAT64, ndim, name);
+    if (!a) {
+        return NULL;
+    }
+    PyArrayObject *copy = (PyArrayObject *)PyArray_NewCopy(a, NPY_CORDER);
+    Py_DECREF(a);
+    return copy;
+}
+
+PyArrayObject *
 sq_py_empty(int ndim, const npy_intp *dims, int type)
 {
     return (PyArrayObject *)PyArray_EMPTY(ndim, dims, type, 0);

@@ -18,7 +18,7 @@
 
 struct sq_module_state {
     PyObject *format_error; /* owned, like the types */
-    PyTypeObject *packed_type, *layer_type, *cache_type;
+    PyTypeObject *rotation_type, *packed_type, *layer_type, *cache_type;
 };
 
 /* Work (in elements touched) from which a call releases the GIL. */
@@ -37,6 +37,12 @@ struct sq_module_state {
     while (0)
 /* clang-format on */
 
+/* A row of a method table: the function `name`, its text `name_doc`. */
+/* clang-format off */
+#define SQ_METHOD(name) \
+    {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, name##_doc}
+/* clang-format on */
+
 /* New reference to o as a C-contiguous, aligned, native array of the given type and number of
  * dimensions (ndim < 0: any); copies when it must. float32 and float64 accept any real number type;
  * integer types accept integers only. NULL and TypeError or ValueError that names the argument. */
@@ -47,6 +53,10 @@ sq_py_array(PyObject *o, int type, int ndim, const char *name);
  * integer of type's width, signed or not; another width is a TypeError, as it could lose bits. */
 PyArrayObject *
 sq_py_bits_array(PyObject *o, int type, int ndim, const char *name);
+
+/* New reference to a writable copy of o as float64, never o itself. */
+PyArrayObject *
+sq_py_copy_f64(PyObject *o, int ndim, const char *name);
 
 /* New array; NULL with MemoryError. */
 PyArrayObject *
@@ -63,12 +73,16 @@ sq_py_raise(PyObject *module, sq_status status, const char *context);
 
 /* PyModule_AddType-style registration for the types of one binding file. 0 or -1. */
 int
+sq_py_add_rotation_type(PyObject *module);
+int
 sq_py_add_pack_types(PyObject *module);
 int
 sq_py_add_runtime_types(PyObject *module);
 
 /* Each binding file's functions; {NULL}-terminated. */
 extern PyMethodDef sq_py_rotate_methods[];
+extern PyMethodDef sq_py_rotation_methods[];
+extern PyMethodDef sq_py_statistics_methods[];
 extern PyMethodDef sq_py_duquant_methods[];
 extern PyMethodDef sq_py_quantize_methods[];
 extern PyMethodDef sq_py_gptq_methods[];

@@ -6,6 +6,7 @@
 #include "core/sq_internal.h"
 #include "python/py_decoder.h"
 #include "python/py_fields.h"
+#include "python/py_rotation.h"
 
 enum { NAME_BYTES = 64 };
 
@@ -50,51 +51,27 @@ check_tuple(PyObject *o, Py_ssize_t count, const char *name, const char *expecte
 
 /* ---- sites ------------------------------------------------------------------------------ */
 
-/* The one place that reads a site's rotation: None, (left, right) or (first, permutation, second).
- */
 static int
-take_rotation(PyObject *o, int64_t k, const char *name, struct sq_py_rotation *r)
-{
-    const Py_ssize_t size = PyTuple_Check(o) ? PyTuple_GET_SIZE(o) : 0;
-    if (o == Py_None) {
-        return 0;
-    }
-    if (size == 2) {
-        return sq_py_rotation(PyTuple_GET_ITEM(o, 0), PyTuple_GET_ITEM(o, 1), k, name, r);
-    }
-    if (size == 3) {
-        return sq_py_rotation(o, Py_None, k, name, r);
-    }
-    PyErr_Format(PyExc_TypeError,
-                 "%s: rotation: expected None, (left, right) or (first, permutation, second), got "
-                 "%s",
-                 name, Py_TYPE(o)->tp_name);
-    return -1;
-}
-
-static int
-take_site(PyObject *o, const char *name, struct sq_site *s, struct sq_py_rotation *r)
+take_site(DecoderLayer *self, PyObject *module, PyObject *o, const char *name, struct sq_site *s)
 {
     long long k;
-    PyObject *rotation;
+    PyObject *object;
     if (check_tuple(o, 4, name, "(k, rotation or None, bits, clip)") ||
-        !PyArg_ParseTuple(o, "LOif;expected (k, rotation or None, bits, clip)", &k, &rotation,
+        !PyArg_ParseTuple(o, "LOif;expected (k, rotation or None, bits, clip)", &k, &object,
                           &s->bits, &s->clip)) {
         return -1;
     }
-    if (k < 1 || k > SQ_WIDTH_MAX) { /* before orders divide it */
-        PyErr_Format(PyExc_ValueError, "%s: k: expected 1 to %lld, got %lld", name,
-                     (long long)SQ_WIDTH_MAX, k);
+    s->k = k;
+    const struct sq_rotation *rotation = sq_py_rotation(module, object, k, name);
+    if (!rotation || PyList_Append(self->owned, object)) { /* keeps its arrays */
         return -1;
     }
-    s->k = k;
-    const int result = take_rotation(rotation, k, name, r);
-    s->rotation = r->rotation;
-    return result;
+    s->rotation = *rotation;
+    return 0;
 }
 
 static int
-take_sites(DecoderLayer *self, PyObject *sites)
+take_sites(DecoderLayer *self, PyObject *module, PyObject *sites)
 {
     if (!PyDict_Check(sites)) {
         PyErr_Format(PyExc_TypeError, "sites: expected a dict, got %s", Py_TYPE(sites)->tp_name);
@@ -108,8 +85,7 @@ take_sites(DecoderLayer *self, PyObject *sites)
     int result = -1;
     self->names = PyTuple_New(count);
     self->sites = PyMem_Calloc((size_t)count, sizeof *self->sites);
-    self->rotations = PyMem_Calloc((size_t)count, sizeof *self->rotations);
-    if (!self->names || !self->sites || !self->rotations) {
+    if (!self->names || !self->sites) {
         PyErr_NoMemory();
         goto done;
     }
@@ -127,7 +103,7 @@ take_sites(DecoderLayer *self, PyObject *sites)
         PyTuple_SET_ITEM(self->names, i, Py_NewRef(key));
         self->layer.n_sites = (int)i + 1;
         PyOS_snprintf(name, sizeof name, "site %s", text);
-        if (take_site(PyTuple_GET_ITEM(item, 1), name, &self->sites[i], &self->rotations[i])) {
+        if (take_site(self, module, PyTuple_GET_ITEM(item, 1), name, &self->sites[i])) {
             goto done;
         }
     }
@@ -383,7 +359,7 @@ int
 sq_py_parse_layer(DecoderLayer *self, PyObject *module, const struct sq_py_blocks_of_layer *blocks)
 {
     struct sq_fault fault;
-    if (take_sites(self, blocks->sites) || take_attention(self, module, blocks->attention) ||
+    if (take_sites(self, module, blocks->sites) || take_attention(self, module, blocks->attention) ||
         take_mlp(self, module, blocks->mlp) || take_norms(self, blocks->norms)) {
         return -1;
     }

@@ -1,96 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Bindings of DuQuant: its random steps, greedy blocks, zigzag and their application to rows; and
- * the parser of a block rotation, shared with the sites of a DecoderLayer. */
-#include "python/py_factor.h"
+/* Bindings of DuQuant: its random steps, greedy blocks and zigzag. */
+#include "python/py_args.h"
 
 #include "core/sq_internal.h"
-
-/* ---- the rotation as Python gives it ---------------------------------------------------- */
-
-void
-sq_py_blocks_clear(struct sq_py_blocks *b)
-{
-    Py_CLEAR(b->first);
-    Py_CLEAR(b->permutation);
-    Py_CLEAR(b->second);
-}
-
-/* Square blocks [count][b][b], both at least 1, b at most SQ_DUQUANT_B_MAX. */
-static PyArrayObject *
-square_blocks(PyObject *o, const char *name)
-{
-    PyArrayObject *a = sq_py_array(o, NPY_FLOAT32, 3, name);
-    if (a && (PyArray_DIM(a, 0) < 1 || PyArray_DIM(a, 1) < 1 ||
-              PyArray_DIM(a, 1) > SQ_DUQUANT_B_MAX || PyArray_DIM(a, 1) != PyArray_DIM(a, 2))) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s: expected square blocks (k / b, b, b), b <= %d, got %zd x %zd x %zd", name,
-                     SQ_DUQUANT_B_MAX, (Py_ssize_t)PyArray_DIM(a, 0), (Py_ssize_t)PyArray_DIM(a, 1),
-                     (Py_ssize_t)PyArray_DIM(a, 2));
-        Py_CLEAR(a);
-    }
-    return a;
-}
-
-/* 0 if p [k] holds each of 0 .. k - 1 once; -1 with an exception otherwise. */
-static int
-check_permutation(const int32_t *p, int64_t k, const char *name)
-{
-    char *seen = sq_alloc((size_t)k);
-    int64_t bad = -1;
-    if (!seen) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    memset(seen, 0, (size_t)k);
-    for (int64_t i = 0; i < k && bad < 0; i++) {
-        if (p[i] < 0 || p[i] >= k || seen[p[i]]) {
-            bad = i;
-            break;
-        }
-        seen[p[i]] = 1;
-    }
-    free(seen);
-    if (bad >= 0) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s: expected each of 0 to %lld once, got %d out of range or again at %lld",
-                     name, (long long)k - 1, (int)p[bad], (long long)bad);
-        return -1;
-    }
-    return 0;
-}
-
-int
-sq_py_blocks(PyObject *const objects[3], const char *prefix, struct sq_py_blocks *b)
-{
-    char name[80];
-    PyOS_snprintf(name, sizeof name, "%sfirst", prefix);
-    b->first = square_blocks(objects[0], name);
-    PyOS_snprintf(name, sizeof name, "%ssecond", prefix);
-    b->second = b->first ? square_blocks(objects[2], name) : NULL;
-    if (!b->second) {
-        return -1;
-    }
-    for (int axis = 0; axis < 2; axis++) {
-        if (sq_py_check_dim(b->second, axis, PyArray_DIM(b->first, axis), name)) {
-            return -1;
-        }
-    }
-    const int64_t block = PyArray_DIM(b->first, 1), k = PyArray_DIM(b->first, 0) * block;
-    PyOS_snprintf(name, sizeof name, "%spermutation", prefix);
-    b->permutation = sq_py_array(objects[1], NPY_INT32, 1, name);
-    if (!b->permutation || sq_py_check_dim(b->permutation, 0, k, name) ||
-        check_permutation(PyArray_DATA(b->permutation), k, name)) {
-        return -1;
-    }
-    b->rotation = (struct sq_block_rotation){.k = k,
-                                             .b = block,
-                                             .first = PyArray_DATA(b->first),
-                                             .permutation = PyArray_DATA(b->permutation),
-                                             .second = PyArray_DATA(b->second)};
-    return 0;
-}
-
-/* ---- solver ----------------------------------------------------------------------------- */
 
 /* 0 if o is an integer that a seed can hold, otherwise -1 with TypeError or ValueError. */
 static int
@@ -295,69 +207,8 @@ done:
     return result;
 }
 
-/* ---- application ------------------------------------------------------------------------ */
-
-PyDoc_STRVAR(
-    rotate_blocks_doc,
-    "rotate_blocks(x, first, permutation, second)\n--\n\n"
-    "y [..., k] float32: each row of x times blockdiag(first), permuted (place i takes channel\n"
-    "permutation[i]), times blockdiag(second); first and second [k / b, b, b]. A row's result\n"
-    "depends on that row alone. ValueError names what does not fit, as a permutation that holds\n"
-    "an index twice.");
-
-static PyObject *
-rotate_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"x", "first", "permutation", "second", NULL};
-    PyObject *x_object, *parts[3], *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO:rotate_blocks", names, &x_object,
-                                     &parts[0], &parts[1], &parts[2])) {
-        return NULL;
-    }
-    struct sq_py_blocks blocks = {.first = NULL};
-    PyArrayObject *y = NULL, *x = sq_py_array(x_object, NPY_FLOAT32, -1, "x");
-    void *workspace = NULL;
-    if (!x || sq_py_blocks(parts, "", &blocks)) {
-        goto done;
-    }
-    const int ndim = PyArray_NDIM(x);
-    const int64_t k = blocks.rotation.k;
-    if (ndim < 1 || PyArray_DIM(x, ndim - 1) != k) {
-        PyErr_Format(PyExc_ValueError, "x: expected shape[-1] = %lld, got %lld", (long long)k,
-                     ndim < 1 ? 0 : (long long)PyArray_DIM(x, ndim - 1));
-        goto done;
-    }
-    const int64_t m = PyArray_SIZE(x) / k;
-    y = sq_py_empty(ndim, PyArray_DIMS(x), NPY_FLOAT32);
-    workspace = sq_alloc(sq_rotate_blocks_workspace_bytes(k, m));
-    if (!y || !workspace) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    sq_status status;
-    SQ_BEGIN_NOGIL(PyArray_SIZE(x));
-    status = sq_rotate_blocks(&blocks.rotation, PyArray_DATA(x), m, PyArray_DATA(y), workspace);
-    SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "rotate_blocks");
-        goto done;
-    }
-    result = Py_NewRef(y);
-done:
-    free(workspace);
-    Py_XDECREF(x);
-    Py_XDECREF(y);
-    sq_py_blocks_clear(&blocks);
-    return result;
-}
-
-#define SQ_METHOD(name)                                                                    \
-    {                                                                                      \
-#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, name##_doc \
-    }
-
 PyMethodDef sq_py_duquant_methods[] = {
     SQ_METHOD(random_orthogonal), SQ_METHOD(duquant_steps),
     SQ_METHOD(duquant_blocks),    SQ_METHOD(zigzag),
-    SQ_METHOD(rotate_blocks),     {NULL, NULL, 0, NULL},
+    {NULL, NULL, 0, NULL},
 };

@@ -73,11 +73,7 @@ layer_dealloc(PyObject *object)
 {
     DecoderLayer *self = (DecoderLayer *)object;
     PyTypeObject *type = Py_TYPE(object);
-    for (int i = 0; i < self->layer.n_sites; i++) {
-        sq_py_rotation_clear(&self->rotations[i]);
-    }
     PyMem_Free(self->sites);
-    PyMem_Free(self->rotations);
     Py_XDECREF(self->names);
     Py_XDECREF(self->owned);
     type->tp_free(object);

@@ -4,14 +4,12 @@
 #define SQ_PY_LAYER_H
 
 #include "python/py_args.h"
-#include "python/py_factor.h"
 
 typedef struct {
     PyObject_HEAD struct sq_layer layer;
     PyObject *owned;                  /* list of the arrays and weights that layer points into */
     PyObject *names;                  /* tuple of the sites' names, in their order */
     struct sq_site *sites;            /* owned, what layer.sites is */
-    struct sq_py_rotation *rotations; /* owned, [n_sites]: what the sites point into */
     int linears, packed;              /* how many there are, for repr */
 } DecoderLayer;
 

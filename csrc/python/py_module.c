@@ -207,6 +207,25 @@ init_process(void)
     return 0;
 }
 
+/* The core's constants that Python needs. */
+static int
+add_constants(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        long value;
+    } constants[] = {{"FACTOR_DENSE_MAX", SQ_FACTOR_DENSE_MAX},
+                     {"INT8_STEP", SQ_K_ALIGN},
+                     {"DENSE_FEW", SQ_DENSE_FEW},
+                     {"PAGE_TOKENS", SQ_PAGE_TOKENS}};
+    for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++) {
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value)) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
 static int
 module_exec(PyObject *module)
 {
@@ -223,15 +242,17 @@ module_exec(PyObject *module)
         return -1;
     }
     PyMethodDef *const tables[] = {
-        module_methods,      sq_py_rotate_methods, sq_py_duquant_methods, sq_py_quantize_methods,
-        sq_py_gptq_methods,  sq_py_pack_methods,   sq_py_runtime_methods, sq_py_outliers_methods,
-        sq_py_bench_methods, sq_py_kernels_methods};
+        module_methods,           sq_py_rotate_methods,  sq_py_rotation_methods,
+        sq_py_statistics_methods, sq_py_duquant_methods, sq_py_quantize_methods,
+        sq_py_gptq_methods,       sq_py_pack_methods,    sq_py_runtime_methods,
+        sq_py_outliers_methods,   sq_py_bench_methods,   sq_py_kernels_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i])) {
             return -1;
         }
     }
-    if (sq_py_add_pack_types(module) || sq_py_add_runtime_types(module)) {
+    if (add_constants(module) || sq_py_add_rotation_type(module) || sq_py_add_pack_types(module) ||
+        sq_py_add_runtime_types(module)) {
         return -1;
     }
     return 0;
@@ -242,6 +263,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     struct sq_module_state *state = PyModule_GetState(module);
     Py_VISIT(state->format_error);
+    Py_VISIT(state->rotation_type);
     Py_VISIT(state->packed_type);
     Py_VISIT(state->layer_type);
     Py_VISIT(state->cache_type);
@@ -253,6 +275,7 @@ module_clear(PyObject *module)
 {
     struct sq_module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->format_error);
+    Py_CLEAR(state->rotation_type);
     Py_CLEAR(state->packed_type);
     Py_CLEAR(state->layer_type);
     Py_CLEAR(state->cache_type);

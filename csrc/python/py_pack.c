@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the pack stage: words, packed weights, the linear that multiplies them. */
-#include "python/py_factor.h"
+#include "python/py_rotation.h"
 
 #include "core/sq_internal.h"
 #include "kernels/sq_kernels.h"
@@ -374,8 +374,7 @@ PyDoc_STRVAR(
     "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range; the "
     "weight's high "
     "inputs get 8 bits\nover their own unclipped range); 16 "
-    "leaves it in float32.\nrotation turns each token before: (left, right) as in rotate(), or "
-    "(first, permutation, second)\nas in rotate_blocks().\nInteger sums are exact; a token's "
+    "leaves it in float32.\nA Rotation turns each token before.\nInteger sums are exact; a token's "
     "values do not depend on the "
     "others or on the number of threads.\nValueError for NaN, Inf, bad shapes, bits or clip.");
 
@@ -413,7 +412,7 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
 {
     static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
     PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
-    struct sq_py_rotation rotation = {0};
+    const struct sq_rotation *rotation;
     PyArrayObject *x = NULL, *y = NULL;
     void *workspace = NULL, *rotation_workspace = NULL;
     int bits = 4;
@@ -430,7 +429,7 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
     }
     sq_packed_shape(weight, &n, &k, &g);
     if (check_linear(x, k, sq_packed_high(weight), bits, clip) ||
-        sq_py_rotation_argument(rotation_object, k, &rotation)) {
+        !(rotation = sq_py_rotation(module, rotation_object, k, "rotation"))) {
         goto done;
     }
     const int ndim = PyArray_NDIM(x);
@@ -440,7 +439,7 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
     dims[ndim - 1] = n;
     y = sq_py_empty(ndim, dims, NPY_FLOAT32);
     workspace = sq_alloc(sq_activations_workspace_bytes(bits, m, k));
-    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(&rotation.rotation, k, m));
+    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(rotation, m));
     if (!workspace || !rotation_workspace) {
         PyErr_NoMemory();
     }
@@ -453,7 +452,7 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
     const struct sq_kernels *kernels = sq_packed_kernels(weight);
     SQ_BEGIN_NOGIL(m * k + n * k);
     begin = seconds ? sq_clock() : 0;
-    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), &rotation.rotation,
+    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), rotation,
                                     PyArray_DATA(x), m, k, rotation_workspace, workspace, &a);
     prepared = seconds ? sq_clock() : 0;
     if (status == SQ_OK) {
@@ -470,7 +469,6 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
     }
     result = Py_NewRef((PyObject *)y);
 done:
-    sq_py_rotation_clear(&rotation);
     free(workspace);
     free(rotation_workspace);
     Py_XDECREF(x);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the quantize stage. */
 #include "python/py_decoder.h"
-#include "python/py_factor.h"
+#include "python/py_rotation.h"
 
 PyDoc_STRVAR(
     quantize_doc,
@@ -146,7 +146,6 @@ done:
 struct weight_arguments {
     PyObject *weight_object, *rotation_object, *columns_object, *rows_object; /* borrowed */
     PyArrayObject *weight, *columns, *rows;                                   /* owned */
-    struct sq_py_rotation rotation;
     struct sq_weight_transform transform;
     sq_dtype dtype;
     int64_t n, k;
@@ -158,7 +157,6 @@ clear_weight_arguments(struct weight_arguments *a)
     Py_CLEAR(a->weight);
     Py_CLEAR(a->columns);
     Py_CLEAR(a->rows);
-    sq_py_rotation_clear(&a->rotation);
 }
 
 /* Factors o [count] into *array and *values, or nothing where o is None. 0, or -1. */
@@ -179,7 +177,7 @@ take_factors(PyObject *o, int64_t count, const char *name, PyArrayObject **array
 
 /* The objects of a, parsed, into its transform. 0, or -1 with an exception. Clear a either way. */
 static int
-take_weight_arguments(struct weight_arguments *a)
+take_weight_arguments(PyObject *module, struct weight_arguments *a)
 {
     a->weight = sq_py_dense(a->weight_object, 2, "weight", &a->dtype);
     if (!a->weight) {
@@ -192,12 +190,13 @@ take_weight_arguments(struct weight_arguments *a)
         return -1;
     }
     if (take_factors(a->columns_object, a->k, "columns", &a->columns, &a->transform.columns) ||
-        take_factors(a->rows_object, a->n, "rows", &a->rows, &a->transform.rows) ||
-        sq_py_rotation_argument(a->rotation_object, a->k, &a->rotation)) {
+        take_factors(a->rows_object, a->n, "rows", &a->rows, &a->transform.rows)) {
         return -1;
     }
-    a->transform.rotation = a->rotation.rotation; /* it points to what a->rotation keeps */
-    return 0;
+    a->transform.rotation = a->rotation_object == Py_None
+                                ? NULL
+                                : sq_py_rotation(module, a->rotation_object, a->k, "rotation");
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 /* The exception of a status (not SQ_OK); NULL. */
@@ -216,8 +215,8 @@ PyDoc_STRVAR(
     "quantize_weight(weight, group=0, search=False, rotation=None, columns=None, rows=None)\n--\n\n"
     "(words [n, ceil(k / 8)] int32 as pack makes them, scales [n, k / g] float32) of a weight "
     "[n, k] of\nfloat32, float16 or bfloat16, in one pass over blocks of rows that stay in cache: "
-    "columns [k] and\nrows [n] multiply it, rotation turns its rows, (left, right) as rotate does "
-    "or (first,\npermutation, second) as rotate_blocks does, and quantize(bits=4) with group and "
+    "columns [k] and\nrows [n] multiply it, a Rotation turns its rows, and quantize(bits=4) with "
+    "group and "
     "search rounds them.\nThe same bytes at any thread count. ValueError for bad shapes, and "
     "naming the first row that holds, or\ncomes to hold, NaN or Inf.");
 
@@ -236,7 +235,7 @@ quantize_weight(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     PyObject *result = NULL;
     PyArrayObject *words = NULL, *scales = NULL;
-    if (take_weight_arguments(&a)) {
+    if (take_weight_arguments(module, &a)) {
         goto done;
     }
     if (group < 0 || (group && a.k % group)) {
@@ -288,7 +287,7 @@ transform_weight(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     PyArrayObject *out = NULL;
-    if (take_weight_arguments(&a)) {
+    if (take_weight_arguments(module, &a)) {
         goto done;
     }
     out = sq_py_empty(2, PyArray_DIMS(a.weight), NPY_FLOAT32);

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Bindings of the rotate stage: factor sizes, Hadamard matrices, chains and their solvers, rotation
- * of activations, streaming statistics. */
-#include "python/py_decoder.h"
-#include "python/py_factor.h"
+/* Bindings of the rotate stage: factor sizes, Hadamard matrices, chains and their solvers
+ * and rotation of activations. */
+#include "python/py_rotation.h"
 
 #include <math.h>
 #include <string.h>
@@ -15,19 +14,6 @@ static double *
 f64(PyArrayObject *a)
 {
     return PyArray_DATA(a);
-}
-
-/* New reference to a writable copy of o as float64, never o itself. */
-static PyArrayObject *
-copy_f64(PyObject *o, int ndim, const char *name)
-{
-    PyArrayObject *a = sq_py_array(o, NPY_FLOAT64, ndim, name);
-    if (!a) {
-        return NULL;
-    }
-    PyArrayObject *copy = (PyArrayObject *)PyArray_NewCopy(a, NPY_CORDER);
-    Py_DECREF(a);
-    return copy;
 }
 
 /* Room for a chain of at most `capacity` steps, cut to `steps` of them once they are known. */
@@ -196,7 +182,7 @@ hadamard_transform(PyObject *module, PyObject *args, PyObject *kwargs)
     double *workspace = NULL;
     PyObject *result = NULL;
     npy_intp rows, n;
-    PyArrayObject *x = copy_f64(x_object, -1, "x");
+    PyArrayObject *x = sq_py_copy_f64(x_object, -1, "x");
     if (!x || (n = last_axis(x, &rows, "x")) < 0) {
         goto done;
     }
@@ -238,7 +224,7 @@ chain_apply(PyObject *module, PyObject *args, PyObject *kwargs)
                                      &angles_object, &x_object)) {
         return NULL;
     }
-    PyArrayObject *pairs = NULL, *angles = NULL, *x = copy_f64(x_object, -1, "x");
+    PyArrayObject *pairs = NULL, *angles = NULL, *x = sq_py_copy_f64(x_object, -1, "x");
     npy_intp rows, n;
     if (!x || (n = last_axis(x, &rows, "x")) < 0 ||
         !(pairs = sq_py_pairs(pairs_object, n, "pairs")) ||
@@ -289,7 +275,7 @@ art_extremes(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     struct chain chain = {NULL, NULL};
     PyArrayObject *v = NULL;
-    if (check_max_steps(max_steps) || !(v = copy_f64(v_object, 1, "v")) ||
+    if (check_max_steps(max_steps) || !(v = sq_py_copy_f64(v_object, 1, "v")) ||
         chain_new(&chain, max_steps)) {
         goto done;
     }
@@ -330,7 +316,7 @@ art_columns(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     struct chain chain = {NULL, NULL};
     PyArrayObject *columns = NULL;
-    if (check_max_steps(max_steps) || !(columns = copy_f64(columns_object, 2, "columns")) ||
+    if (check_max_steps(max_steps) || !(columns = sq_py_copy_f64(columns_object, 2, "columns")) ||
         chain_new(&chain, max_steps)) {
         goto done;
     }
@@ -436,7 +422,7 @@ uniformity_sweep(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     struct chain chain = {NULL, NULL};
-    PyArrayObject *columns = copy_f64(columns_object, 2, "columns");
+    PyArrayObject *columns = sq_py_copy_f64(columns_object, 2, "columns");
     if (!columns) {
         return NULL;
     }
@@ -474,66 +460,6 @@ done:
     return result;
 }
 
-/* ---- rotation of activations ------------------------------------------------------------ */
-
-PyDoc_STRVAR(
-    rotate_doc,
-    "rotate(x, left, right)\n--\n\n"
-    "y [..., k] float32: each row of x, reshaped to X [k1, k2], becomes L X R^T. A factor is a\n"
-    "matrix [n, n] or a tuple (order, hadamard, pairs [g, 2], angles [g]) that stands for\n"
-    "chain(H v). left has order k1, right k2; ValueError unless k1 * k2 = k. A row's result\n"
-    "depends on that row alone.");
-
-static PyObject *
-rotate(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"x", "left", "right", NULL};
-    PyObject *x_object, *left_object, *right_object, *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:rotate", names, &x_object, &left_object,
-                                     &right_object)) {
-        return NULL;
-    }
-    struct sq_py_factor left = {.matrix = NULL}, right = {.matrix = NULL};
-    PyArrayObject *y = NULL, *x = sq_py_array(x_object, NPY_FLOAT32, -1, "x");
-    void *workspace = NULL;
-    npy_intp rows, k;
-    if (!x || sq_py_factor(left_object, SQ_PY_LEFT, "left", &left) ||
-        sq_py_factor(right_object, SQ_PY_RIGHT, "right", &right) ||
-        (k = last_axis(x, &rows, "x")) < 0) {
-        goto done;
-    }
-    int64_t product;
-    const int64_t k1 = left.factor.order, k2 = right.factor.order;
-    if (__builtin_mul_overflow(k1, k2, &product) || product != k) {
-        PyErr_Format(PyExc_ValueError, "x: expected shape[-1] = k1 * k2 = %lld * %lld, got %zd",
-                     (long long)k1, (long long)k2, (Py_ssize_t)k);
-        goto done;
-    }
-    y = sq_py_empty(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT32);
-    workspace = sq_alloc(sq_rotate_workspace_bytes(&left.factor, &right.factor, rows));
-    if (!y || !workspace) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    sq_status status;
-    SQ_BEGIN_NOGIL(PyArray_SIZE(x) + left.factor.steps + right.factor.steps);
-    status =
-        sq_rotate(&left.factor, &right.factor, PyArray_DATA(x), rows, PyArray_DATA(y), workspace);
-    SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "rotate");
-        goto done;
-    }
-    result = Py_NewRef(y);
-done:
-    free(workspace);
-    Py_XDECREF(x);
-    Py_XDECREF(y);
-    sq_py_factor_clear(&left);
-    sq_py_factor_clear(&right);
-    return result;
-}
-
 PyDoc_STRVAR(
     chain_from_matrix_doc,
     "chain_from_matrix(matrix)\n--\n\n"
@@ -551,7 +477,7 @@ chain_from_matrix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:chain_from_matrix", names, &matrix_object)) {
         return NULL;
     }
-    PyArrayObject *matrix = copy_f64(matrix_object, 2, "matrix");
+    PyArrayObject *matrix = sq_py_copy_f64(matrix_object, 2, "matrix");
     if (!matrix || sq_py_check_dim(matrix, 1, PyArray_DIM(matrix, 0), "matrix")) {
         goto done;
     }
@@ -626,246 +552,11 @@ done:
     return result;
 }
 
-/* ---- statistics ------------------------------------------------------------------------- */
-
-enum { N_STATISTICS = 7 };
-static const char *const statistics_names[N_STATISTICS] = {"min",  "max",   "sum",  "sum2",
-                                                           "sum4", "gram1", "gram2"};
-
-/* A state under construction: new arrays, and the core's view of them. */
-struct statistics_arg {
-    PyArrayObject *arrays[N_STATISTICS]; /* owned */
-    struct sq_statistics s;
-};
-
-static void
-statistics_clear(struct statistics_arg *a)
-{
-    for (int i = 0; i < N_STATISTICS; i++) {
-        Py_CLEAR(a->arrays[i]);
-    }
-}
-
-static void
-statistics_view(struct statistics_arg *a)
-{
-    double **const fields[N_STATISTICS] = {&a->s.min,  &a->s.max,   &a->s.sum,  &a->s.sum2,
-                                           &a->s.sum4, &a->s.gram1, &a->s.gram2};
-    for (int i = 0; i < N_STATISTICS; i++) {
-        *fields[i] = f64(a->arrays[i]);
-    }
-}
-
-/* Zeroed arrays for k1 x k2. -1 with MemoryError. */
-static int
-statistics_new(struct statistics_arg *a, int64_t k1, int64_t k2)
-{
-    const npy_intp vector[] = {k1 * k2}, square1[] = {k1, k1}, square2[] = {k2, k2};
-    a->s.k1 = k1;
-    a->s.k2 = k2;
-    for (int i = 0; i < N_STATISTICS; i++) {
-        const int is_gram = i >= 5;
-        const npy_intp *dims = !is_gram ? vector : i == 5 ? square1 : square2;
-        a->arrays[i] = sq_py_empty(is_gram ? 2 : 1, dims, NPY_FLOAT64);
-        if (!a->arrays[i]) {
-            return -1;
-        }
-    }
-    statistics_view(a);
-    return sq_statistics_reset(&a->s) == SQ_OK ? 0 : -1;
-}
-
-/* Copies a state tuple (count, min, max, sum, sum2, sum4, gram1, gram2); sizes from its Grams. */
-static int
-statistics_from(PyObject *tuple, const char *name, struct statistics_arg *a)
-{
-    char label[64];
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != N_STATISTICS + 1) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a tuple of %d, as statistics_update returns",
-                     name, N_STATISTICS + 1);
-        return -1;
-    }
-    a->s.count = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 0));
-    if (a->s.count < 0) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_ValueError, "%s.count: expected at least 0, got %lld", name,
-                         (long long)a->s.count);
-        }
-        return -1;
-    }
-    for (int i = 0; i < N_STATISTICS; i++) {
-        PyOS_snprintf(label, sizeof label, "%s.%s", name, statistics_names[i]);
-        a->arrays[i] = copy_f64(PyTuple_GET_ITEM(tuple, i + 1), i < 5 ? 1 : 2, label);
-        if (!a->arrays[i]) {
-            return -1;
-        }
-    }
-    a->s.k1 = PyArray_DIM(a->arrays[5], 0);
-    a->s.k2 = PyArray_DIM(a->arrays[6], 0);
-    for (int i = N_STATISTICS - 1; i >= 0; i--) { /* the squares first: they bound k1 * k2 */
-        PyOS_snprintf(label, sizeof label, "%s.%s", name, statistics_names[i]);
-        const int64_t size = i == 5 ? a->s.k1 : i == 6 ? a->s.k2 : a->s.k1 * a->s.k2;
-        if (sq_py_check_dim(a->arrays[i], i < 5 ? 0 : 1, size, label)) {
-            return -1;
-        }
-    }
-    statistics_view(a);
-    return 0;
-}
-
-static PyObject *
-statistics_tuple(const struct statistics_arg *a)
-{
-    return Py_BuildValue("LOOOOOOO", (long long)a->s.count, a->arrays[0], a->arrays[1],
-                         a->arrays[2], a->arrays[3], a->arrays[4], a->arrays[5], a->arrays[6]);
-}
-
-PyDoc_STRVAR(
-    column_moments_doc,
-    "column_moments(weight)\n--\n\n"
-    "(largest magnitude [k], sum of squares [k]), float64, of the columns of weight [n, k] "
-    "(float32, float16\nor bfloat16). ValueError for NaN or Inf.");
-
-static PyObject *
-column_moments(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"weight", NULL};
-    PyObject *object, *result = NULL;
-    PyArrayObject *w = NULL, *max_abs = NULL, *sum2 = NULL;
-    sq_dtype dtype;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:column_moments", names, &object)) {
-        return NULL;
-    }
-    w = sq_py_dense(object, 2, "weight", &dtype);
-    if (!w) {
-        return NULL;
-    }
-    npy_intp k = PyArray_DIM(w, 1);
-    if (k < 1) {
-        PyErr_SetString(PyExc_ValueError, "weight: expected at least 1 column, got 0");
-        goto done;
-    }
-    max_abs = sq_py_empty(1, &k, NPY_FLOAT64);
-    sum2 = sq_py_empty(1, &k, NPY_FLOAT64);
-    if (!max_abs || !sum2) {
-        goto done;
-    }
-    sq_status status;
-    SQ_BEGIN_NOGIL(PyArray_SIZE(w));
-    status = sq_column_moments(dtype, PyArray_DATA(w), PyArray_DIM(w, 0), k, PyArray_DATA(max_abs),
-                               PyArray_DATA(sum2));
-    SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "weight");
-        goto done;
-    }
-    result = PyTuple_Pack(2, (PyObject *)max_abs, (PyObject *)sum2);
-done:
-    Py_XDECREF(w);
-    Py_XDECREF(max_abs);
-    Py_XDECREF(sum2);
-    return result;
-}
-
-PyDoc_STRVAR(
-    statistics_update_doc,
-    "statistics_update(x, k1, k2, state=None)\n--\n\n"
-    "A new state with the tokens x [m, k], k = k1 * k2, added: (count, min [k], max [k],\n"
-    "sum [k], sum of squares [k], sum of fourth powers [k], gram1 [k1, k1] = sum X X^T,\n"
-    "gram2 [k2, k2] = sum X^T X), float64. State None is the empty one. ValueError for NaN or\n"
-    "Inf. Sums run over tokens in order: cutting x into several updates changes no bit.");
-
-static PyObject *
-statistics_update(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"x", "k1", "k2", "state", NULL};
-    PyObject *x_object, *state = Py_None, *result = NULL;
-    long long k1, k2;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OLL|O:statistics_update", names, &x_object, &k1,
-                                     &k2, &state)) {
-        return NULL;
-    }
-    /* below 2^30 each, so that neither k nor a Gram matrix overflows */
-    if (k1 < 1 || k2 < 1 || k1 > 1 << 30 || k2 > 1 << 30) {
-        const int first = k1 < 1 || k1 > 1 << 30;
-        return PyErr_Format(PyExc_ValueError, "%s: expected 1 to %d, got %lld", first ? "k1" : "k2",
-                            1 << 30, first ? k1 : k2);
-    }
-    struct statistics_arg a = {.s.count = 0};
-    PyArrayObject *x = sq_py_array(x_object, NPY_FLOAT32, 2, "x");
-    if (!x || sq_py_check_dim(x, 1, k1 * k2, "x") ||
-        (state == Py_None ? statistics_new(&a, k1, k2) : statistics_from(state, "state", &a))) {
-        goto done;
-    }
-    if (a.s.k1 != k1 || a.s.k2 != k2) {
-        PyErr_Format(PyExc_ValueError, "state: expected (k1, k2) = (%lld, %lld), got (%lld, %lld)",
-                     k1, k2, (long long)a.s.k1, (long long)a.s.k2);
-        goto done;
-    }
-    sq_status status;
-    SQ_BEGIN_NOGIL(PyArray_SIZE(x));
-    status = sq_statistics_update(&a.s, PyArray_DATA(x), PyArray_DIM(x, 0));
-    SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "x");
-        goto done;
-    }
-    result = statistics_tuple(&a);
-done:
-    Py_XDECREF(x);
-    statistics_clear(&a);
-    return result;
-}
-
-PyDoc_STRVAR(statistics_merge_doc,
-             "statistics_merge(a, b)\n--\n\n"
-             "The state of both inputs together, as a new state. ValueError if k1 or k2 differ.");
-
-static PyObject *
-statistics_merge(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"a", "b", NULL};
-    PyObject *a_object, *b_object, *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:statistics_merge", names, &a_object,
-                                     &b_object)) {
-        return NULL;
-    }
-    struct statistics_arg a = {.s.count = 0}, b = {.s.count = 0};
-    if (statistics_from(a_object, "a", &a) || statistics_from(b_object, "b", &b)) {
-        goto done;
-    }
-    if (a.s.k1 != b.s.k1 || a.s.k2 != b.s.k2) {
-        PyErr_Format(PyExc_ValueError, "b: expected (k1, k2) = (%lld, %lld), got (%lld, %lld)",
-                     (long long)a.s.k1, (long long)a.s.k2, (long long)b.s.k1, (long long)b.s.k2);
-        goto done;
-    }
-    sq_status status;
-    SQ_BEGIN_NOGIL(a.s.k1 * a.s.k2);
-    status = sq_statistics_merge(&a.s, &b.s);
-    SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "statistics_merge");
-        goto done;
-    }
-    result = statistics_tuple(&a);
-done:
-    statistics_clear(&a);
-    statistics_clear(&b);
-    return result;
-}
-
-#define SQ_METHOD(name)                                                                    \
-    {                                                                                      \
-#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, name##_doc \
-    }
-
 PyMethodDef sq_py_rotate_methods[] = {
-    SQ_METHOD(factor_sizes),      SQ_METHOD(givens_angle),
-    SQ_METHOD(hadamard_matrix),   SQ_METHOD(hadamard_transform),
-    SQ_METHOD(chain_apply),       SQ_METHOD(art_extremes),
-    SQ_METHOD(art_columns),       SQ_METHOD(urt),
-    SQ_METHOD(uniformity_sweep),  SQ_METHOD(rotate),
-    SQ_METHOD(chain_from_matrix), SQ_METHOD(principal_directions),
-    SQ_METHOD(column_moments),    SQ_METHOD(statistics_update),
-    SQ_METHOD(statistics_merge),  {NULL, NULL, 0, NULL},
+    SQ_METHOD(factor_sizes),         SQ_METHOD(givens_angle),
+    SQ_METHOD(hadamard_matrix),      SQ_METHOD(hadamard_transform),
+    SQ_METHOD(chain_apply),          SQ_METHOD(art_extremes),
+    SQ_METHOD(art_columns),          SQ_METHOD(urt),
+    SQ_METHOD(uniformity_sweep),     SQ_METHOD(chain_from_matrix),
+    SQ_METHOD(principal_directions), {NULL, NULL, 0, NULL},
 };

@@ -308,7 +308,7 @@ done:
     return result;
 }
 
-PyDoc_STRVAR(nll_doc,
+PyDoc_STRVAR(negative_log_likelihood_doc,
              "negative_log_likelihood(logits, target)\n--\n\n"
              "-log softmax(logits [m, v])[target [m]] in nats, float64 [m].\n\n"
              "ValueError if the shapes disagree or a target is outside 0 to v - 1.");
@@ -350,7 +350,7 @@ done:
 }
 
 PyDoc_STRVAR(
-    kl_doc,
+    kl_divergence_doc,
     "kl_divergence(p, q)\n--\n\n"
     "(KL(softmax(p) || softmax(q)) in nats, float64 [m]; whether the largest logits agree, "
     "bool [m]) of\nlogits p and q [m, v]. ValueError if the shapes disagree.");
@@ -443,19 +443,14 @@ done:
     return result;
 }
 
-#define SQ_METHOD(name, doc)                                                        \
-    {                                                                               \
-#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, doc \
-    }
-
 PyMethodDef sq_py_runtime_methods[] = {
-    SQ_METHOD(linear_dense, linear_dense_doc),
-    SQ_METHOD(to_float32, to_float32_doc),
-    SQ_METHOD(gather_rows, gather_rows_doc),
-    SQ_METHOD(rms_norm, rms_norm_doc),
-    SQ_METHOD(kv_quantize, kv_quantize_doc),
-    SQ_METHOD(sample, sample_doc),
-    SQ_METHOD(negative_log_likelihood, nll_doc),
-    SQ_METHOD(kl_divergence, kl_doc),
+    SQ_METHOD(linear_dense),
+    SQ_METHOD(to_float32),
+    SQ_METHOD(gather_rows),
+    SQ_METHOD(rms_norm),
+    SQ_METHOD(kv_quantize),
+    SQ_METHOD(sample),
+    SQ_METHOD(negative_log_likelihood),
+    SQ_METHOD(kl_divergence),
     {NULL, NULL, 0, NULL},
 };

@@ -462,7 +462,7 @@ scale_group(const struct round_state *s, int64_t begin, int64_t end, int64_t blo
  * NaN, possible where sums overflow, becomes the lowest code. */
 static void
 round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j,
-             const float *SQ_RESTRICT sums, float *SQ_RESTRICT error)
+             const float *restrict sums, float *restrict error)
 {
     const struct round_job *job = s->job;
     const int64_t k = job->k, groups = k / job->q.group, input = job->permutation[j];
@@ -492,8 +492,8 @@ round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j,
 
 /* sums [LANES] += errors times l of columns first .. last, the last one first. */
 static void
-feed_back(int64_t count, const float (*SQ_RESTRICT errors)[LANES], const float *l, int64_t ld,
-          float *SQ_RESTRICT sums)
+feed_back(int64_t count, const float (*restrict errors)[LANES], const float *l, int64_t ld,
+          float *restrict sums)
 {
     if (count == DELAY) {
         for (int64_t r = 0; r < LANES; r++) {

@@ -60,9 +60,9 @@ widen(const struct weight_job *job, const void *row, float *x)
 }
 
 static void
-scale_row(const struct sq_weight_transform *t, int64_t row, int64_t k, float *SQ_RESTRICT x)
+scale_row(const struct sq_weight_transform *t, int64_t row, int64_t k, float *restrict x)
 {
-    const float *SQ_RESTRICT columns = t->columns;
+    const float *restrict columns = t->columns;
     for (int64_t j = 0; columns && j < k; j++) {
         x[j] *= columns[j];
     }
@@ -86,7 +86,7 @@ load_rows(const struct weight_job *job, int64_t first, int64_t rows, float *x, v
         }
         scale_row(t, first + r, job->k, x + r * job->k);
     }
-    return sq_rotate_serially(&t->rotation, x, rows, workspace);
+    return t->rotation ? sq_rotate_serially(t->rotation, x, rows, workspace) : SQ_OK;
 }
 
 /* One row's groups to words and scales; 0 if it holds NaN or Inf. */
@@ -172,10 +172,7 @@ run(struct weight_job *job, int64_t *bad_row)
 {
     const struct sq_weight_transform *t = job->transform;
     const int64_t k = job->k, n = job->n;
-    const struct sq_rotation *r = &t->rotation;
-    int64_t order = r->blocks.k;
-    if ((r->kind == SQ_KRONECKER && !sq_product(r->left.order, r->right.order, &order)) ||
-        (r->kind != SQ_UNROTATED && order != k)) {
+    if (t->rotation && t->rotation->k != k) {
         return SQ_ERR_SHAPE;
     }
     /* no longer than a worker's share, so that few rows still occupy all */
@@ -183,7 +180,7 @@ run(struct weight_job *job, int64_t *bad_row)
     const int64_t share = workers ? sq_ceil_div(n, workers) : 1;
     job->block = sq_max_i64(1, sq_min_i64(BLOCK_ELEMENTS / k, share));
     job->rows_bytes = job->out ? 0 : sq_align_bytes((size_t)(job->block * k) * sizeof(float));
-    job->rotate_bytes = sq_rotation_serial_bytes(r, k, job->block);
+    job->rotate_bytes = sq_rotation_serial_bytes(t->rotation, job->block);
     if (job->rotate_bytes >= SIZE_MAX / 2) {
         return SQ_ERR_RANGE;
     }
@@ -210,8 +207,8 @@ check(const struct sq_weight_transform *t, sq_dtype dtype, const void *weight, i
     if (dtype != SQ_F32 && dtype != SQ_F16 && dtype != SQ_BF16) {
         return SQ_ERR_DTYPE;
     }
-    if (t->rotation.kind < SQ_UNROTATED || t->rotation.kind > SQ_BLOCKS) {
-        return SQ_ERR_RANGE;
+    if (t->rotation) {
+        SQ_TRY(sq_rotation_check(t->rotation));
     }
     return k < 1 || !sq_product(n, k, &count) || count > INT64_MAX / 8 ? SQ_ERR_SHAPE : SQ_OK;
 }

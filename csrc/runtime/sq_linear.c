@@ -141,10 +141,7 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
     if (high < 0 || high >= k || high % SQ_K_ALIGN || (high && bits != 4)) {
         return SQ_ERR_RANGE;
     }
-    int64_t order = rotated ? rotation->blocks.k : k;
-    if ((rotated && rotation->kind != SQ_BLOCKS &&
-         !sq_product(rotation->left.order, rotation->right.order, &order)) ||
-        order != k) {
+    if (rotated && rotation->k != k) {
         return SQ_ERR_SHAPE;
     }
     const struct sections s = activation_sections(bits, m, k);

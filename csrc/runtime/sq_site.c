@@ -10,23 +10,6 @@
 
 /* ---- sealing ---------------------------------------------------------------------------- */
 
-/* Inputs of a rotation, or 0 where its kind or sizes are impossible; `any` where there is none. */
-static int64_t
-rotation_order(const struct sq_rotation *r, int64_t any)
-{
-    int64_t order = 0;
-    switch (r->kind) {
-        case SQ_UNROTATED:
-            return any;
-        case SQ_BLOCKS:
-            return r->blocks.k;
-        case SQ_KRONECKER:
-            return sq_product(r->left.order, r->right.order, &order) ? order : 0;
-        default:
-            return 0;
-    }
-}
-
 sq_status
 sq_site_open(struct sq_site *sites, int n_sites, struct sq_fault *fault)
 {
@@ -43,9 +26,10 @@ sq_site_open(struct sq_site *sites, int n_sites, struct sq_fault *fault)
             return sq_refuse(fault, SQ_ERR_RANGE, i,
                              "clip: expected more than 0 and at most 1, got %g", (double)s->clip);
         }
-        if (rotation_order(&s->rotation, s->k) != s->k) {
+        const struct sq_rotation *r = &s->rotation;
+        if (r->kind != SQ_UNROTATED && (r->k != s->k || sq_rotation_check(r) != SQ_OK)) {
             return sq_refuse(fault, SQ_ERR_SHAPE, i, "rotation: expected %lld inputs, got %lld",
-                             (long long)s->k, (long long)rotation_order(&s->rotation, s->k));
+                             (long long)s->k, (long long)r->k);
         }
         s->int8_inputs = -1;
         s->kernels = NULL;
@@ -128,7 +112,7 @@ sq_reader_bytes(const struct sq_site *sites, int n_sites, int64_t m, size_t *act
         const struct sq_site *s = &sites[i];
         if (s->kernels) {
             const size_t bytes = sq_activations_workspace_bytes(s->bits, m, s->k);
-            const size_t scratch = sq_rotation_workspace_bytes(&s->rotation, s->k, m);
+            const size_t scratch = sq_rotation_workspace_bytes(&s->rotation, m);
             *activations = bytes > *activations ? bytes : *activations;
             *rotation = scratch > *rotation ? scratch : *rotation;
         }

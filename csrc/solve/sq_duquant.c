@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* DuQuant (arXiv 2406.01721): random orthogonal matrices, the greedy rotation of each block, the
- * zigzag permutation, and the two block rotations around it applied to rows. */
+/* DuQuant (arXiv 2406.01721): random orthogonal matrices, the greedy rotation of each block, and
+ * the zigzag permutation. */
 #include <math.h>
 #include <stdatomic.h>
 
@@ -45,8 +45,7 @@ random_normal(uint64_t seed, uint64_t i)
 
 /* q [n][n] (rows ld apart) <- (I - 2 v v^T / v^T v) q; v is not zero. work [n]. */
 static void
-reflect(double *SQ_RESTRICT q, int64_t ld, int64_t n, const double *SQ_RESTRICT v,
-        double *SQ_RESTRICT work)
+reflect(double *restrict q, int64_t ld, int64_t n, const double *restrict v, double *restrict work)
 {
     double norm2 = 0;
     memset(work, 0, (size_t)n * sizeof *work);
@@ -414,148 +413,4 @@ sq_zigzag(const double *maxima, int64_t k, int64_t b, int32_t *permutation)
     }
     free(channels);
     return SQ_OK;
-}
-
-/* ---- application ------------------------------------------------------------------------ */
-
-#define ROTATE_WORKERS 64
-#define ROTATE_ROWS 64
-#define ROTATE_ELEMENTS (1 << 16) /* of one chunk of rows: its two copies stay in L2 */
-
-struct rotate_blocks_job {
-    const struct sq_kernels *kernels;
-    const struct sq_block_rotation *rotation;
-    const float *x;
-    float *y; /* NULL: the rows go to fn */
-    sq_rows_fn fn;
-    void *context;
-    int64_t m, chunk; /* rows at a time */
-    int64_t workers;
-    float *scratch; /* two chunks per worker */
-};
-
-static int64_t
-chunk_rows(int64_t k)
-{
-    return sq_max_i64(1, sq_min_i64(ROTATE_ROWS, ROTATE_ELEMENTS / k));
-}
-
-/* out [rows][k] = x blockdiag(blocks); an element is one chain over b, whatever rows is. */
-static void
-multiply_blocks(const struct sq_kernels *kernels, const float *blocks, int64_t b, const float *x,
-                int64_t rows, int64_t k, float *out)
-{
-    for (int64_t j = 0; j < k / b; j++) {
-        kernels->gemm_f32(rows, b, b, x + j * b, k, blocks + j * b * b, b, out + j * b, k);
-    }
-}
-
-/* Workers are items, so that their scratch does not depend on who runs them. */
-static void
-rotate_blocks_worker(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct rotate_blocks_job *job = context;
-    const struct sq_block_rotation *r = job->rotation;
-    const int64_t k = r->k, chunks = sq_ceil_div(job->m, job->chunk);
-    (void)thread;
-    for (int64_t worker = begin; worker < end; worker++) {
-        float *turned = job->scratch + 2 * worker * job->chunk * k;
-        float *dealt = turned + job->chunk * k;
-        for (int64_t c = worker; c < chunks; c += job->workers) {
-            const int64_t first = c * job->chunk;
-            const int64_t rows = sq_min_i64(job->chunk, job->m - first);
-            multiply_blocks(job->kernels, r->first, r->b, job->x + first * k, rows, k, turned);
-            for (int64_t t = 0; t < rows; t++) {
-                for (int64_t i = 0; i < k; i++) {
-                    dealt[t * k + i] = turned[t * k + r->permutation[i]];
-                }
-            }
-            float *out = job->y ? job->y + first * k : turned;
-            multiply_blocks(job->kernels, r->second, r->b, dealt, rows, k, out);
-            if (!job->y) {
-                job->fn(job->context, first, rows, out);
-            }
-        }
-    }
-}
-
-static size_t
-workspace_bytes(int64_t k, int64_t m, int64_t workers)
-{
-    if (k < 1 || k > MAX_K || m < 0) {
-        return SIZE_MAX / 2;
-    }
-    return (size_t)(2 * sq_min_i64(chunk_rows(k), m) * k * workers) * sizeof(float);
-}
-
-size_t
-sq_rotate_blocks_workspace_bytes(int64_t k, int64_t m)
-{
-    return workspace_bytes(k, m, sq_min_i64(ROTATE_WORKERS, m));
-}
-
-size_t
-sq_rotate_blocks_serial_bytes(int64_t k, int64_t m)
-{
-    return workspace_bytes(k, m, 1);
-}
-
-static sq_status
-rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
-              sq_rows_fn fn, void *context, int64_t workers_max, void *workspace)
-{
-    int64_t elements;
-    if (!rotation || !rotation->first || !rotation->permutation || !rotation->second || !x ||
-        !workspace) {
-        return SQ_ERR_NULL;
-    }
-    const int64_t k = rotation->k, b = rotation->b;
-    if (k < 1 || b < 1 || k % b || m < 0) {
-        return SQ_ERR_SHAPE;
-    }
-    if (k > MAX_K || b > MAX_BLOCK || !sq_product(m, k, &elements)) {
-        return SQ_ERR_RANGE;
-    }
-    for (int64_t i = 0; i < k; i++) {
-        if (rotation->permutation[i] < 0 || rotation->permutation[i] >= k) {
-            return SQ_ERR_RANGE;
-        }
-    }
-    /* No larger than the share of a thread, so that few rows still occupy them all. */
-    const int64_t threads = sq_min_i64(sq_get_num_threads(), workers_max);
-    const int64_t chunk = sq_min_i64(chunk_rows(k), sq_max_i64(1, sq_ceil_div(m, threads)));
-    struct rotate_blocks_job job = {.kernels = sq_kernels_active(),
-                                    .rotation = rotation,
-                                    .x = x,
-                                    .y = y,
-                                    .fn = fn,
-                                    .context = context,
-                                    .m = m,
-                                    .chunk = chunk,
-                                    .workers = sq_min_i64(workers_max, sq_ceil_div(m, chunk)),
-                                    .scratch = workspace};
-    sq_parallel_for(job.workers, 1, rotate_blocks_worker, &job);
-    return SQ_OK;
-}
-
-sq_status
-sq_rotate_blocks(const struct sq_block_rotation *rotation, const float *x, int64_t m, float *y,
-                 void *workspace)
-{
-    return y ? rotate_blocks(rotation, x, m, y, NULL, NULL, ROTATE_WORKERS, workspace)
-             : SQ_ERR_NULL;
-}
-
-sq_status
-sq_rotate_blocks_serially(const struct sq_block_rotation *rotation, float *x, int64_t m,
-                          void *workspace)
-{
-    return rotate_blocks(rotation, x, m, x, NULL, NULL, 1, workspace);
-}
-
-sq_status
-sq_rotate_blocks_each(const struct sq_block_rotation *rotation, const float *x, int64_t m,
-                      sq_rows_fn fn, void *context, void *workspace)
-{
-    return rotate_blocks(rotation, x, m, NULL, fn, context, ROTATE_WORKERS, workspace);
 }

@@ -46,8 +46,8 @@ measure_tokens(void *context, int64_t begin, int64_t end, int thread)
     const struct outliers_job *job = context;
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
-        const float *SQ_RESTRICT row = job->x + t * job->k;
-        const int8_t *SQ_RESTRICT codes = job->codes + t * job->k;
+        const float *restrict row = job->x + t * job->k;
+        const int8_t *restrict codes = job->codes + t * job->k;
         const double scale = (double)job->scales[t];
         double peak = 0.0, sum = 0.0, sum2 = 0.0, sum4 = 0.0, error = 0.0;
         for (int64_t c = 0; c < job->k; c++) {
@@ -82,7 +82,7 @@ measure_channels(void *context, int64_t begin, int64_t end, int thread)
         job->channel_above[c] = 0;
     }
     for (int64_t t = 0; t < job->m; t++) {
-        const float *SQ_RESTRICT row = job->x + t * job->k;
+        const float *restrict row = job->x + t * job->k;
         const double limit = square * job->tokens[t][SQ_OUTLIER_SUM2];
         for (int64_t c = begin; c < end; c++) {
             const double v2 = (double)row[c] * (double)row[c];

@@ -226,8 +226,8 @@ sylvester(double *x, int64_t n)
     int64_t h = 1;
     for (; 4 * h <= n; h *= 4) {
         for (int64_t i = 0; i < n; i += 4 * h) {
-            double *SQ_RESTRICT p = x + i, *SQ_RESTRICT q = p + h, *SQ_RESTRICT r = q + h,
-                                *SQ_RESTRICT s = r + h;
+            double *restrict p = x + i, *restrict q = p + h, *restrict r = q + h,
+                             *restrict s = r + h;
             for (int64_t j = 0; j < h; j++) {
                 const double a = p[j] + q[j], b = p[j] - q[j];
                 const double c = r[j] + s[j], d = r[j] - s[j];
@@ -239,7 +239,7 @@ sylvester(double *x, int64_t n)
         }
     }
     if (h < n) {
-        double *SQ_RESTRICT p = x, *SQ_RESTRICT q = x + h;
+        double *restrict p = x, *restrict q = x + h;
         for (int64_t j = 0; j < h; j++) {
             const double a = p[j], b = q[j];
             p[j] = a + b;
@@ -249,7 +249,7 @@ sylvester(double *x, int64_t n)
 }
 
 static inline void
-add_scaled(double *SQ_RESTRICT y, double scale, const double *SQ_RESTRICT x, int64_t n)
+add_scaled(double *restrict y, double scale, const double *restrict x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
         y[i] += scale * x[i];
@@ -277,8 +277,8 @@ core_row(const struct plan *plan, const double *table, int64_t i, double *row)
 /* y [width] = row [p] x [p][width] for widths too short for vectors of their own: four partial
  * sums. */
 static inline void
-mix_narrow(const double *SQ_RESTRICT row, const double *SQ_RESTRICT x, int64_t p, int width,
-           double *SQ_RESTRICT y)
+mix_narrow(const double *restrict row, const double *restrict x, int64_t p, int width,
+           double *restrict y)
 {
     enum { LANES = 4, WIDTH_MAX = 2 };
     double sum[LANES][WIDTH_MAX] = {{0}};

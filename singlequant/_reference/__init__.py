@@ -44,6 +44,7 @@ from .runtime import (
 from .solve import (
     art_columns,
     art_extremes,
+    axis_gram,
     chain_from_matrix,
     column_moments,
     duquant_blocks,
@@ -65,6 +66,7 @@ from .solve import (
     zigzag,
 )
 from .transform import (
+    Rotation,
     as_chain,
     chain_apply,
     factor_matrix,
@@ -75,7 +77,6 @@ from .transform import (
     is_prime,
     jacobsthal,
     rotate,
-    rotate_blocks,
     to_float32,
     walsh_hadamard,
 )
@@ -84,11 +85,13 @@ __all__ = [
     "CLIP_RATIOS",
     "DecoderLayer",
     "KVCache",
+    "Rotation",
     "activate",
     "art_columns",
     "art_extremes",
     "as_chain",
     "attention",
+    "axis_gram",
     "chain_apply",
     "chain_from_matrix",
     "column_moments",
@@ -133,7 +136,6 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotate",
-    "rotate_blocks",
     "round_robin",
     "rounded",
     "sample",

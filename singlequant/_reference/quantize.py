@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .transform import rotate, rotate_blocks, to_float32
+from .transform import rotate, to_float32
 
 F32 = np.float32
 
@@ -176,9 +176,7 @@ def transform_weight(weight, rotation=None, columns=None, rows=None):
         x = x * np.asarray(columns, F32)
     if rows is not None:
         x = x * np.asarray(rows, F32)[:, None]
-    if rotation is None:
-        return x
-    return (rotate if len(rotation) == 2 else rotate_blocks)(x, *rotation).astype(F32)
+    return x if rotation is None else rotate(x, rotation)
 
 
 def quantize_weight(weight, group=0, search=False, rotation=None, columns=None, rows=None):

@@ -105,19 +105,16 @@ def uniformity_sweep(columns, sweeps=1):
     return *as_chain(pairs, angles), np.ascontiguousarray(columns)
 
 
-def statistics_update(x, k1, k2, state=None):
+def axis_gram(x, k1, k2):
+    tokens = np.asarray(x, dtype=np.float32).astype(np.float64).reshape(-1, k1, k2)
+    return np.einsum("tic,tjc->ij", tokens, tokens)
+
+
+def statistics_update(x, state=None):
     x = np.asarray(x, dtype=np.float32).astype(np.float64)
-    tokens = x.reshape(-1, k1, k2)
-    update = (
-        len(x),
-        x.min(axis=0) if len(x) else np.zeros(k1 * k2),
-        x.max(axis=0) if len(x) else np.zeros(k1 * k2),
-        x.sum(axis=0),
-        (x**2).sum(axis=0),
-        (x**4).sum(axis=0),
-        np.einsum("tic,tjc->ij", tokens, tokens),
-        np.einsum("tia,tib->ab", tokens, tokens),
-    )
+    zeros = np.zeros(x.shape[1])
+    extremes = (x.min(axis=0), x.max(axis=0)) if len(x) else (zeros, zeros)
+    update = (len(x), *extremes, (x**2).sum(axis=0))
     return update if state is None else statistics_merge(state, update)
 
 

@@ -101,11 +101,38 @@ def factor_matrix(factor):
     return chain_apply(pairs, angles, start.T).T
 
 
-def rotate(x, left, right):
-    left, right = factor_matrix(left), factor_matrix(right)
+class Rotation:
+    """What the core's Rotation says of itself; nothing is proved."""
+
+    def __init__(self, k, left=None, right=None):
+        self.k, self.kind, self.parts = k, "kronecker", (left, right)
+
+    @classmethod
+    def blocks(cls, first, permutation, second):
+        self = cls(len(permutation))
+        self.kind, self.parts = "blocks", (first, permutation, second)
+        return self
+
+
+def rotate(x, rotation):
+    """x [..., k] by a Rotation, this one or the core's, in float64."""
     x = np.asarray(x, dtype=np.float64)
+    if rotation.kind == "blocks":
+        first, permutation, second = rotation.parts
+        return block_product(block_product(x, first)[..., permutation], second).astype(F32)
+    left, right = (None if f is None else factor_matrix(f) for f in rotation.parts)
+    if left is None:
+        left = np.eye(1 if right is None else rotation.k // len(right))
+    if right is None:
+        right = np.eye(rotation.k // len(left))
     tokens = x.reshape(-1, len(left), len(right))
-    return (left @ tokens @ right.T).reshape(x.shape).astype(np.float32)
+    return (left @ tokens @ right.T).reshape(x.shape).astype(F32)
+
+
+def block_product(x, blocks):
+    """x [..., k] times blockdiag(blocks [k / b, b, b])."""
+    parts = np.split(x, len(blocks), axis=-1)
+    return np.concatenate([p @ block for p, block in zip(parts, blocks, strict=True)], -1)
 
 
 def to_float32(x, reject=False):
@@ -113,16 +140,6 @@ def to_float32(x, reject=False):
     if reject and not np.isfinite(y).all():
         raise ValueError("x: not finite")
     return y
-
-
-def rotate_blocks(x, first, permutation, second):
-    x = np.asarray(x, float)
-
-    def multiply(y, blocks):
-        parts = np.split(y, len(blocks), axis=-1)
-        return np.concatenate([p @ block for p, block in zip(parts, blocks, strict=True)], -1)
-
-    return multiply(multiply(x, first)[..., permutation], second).astype(F32)
 
 
 def walsh_hadamard(x):

@@ -12,27 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _C
 from .._C import FormatError
 from ..config import QuantConfig
 from ..models.config_json import Fields
-from ..models.spec import LinearSpec, ModelSpec, tensor_name
-from ..rotations import (
-    FACTOR_DENSE_MAX,
-    BlockRotation,
-    Factor,
-    chain_problem,
-    permutation_problem,
-)
+from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
+from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor
 from ..tensors import TensorFiles, TensorInfo, check_tensor
 from ..weights import PackedLinear, QuantizedLayer, high_problem, packed_words
 
 QUANT_METHOD = "singlequant"  # quantization_config.quant_method
 FORMAT_VERSION = 2  # quantization_config.format_version of what is written
 READABLE_VERSIONS = (1, 2)
-ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |M M^T - I|; float32 rounding stays below 1e-5
 
 PACKED_PARTS = {"weight_packed": "I32", "weight_scale": "F32", "weight_shape": "I64"}
 CHAIN_PARTS = {"chain": "I64", "pairs": "I32", "angles": "F64"}
+FACTOR_PARTS = ("left", "right")
 BLOCK_PARTS = {"first": "F32", "permutation": "I32", "second": "F32"}
 
 
@@ -104,7 +99,9 @@ def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArr
             continue
         if isinstance(rotation, BlockRotation):
             names = [rotation_name(layer.index, site, part) for part in BLOCK_PARTS]
-            tensors |= zip(names, rotation.arrays, strict=True)
+            tensors |= zip(
+                names, (rotation.first, rotation.permutation, rotation.second), strict=True
+            )
         else:
             left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
             tensors |= factor_tensors(left, rotation.left, transpose=False)
@@ -303,10 +300,11 @@ class PackedReader:
             raise self._error(f"{name}.weight_packed", "code 0 in the tail of each row", "others")
         return PackedLinear(words, scales, shape, k // groups if groups > 1 else 0)
 
-    def rotations(self, layer: int) -> dict[str, Any]:
+    def rotations(self, layer: int) -> dict[str, _C.Rotation]:
         """The rotations of a layer by site; a site without one is absent."""
-        return {site: self._rotation(layer, site) for site in self._spec.layer(layer).sites
-                if self._has_rotation(layer, site)}
+        sites = self._spec.layer(layer).sites.values()
+        return {site.name: self._rotation(layer, site) for site in sites
+                if self._has_rotation(layer, site.name)}
 
     def clips(self, layer: int) -> dict[str, float]:
         """The clips of a layer's activations by site."""
@@ -317,43 +315,32 @@ class PackedReader:
         sites = self._spec.layer(layer).sites.values()
         return {site.name: self._high(layer, site.name, site.k) for site in sites}
 
-    def _rotation(self, layer: int, site: str) -> tuple[Any, ...]:
-        """(left, right) for _C.rotate: y = left X right^T, so a dense right is transposed here;
-        or (first, permutation, second) for _C.rotate_blocks."""
-        if rotation_name(layer, site, "first") in self._infos:
-            return self._blocks(layer, site)
-        left = self._factor(rotation_name(layer, site, "left"))
-        right = self._factor(rotation_name(layer, site, "right"))
-        return left, np.ascontiguousarray(right.T) if isinstance(right, np.ndarray) else right
+    def _rotation(self, layer: int, site: Site) -> _C.Rotation:
+        """A site's rotation, whose tensors' shapes were checked; the core proves their contents."""
+        blocks = rotation_name(layer, site.name, "first") in self._infos
+        sides = BLOCK_PARTS if blocks else FACTOR_PARTS
+        names = [rotation_name(layer, site.name, part) for part in sides]
+        parts = [self._files.view(name) if blocks else self._factor(name) for name in names]
+        try:
+            if blocks:
+                return _C.Rotation.blocks(*parts)
+            if isinstance(parts[1], np.ndarray):  # stored as what rows are multiplied by
+                parts[1] = np.ascontiguousarray(parts[1].T)
+            return _C.Rotation(site.k, *parts)
+        except ValueError as error:  # `part: expected ..., got ...`
+            part, _, problem = str(error).partition(": ")
+            name = rotation_name(layer, site.name, part)
+            info = self._infos.get(name) or self._infos[f"{name}_chain"]
+            problem = problem.replace(", got ", ", found ")
+            raise FormatError(f"{info.path}: {name}: {problem}") from None
 
     def _factor(self, name: str) -> Any:
         """Dense float32 [order, order] as stored, or (order, hadamard, pairs, angles)."""
         if name in self._infos:
-            return self._orthogonal(name)
+            return self._files.view(name)
         chain, pairs, angles = (self._files.view(f"{name}_{part}") for part in CHAIN_PARTS)
         order, hadamard = chain.tolist()
-        problem = chain_problem(order, pairs, angles)
-        if problem:
-            raise self._error(name, "a chain of Givens rotations", problem)
         return order, bool(hadamard), pairs, angles
-
-    def _blocks(self, layer: int, site: str) -> tuple[Any, ...]:
-        """The tensors of BLOCK_PARTS, whose shapes were checked."""
-        first, permutation, second = (rotation_name(layer, site, part) for part in BLOCK_PARTS)
-        order = self._files.view(permutation)
-        problem = permutation_problem(order)
-        if problem:
-            raise self._error(permutation, "a permutation", problem)
-        return self._orthogonal(first), order, self._orthogonal(second)
-
-    def _orthogonal(self, name: str) -> NDArray[np.float32]:
-        """A matrix, or matrices, with |M M^T - I| within the tolerance."""
-        m = self._files.view(name)
-        with np.errstate(all="ignore"):  # NaN and Inf fail the comparison below as well
-            error = np.abs(m @ m.swapaxes(-1, -2) - np.eye(m.shape[-1], dtype=np.float32)).max()
-        if not error < ORTHOGONALITY_TOLERANCE:
-            raise self._error(name, "an orthogonal matrix", f"|M M^T - I| = {error:.3g}")
-        return m
 
     def _clip(self, layer: int, site: str) -> float:
         name = clip_name(layer, site)
@@ -375,9 +362,8 @@ class PackedReader:
         return high
 
     def _error(self, name: str, expected: Any, found: Any) -> FormatError:
-        """FormatError about the content of a tensor; of a chain, its first part's file."""
-        info = self._infos.get(name) or self._infos[f"{name}_chain"]
-        return FormatError(f"{info.path}: {name}: expected {expected}, found {found}")
+        """FormatError about the content of a tensor."""
+        return FormatError(f"{self._infos[name].path}: {name}: expected {expected}, found {found}")
 
 
 def _read_pair(info: TensorInfo) -> tuple[int, int]:

@@ -26,11 +26,6 @@ TENSOR_HEADER_BYTES = 320  # a stored tensor's header entry and its line of the 
 Sample = NDArray[np.float64]  # [tokens, k1, k2]
 
 
-def axis_gram(sample: NDArray[np.float32], k1: int, k2: int) -> NDArray[np.float64]:
-    """[k1, k1] sum over tokens of X X^T for X = x as (k1, k2), x the rows of sample."""
-    return _C.statistics_update(sample, k1, k2)[6]  # for the lead: _C.axis_gram(sample, k1, k2)
-
-
 def factor_bytes(k: int) -> int:
     """Bytes of a site's two stored factors; a long one is a chain of two rotations per entry."""
     return sum(

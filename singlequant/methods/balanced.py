@@ -19,7 +19,6 @@ from .axes import (
     SWEEP_ROUNDS,
     WEIGHT_SHARE,
     Site,
-    axis_gram,
     factor_bytes as online_bytes,
     sweep_name,
 )
@@ -36,7 +35,7 @@ def build(site: Site) -> None:
     if count == 0:
         singlequant.build(site, art="no")
         return
-    gram = axis_gram(site.statistics.sample, site.k1, site.k2)
+    gram = _C.axis_gram(site.statistics.sample, site.k1, site.k2)
     directions = _C.principal_directions(gram)
     parts = ((0, count), (count, site.k1))
     site.normalize(WEIGHT_SHARE)

@@ -23,10 +23,10 @@ __all__ = ["build", "online_bytes", "online_rotations", "prepare", "quarot_check
 
 def quarot_checkpoint(checkpoint, seed: int = 0) -> ResidualCheckpoint:
     """QuaRot's fused part: a randomized Hadamard on the residual stream, H on each value head."""
-    shape = checkpoint.shape
-    head = _C.hadamard_transform(np.eye(shape.head_dim))
-    values = np.broadcast_to(head, (shape.layers, *head.shape))
-    return ResidualCheckpoint(checkpoint, RandomizedHadamard(shape.hidden, seed), values)
+    spec = checkpoint.spec
+    head = _C.hadamard_transform(np.eye(spec.attention.head_dim))
+    values = np.broadcast_to(head, (spec.layers, *head.shape))
+    return ResidualCheckpoint(checkpoint, RandomizedHadamard(spec.hidden, seed), values)
 
 
 def prepare(checkpoint, config: QuantConfig, windows: NDArray[np.int64]) -> ResidualCheckpoint:
@@ -53,11 +53,11 @@ def heads_hadamard(heads: int, head_dim: int) -> SiteRotation:
     return SiteRotation(_hadamard(heads), Factor.identity(head_dim), (Step("Hadamard", 0, True),))
 
 
-def online_rotations(shape: ModelSpec, layer: int) -> LayerRotations:
+def online_rotations(spec: ModelSpec, layer: int) -> LayerRotations:
     """What stays to be done at inference in one layer, without statistics: for o and for down."""
     return LayerRotations(layer, {
-        "o": heads_hadamard(shape.heads, shape.head_dim),
-        "down": online_hadamard(*_C.factor_sizes(shape.intermediate)),
+        "o": heads_hadamard(spec.attention.heads, spec.attention.head_dim),
+        "down": online_hadamard(*_C.factor_sizes(spec.layer(layer).mlp.intermediate)),
     })
 
 

@@ -104,10 +104,10 @@ def build(site: Site) -> SiteRotation:
     return online_hadamard(site.k1, site.k2)
 
 
-def online_rotations(shape: ModelSpec, layer: int) -> LayerRotations:
+def online_rotations(spec: ModelSpec, layer: int) -> LayerRotations:
     """What stays to be done at inference in one layer, without statistics: for down alone."""
     return LayerRotations(
-        layer, {"down": online_hadamard(*_C.factor_sizes(shape.intermediate))})
+        layer, {"down": online_hadamard(*_C.factor_sizes(spec.layer(layer).mlp.intermediate))})
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from .generate import generate
 from .layers import build_layer, flat_positions, new_cache
 from .session import Session
 
-HEAD_ROWS = 64  # SQ_DENSE_FEW of the core: a row of so many logits knows nothing of the others
+HEAD_ROWS = _C.DENSE_FEW  # up to so many rows of logits, a row knows nothing of the others
 
 
 class Model:

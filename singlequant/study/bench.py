@@ -199,11 +199,11 @@ class TransformedLinear:
         self.n, self.k = weight.shape
         self.bits, self.clip = SCHEMES[scheme], DEFAULT_CLIP[scheme]
         k1, k2 = _C.factor_sizes(self.k)
-        self.factors = None
+        self.rotation = None
         if rotated:
-            self.factors = tuple(_C.random_orthogonal(order, seed).astype(np.float32)
-                                 for seed, order in enumerate((k1, k2)))
-            weight = _C.rotate(weight, *self.factors)
+            self.rotation = _C.Rotation(self.k, *(_C.random_orthogonal(order, seed)
+                                                  for seed, order in enumerate((k1, k2))))
+            weight = _C.rotate(weight, self.rotation)
         if high is None:
             high = recipe_high(k1, k2) if self.bits == 4 and rotated else 0
         codes, scales, _ = _C.quantize(weight)
@@ -214,14 +214,14 @@ class TransformedLinear:
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """y [m, n] of x [m, k], by the next copy."""
         self.turn = (self.turn + 1) % len(self.weights)
-        return _C.linear(x, self.weights[self.turn], self.bits, self.clip, self.factors)
+        return _C.linear(x, self.weights[self.turn], self.bits, self.clip, self.rotation)
 
     def transform_share(self, x: NDArray[np.float32], seconds: float = 0.3) -> dict[str, float]:
         """Median seconds of rotating and quantizing x, and of multiplying; the first's share."""
         parts: list[tuple[float, float]] = []
         begin = time.perf_counter()
         while len(parts) < 3 or time.perf_counter() - begin < seconds:
-            parts.append(_C.measure_linear(x, self.weights[0], self.bits, self.clip, self.factors))
+            parts.append(_C.measure_linear(x, self.weights[0], self.bits, self.clip, self.rotation))
         prepare, multiply = (float(v) for v in np.median(parts, axis=0))
         return {"prepare": prepare, "multiply": multiply, "share": prepare / (prepare + multiply)}
 

@@ -78,8 +78,7 @@ def site_statistics(
     "mlp". foldable: whether what produces the inputs can take a balance.
     """
     k1, k2 = _C.factor_sizes(inputs.shape[1])
-    # for the lead: the core will give these four alone
-    count, low, high, _, sum2, *_ = _C.statistics_update(inputs, k1, k2)
+    count, low, high, sum2 = _C.statistics_update(inputs)
     tokens = max(1, -(-len(inputs) // sample_tokens))
     rows = max(1, -(-sum(map(len, weights)) // SAMPLE_ROWS))
     kept = [_C.to_float32(np.ascontiguousarray(w[::rows]), reject=True) for w in weights]
@@ -152,7 +151,7 @@ def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> 
             shared = a.kv_heads, a.heads // a.kv_heads, a.head_dim
         try:
             sites[name] = site_statistics(inputs[name], weights, sample_tokens, keep_inputs,
-                                          shared, site.reads)
+                                          shared, site.reads, site.producer is not None)
         except ValueError as error:
             for i in range(index + 1):  # a weight that is not finite is the better message
                 checkpoint.require_finite(i)

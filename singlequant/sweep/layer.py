@@ -120,7 +120,7 @@ def quantize_linear(
         raise ValueError(f"gptq: expected a factor with weights 'gptq' and none otherwise, found "
                          f"{'none' if gptq is None else 'one'} with {config.weights!r}")
     columns = None if rotation is None else rotation.balance
-    turn = None if rotation is None or rotation.is_identity else rotation.arrays
+    turn = None if rotation is None or rotation.is_identity else rotation.core
     try:
         if gptq is None:
             words, scales = _C.quantize_weight(

@@ -9,7 +9,7 @@ from .measures import MASSIVE, NORMAL, NORMAL_SHARE, Measures, measure
 from .plots import plot_errors, plot_heatmaps, plot_overview, plot_surface
 from .result import FIGURE_FIELDS, IDENTITY_FIELDS, Inspection, OutlierRow, Surface
 from .run import inspect_model, own_config
-from .steps import StoredRotation, transform, transform_weights, transformation_steps
+from .steps import transform, transform_weights, transformation_steps
 from .tables import site_table, step_table
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Inspection",
     "Measures",
     "OutlierRow",
-    "StoredRotation",
     "Surface",
     "inspect_model",
     "measure",

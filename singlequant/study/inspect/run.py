@@ -18,7 +18,7 @@ from ...export.writer import RECIPE_FILE
 from ...files import read_json
 from ...methods.registry import METHODS
 from ...methods.solve import solve_layer
-from ...rotations import BlockRotation, SiteRotation
+from ...rotations import SiteRotation
 from ...statistics import LayerStatistics, SiteStatistics
 from ...sweep.calibrate import SAMPLE_ROWS, calibrate
 from ...sweep.layer import high_inputs, round_inputs
@@ -26,7 +26,7 @@ from ...sweep.run import calibration_tokens
 from ...weights import PackedLinear, packing_problem
 from .measures import MASSIVE, NORMAL, NORMAL_SHARE, Sample, check_thresholds, measure
 from .result import Inspection, OutlierRow, Surface
-from .steps import StoredRotation, transform, transform_weights, transformation_steps
+from .steps import transform, transform_weights, transformation_steps
 
 SURFACE_TOKENS, SURFACE_CHANNELS = 64, 128  # cells of a surface, at most
 
@@ -223,8 +223,6 @@ class _Inspector:
                              for part in ("words", "scales"))
             if len(words) == kept and len({linear.group for linear in linears}) == 1:
                 rows = _C.PackedWeight(words, scales, linears[0].shape[1], linears[0].group)
-        if rotation:
-            rotation = (BlockRotation if len(rotation) == 3 else StoredRotation)(*rotation)
         return rotation, weights.clips[site], rows
 
 

@@ -3,20 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ... import _C
 from ...sweep.layer import transform_inputs, transform_rows
 from .measures import Sample
-
-
-@dataclass(frozen=True, eq=False)
-class StoredRotation:
-    """Both factors as a packed file has them: dense float32 matrices, or (order, H, chain)."""
-
-    left: Any
-    right: Any
 
 
 def transformation_steps(rotation: Any) -> list[tuple[str, Any]]:
@@ -29,7 +20,7 @@ def transformation_steps(rotation: Any) -> list[tuple[str, Any]]:
     """
     if rotation is None:
         return [("original", None)]
-    partials = [("final", rotation)] if isinstance(rotation, StoredRotation) else (
+    partials = [("final", rotation)] if isinstance(rotation, _C.Rotation) else (
         rotation.partials())
     return [("original", None), *partials]
 
@@ -38,13 +29,13 @@ def transform(partial: Any, x: Sample) -> Sample:
     """Inputs x [tokens, k] after a partial transformation; None leaves them."""
     if partial is None:
         return x
-    if isinstance(partial, StoredRotation):
-        return _C.rotate(x, partial.left, partial.right)
+    if isinstance(partial, _C.Rotation):
+        return _C.rotate(x, partial)
     return transform_inputs(x, partial)
 
 
 def transform_weights(partial: Any, weights: Sample) -> Sample:
     """Weight rows [n, k] after the same: x' W'^T = x W^T."""
-    if isinstance(partial, StoredRotation):
-        return _C.rotate(weights, partial.left, partial.right)
+    if isinstance(partial, _C.Rotation):
+        return _C.rotate(weights, partial)
     return transform_rows(weights, partial)

@@ -1,0 +1,524 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Rotations applied to rows: chains, Kronecker products of two factors, and blocks around a
+ * permutation. */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "core/sq_blas.h"
+#include "core/sq_internal.h"
+#include "kernels/sq_kernels.h"
+#include "core/sq_threads.h"
+
+/* Rotations whose cosines and sines are computed at a time, and elements of one chunk of rows. */
+#define SQ_CHAIN_TILE 256
+#define SQ_CHAIN_GRAIN 32768
+/* Elements of one block of rows. Kronecker: input, half-way and result, 128 KiB of float32 each,
+ * stay in the second-level cache; blocks: the two copies. */
+#define SQ_ROTATE_BLOCK 32768
+#define SQ_ROTATE_BLOCKS_BLOCK 65536
+#define SQ_ROTATE_BLOCK_ROWS 64
+/* Multiply-adds of one strip of a token, when there are fewer tokens than threads. */
+#define SQ_STRIP_WORK 65536
+/* Workers that one application has scratch for. */
+#define SQ_ROTATE_WORKERS 64
+/* A worker's scratch is at most k + 3 k doubles and, as blocks of several rows hold at most
+ * SQ_ROTATE_BLOCKS_BLOCK elements, twice max(k, SQ_ROTATE_BLOCKS_BLOCK) floats, each rounded up to
+ * SQ_ALIGN_BYTES: at most 40 k bytes, 512 KiB and four alignments, so all stays below 2^63. */
+_Static_assert((40 * SQ_ROTATION_K_MAX + (1 << 19) + 4 * SQ_ALIGN_BYTES) <=
+                   INT64_MAX / SQ_ROTATE_WORKERS,
+               "the workspace of sq_rotate fits int64_t");
+/* Rows of M whose products with M are made at a time to prove it orthogonal. */
+#define SQ_PROOF_ROWS 64
+
+/* ---- chains ----------------------------------------------------------------------------- */
+
+static int
+pairs_in_range(const int32_t *pairs, int64_t steps, int64_t n)
+{
+    for (int64_t t = 0; t < steps; t++) {
+        const int32_t i = pairs[2 * t], j = pairs[2 * t + 1];
+        if (i < 0 || j < 0 || i >= n || j >= n || i == j) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+struct chain_job {
+    const int32_t *pairs;
+    const double *angles;
+    int64_t steps, n;
+    double *x;
+};
+
+/* Cosines and sines are made a tile at a time, on the stack, and serve all rows of the chunk. */
+static void
+chain_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct chain_job *job = context;
+    double c[SQ_CHAIN_TILE], s[SQ_CHAIN_TILE];
+    (void)thread;
+    for (int64_t first = 0; first < job->steps; first += SQ_CHAIN_TILE) {
+        const int64_t count = sq_min_i64(SQ_CHAIN_TILE, job->steps - first);
+        const int32_t *pairs = job->pairs + 2 * first;
+        for (int64_t t = 0; t < count; t++) {
+            c[t] = cos(job->angles[first + t]);
+            s[t] = sin(job->angles[first + t]);
+        }
+        for (int64_t row = begin; row < end; row++) {
+            double *v = job->x + row * job->n;
+            for (int64_t t = 0; t < count; t++) {
+                double *a = v + pairs[2 * t], *b = v + pairs[2 * t + 1];
+                const double va = *a, vb = *b;
+                *a = c[t] * va - s[t] * vb;
+                *b = s[t] * va + c[t] * vb;
+            }
+        }
+    }
+}
+
+sq_status
+sq_chain_apply(const int32_t *pairs, const double *angles, int64_t g, double *x, int64_t rows,
+               int64_t n)
+{
+    int64_t count;
+    if (!pairs || !angles || !x) {
+        return SQ_ERR_NULL;
+    }
+    if (g < 0 || rows < 0 || n < 0 || n > INT32_MAX || !sq_product(rows, n, &count) ||
+        !pairs_in_range(pairs, g, n)) {
+        return SQ_ERR_RANGE;
+    }
+    if (!sq_all_finite_f64(angles, g)) {
+        return SQ_ERR_NONFINITE;
+    }
+    struct chain_job job = {pairs, angles, g, n, x};
+    /* at least 64 rows share a tile's cosines */
+    const int64_t grain = sq_max_i64(64, SQ_CHAIN_GRAIN / sq_max_i64(1, n));
+    sq_parallel_for(rows, grain, chain_rows, &job);
+    return SQ_OK;
+}
+
+/* ---- what a rotation is made of --------------------------------------------------------- */
+
+/* A factor of order 1 that leaves its axis as it is. */
+static int
+is_trivial(const struct sq_factor *f)
+{
+    return f->order == 1 && (!f->matrix || f->matrix[0] == 1.0f);
+}
+
+void
+sq_transpose(const float *restrict a, int64_t n, float *restrict out)
+{
+    enum { TILE = 16 };
+    for (int64_t i0 = 0; i0 < n; i0 += TILE) {
+        for (int64_t j0 = 0; j0 < n; j0 += TILE) {
+            for (int64_t i = i0; i < sq_min_i64(i0 + TILE, n); i++) {
+                for (int64_t j = j0; j < sq_min_i64(j0 + TILE, n); j++) {
+                    out[j * n + i] = a[i * n + j];
+                }
+            }
+        }
+    }
+}
+
+struct proof_job {
+    const float *matrices; /* [count][n][n] */
+    int64_t n, strips;     /* strips of SQ_PROOF_ROWS rows in a matrix */
+    float *errors;         /* [count * strips] */
+    atomic_int no_memory;
+};
+
+/* Rows first .. first + rows - 1 of M M^T, up to the diagonal. */
+static void
+prove_strips(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct proof_job *job = context;
+    const int64_t n = job->n;
+    float *products = sq_alloc((size_t)(SQ_PROOF_ROWS * n) * sizeof *products);
+    (void)thread;
+    if (!products) {
+        atomic_store(&job->no_memory, 1);
+        return;
+    }
+    for (int64_t item = begin; item < end; item++) {
+        const float *m = job->matrices + item / job->strips * n * n;
+        const int64_t first = item % job->strips * SQ_PROOF_ROWS;
+        const int64_t rows = sq_min_i64(SQ_PROOF_ROWS, n - first), columns = first + rows;
+        float error = 0;
+        sq_blas_gemm_nt(rows, columns, n, m + first * n, n, m, n, products, columns);
+        for (int64_t i = 0; i < rows; i++) {
+            products[i * columns + first + i] -= 1;
+        }
+        for (int64_t i = 0; i < rows * columns; i++) {
+            const float e = fabsf(products[i]);
+            error = e > error || isnan(e) ? e : error;
+            if (isnan(error)) {
+                break;
+            }
+        }
+        job->errors[item] = error;
+    }
+    free(products);
+}
+
+sq_status
+sq_orthogonality_error(const float *matrices, int64_t count, int64_t n, float *error)
+{
+    int64_t elements;
+    if (!matrices || !error) {
+        return SQ_ERR_NULL;
+    }
+    if (count < 0 || n < 1 || n > INT32_MAX / SQ_PROOF_ROWS ||
+        !sq_product(n * n, count, &elements)) {
+        return SQ_ERR_RANGE;
+    }
+    const int64_t strips = sq_ceil_div(n, SQ_PROOF_ROWS), items = count * strips;
+    struct proof_job job = {.matrices = matrices, .n = n, .strips = strips};
+    job.errors = sq_alloc((size_t)items * sizeof *job.errors);
+    if (!job.errors) {
+        return SQ_ERR_NOMEM;
+    }
+    sq_parallel_for(items, 1, prove_strips, &job);
+    *error = 0;
+    for (int64_t i = 0; i < items && !atomic_load(&job.no_memory) && !isnan(*error); i++) {
+        *error = job.errors[i] > *error || isnan(job.errors[i]) ? job.errors[i] : *error;
+    }
+    free(job.errors);
+    return atomic_load(&job.no_memory) ? SQ_ERR_NOMEM : SQ_OK;
+}
+
+static int
+factor_fits(const struct sq_factor *f)
+{
+    SQ_ASSERT(f->matrix || pairs_in_range(f->pairs, f->steps, f->order));
+    return f->order >= 1 && f->order <= INT32_MAX &&
+           (f->matrix || (f->steps >= 0 && (!f->steps || (f->pairs && f->cos_sin))));
+}
+
+sq_status
+sq_rotation_check(const struct sq_rotation *r)
+{
+    int64_t k;
+    if (!r) {
+        return SQ_ERR_NULL;
+    }
+    switch (r->kind) {
+        case SQ_KRONECKER:
+            if (!factor_fits(&r->left) || !factor_fits(&r->right) ||
+                !sq_product(r->left.order, r->right.order, &k) || k != r->k) {
+                return SQ_ERR_SHAPE;
+            }
+            if (r->right.matrix && !r->right.matrix_t) {
+                return SQ_ERR_NULL;
+            }
+            break;
+        case SQ_BLOCKS:
+            if (!r->blocks.first || !r->blocks.permutation || !r->blocks.second) {
+                return SQ_ERR_NULL;
+            }
+            if (r->blocks.b < 1 || r->blocks.b > SQ_DUQUANT_B_MAX || r->k % r->blocks.b) {
+                return SQ_ERR_SHAPE;
+            }
+            break;
+        default:
+            return SQ_ERR_RANGE;
+    }
+    return r->k < 1 || r->k > SQ_ROTATION_K_MAX ? SQ_ERR_RANGE : SQ_OK;
+}
+
+/* ---- a block of rows -------------------------------------------------------------------- */
+
+/* Where the parts of one worker's scratch lie. */
+struct scratch_layout {
+    int64_t block; /* rows per block */
+    size_t wide_bytes, transform_bytes, block_bytes, total_bytes;
+};
+
+/* For at most `rows` rows per block. */
+static struct scratch_layout
+scratch_layout(const struct sq_rotation *r, int64_t rows)
+{
+    const int is_blocks = r->kind == SQ_BLOCKS;
+    const int64_t elements = is_blocks ? SQ_ROTATE_BLOCKS_BLOCK : SQ_ROTATE_BLOCK;
+    const int64_t most = sq_min_i64(SQ_ROTATE_BLOCK_ROWS, elements / r->k);
+    const int chains = !is_blocks && (!r->left.matrix || !r->right.matrix);
+    const int64_t larger = chains ? sq_max_i64(r->left.order, r->right.order) : 0;
+    struct scratch_layout s = {.block = sq_max_i64(1, sq_min_i64(most, rows))};
+    s.wide_bytes = chains ? sq_align_bytes((size_t)r->k * sizeof(double)) : 0;
+    s.transform_bytes = sq_align_bytes((size_t)(3 * larger) * sizeof(double));
+    s.block_bytes = sq_align_bytes((size_t)(s.block * r->k) * sizeof(float));
+    s.total_bytes = s.wide_bytes + s.transform_bytes + 2 * s.block_bytes;
+    return s;
+}
+
+/* Everything a block of rows needs; y may be x. */
+struct rotate_job {
+    const struct sq_kernels *kernels;
+    const struct sq_rotation *rotation;
+    struct scratch_layout layout;
+    const float *x;
+    float *y; /* NULL: the rows go to fn */
+    sq_rows_fn fn;
+    void *context;
+    int64_t m;
+    char *scratch; /* one layout.total_bytes per worker */
+    _Atomic int64_t next;
+};
+
+/* wide [count][order] <- chain(H v) for each row, in float64: a chain may be thousands of steps. */
+static void
+transform_wide(const struct sq_factor *f, double *wide, int64_t count, double *workspace)
+{
+    if (f->hadamard) { /* sizes are checked: it cannot fail */
+        sq_hadamard_transform(wide, count, f->order, workspace);
+    }
+    for (int64_t r = 0; r < count; r++) {
+        double *v = wide + r * f->order;
+        for (int64_t t = 0; t < f->steps; t++) {
+            double *a = v + f->pairs[2 * t], *b = v + f->pairs[2 * t + 1];
+            const double c = (double)f->cos_sin[2 * t], s = (double)f->cos_sin[2 * t + 1];
+            const double va = *a, vb = *b;
+            *a = c * va - s * vb;
+            *b = s * va + c * vb;
+        }
+    }
+}
+
+/* out [k1][k2] = L x; out is not x. */
+static void
+apply_left(const struct rotate_job *job, const float *x, float *out, double *wide,
+           double *workspace)
+{
+    const struct sq_factor *left = &job->rotation->left;
+    const int64_t k1 = left->order, k2 = job->rotation->right.order;
+    if (is_trivial(left)) {
+        memcpy(out, x, (size_t)k2 * sizeof *out);
+        return;
+    }
+    if (left->matrix) {
+        job->kernels->gemm_f32(k1, k2, k1, left->matrix, k1, x, k2, out, k2);
+        return;
+    }
+    for (int64_t i = 0; i < k1; i++) {
+        for (int64_t j = 0; j < k2; j++) {
+            wide[j * k1 + i] = (double)x[i * k2 + j];
+        }
+    }
+    transform_wide(left, wide, k2, workspace);
+    for (int64_t i = 0; i < k1; i++) {
+        for (int64_t j = 0; j < k2; j++) {
+            out[i * k2 + j] = (float)wide[j * k1 + i];
+        }
+    }
+}
+
+/* out [rows][k1][k2] = x R^T for a block of rows at once; out is not x. */
+static void
+apply_right(const struct rotate_job *job, const float *x, int64_t rows, float *out, double *wide,
+            double *workspace)
+{
+    const struct sq_factor *right = &job->rotation->right;
+    const int64_t k = job->rotation->k, k2 = right->order, k1 = k / k2;
+    if (is_trivial(right)) {
+        memcpy(out, x, (size_t)(rows * k) * sizeof *out);
+        return;
+    }
+    if (right->matrix) {
+        job->kernels->gemm_f32(rows * k1, k2, k2, x, k2, right->matrix_t, k2, out, k2);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++, x += k, out += k) {
+        for (int64_t i = 0; i < k; i++) {
+            wide[i] = (double)x[i];
+        }
+        transform_wide(right, wide, k1, workspace);
+        for (int64_t i = 0; i < k; i++) {
+            out[i] = (float)wide[i];
+        }
+    }
+}
+
+/* out [rows][k] = x blockdiag(blocks); an element is one chain over b, whatever rows is. */
+static void
+multiply_blocks(const struct rotate_job *job, const float *blocks, const float *x, int64_t rows,
+                float *out)
+{
+    const int64_t k = job->rotation->k, b = job->rotation->blocks.b;
+    for (int64_t j = 0; j < k / b; j++) {
+        job->kernels->gemm_f32(rows, b, b, x + j * b, k, blocks + j * b * b, b, out + j * b, k);
+    }
+}
+
+/* out [rows][k] = x, its channels at the places of the permutation. */
+static void
+permute(const struct sq_rotation *r, const float *x, int64_t rows, float *out)
+{
+    const int32_t *permutation = r->blocks.permutation;
+    for (int64_t t = 0; t < rows; t++, x += r->k, out += r->k) {
+        for (int64_t i = 0; i < r->k; i++) {
+            out[i] = x[permutation[i]];
+        }
+    }
+}
+
+/* Rows first .. first + rows - 1, rotated, to y or to fn: the one place that tells the kinds
+ * apart. The two copies a and b of the scratch are at most layout.block rows. */
+static void
+rotate_block(const struct rotate_job *job, int64_t first, int64_t rows, char *scratch)
+{
+    const struct scratch_layout *layout = &job->layout;
+    const struct sq_rotation *r = job->rotation;
+    const float *x = job->x + first * r->k;
+    float *a = (float *)(void *)(scratch + layout->wide_bytes + layout->transform_bytes);
+    float *b = a + layout->block_bytes / sizeof(float);
+    float *out = job->y ? job->y + first * r->k : r->kind == SQ_BLOCKS ? a : b;
+    if (r->kind == SQ_BLOCKS) {
+        multiply_blocks(job, r->blocks.first, x, rows, a);
+        permute(r, a, rows, b);
+        multiply_blocks(job, r->blocks.second, b, rows, out);
+    }
+    else {
+        double *wide = (double *)(void *)scratch;
+        double *workspace = (double *)(void *)(scratch + layout->wide_bytes);
+        for (int64_t i = 0; i < rows; i++) {
+            apply_left(job, x + i * r->k, a + i * r->k, wide, workspace);
+        }
+        apply_right(job, a, rows, out, wide, workspace);
+    }
+    if (!job->y) {
+        job->fn(job->context, first, rows, out);
+    }
+}
+
+/* ---- all rows --------------------------------------------------------------------------- */
+
+/* Workers are items, so that their scratch does not depend on who runs them; they draw blocks. */
+static void
+rotate_worker(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct rotate_job *job = context;
+    const int64_t block = job->layout.block, blocks = sq_ceil_div(job->m, block);
+    (void)thread;
+    for (int64_t worker = begin; worker < end; worker++) {
+        char *scratch = job->scratch + (size_t)worker * job->layout.total_bytes;
+        for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < blocks;) {
+            rotate_block(job, i * block, sq_min_i64(block, job->m - i * block), scratch);
+        }
+    }
+}
+
+/* Rows begin .. end - 1 of one token's L X R^T: each needs its own row of L only. */
+static void
+rotate_strip(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct rotate_job *job = context;
+    const struct sq_factor *left = &job->rotation->left, *right = &job->rotation->right;
+    const int64_t k1 = left->order, k2 = right->order, rows = end - begin;
+    float *half = (float *)(void *)job->scratch + begin * k2;
+    float *out = half + job->layout.block_bytes / sizeof(float);
+    (void)thread;
+    job->kernels->gemm_f32(rows, k2, k1, left->matrix + begin * k1, k1, job->x, k2, half, k2);
+    job->kernels->gemm_f32(rows, k2, k2, half, k2, right->matrix_t, k2, out, k2);
+}
+
+/* Fewer tokens than threads: the rows of one token at a time are shared out. */
+static void
+rotate_few(struct rotate_job *job)
+{
+    const int64_t k1 = job->rotation->left.order, k2 = job->rotation->right.order;
+    const int64_t grain = sq_ceil_div(SQ_STRIP_WORK, k2 * (k1 + k2));
+    const float *out = (float *)(void *)(job->scratch + job->layout.block_bytes);
+    for (int64_t i = 0; i < job->m; i++, job->x += k1 * k2) {
+        sq_parallel_for(k1, grain, rotate_strip, job);
+        job->fn(job->context, i, 1, out);
+    }
+}
+
+/* 1 if m rows of the rotation's k do not fit int64_t bytes. */
+static int
+rows_overflow(const struct sq_rotation *r, int64_t m)
+{
+    int64_t all;
+    return m < 0 || !sq_product(m, r->k, &all) || all > INT64_MAX / 8;
+}
+
+static sq_status
+rotate(const struct sq_rotation *r, const float *x, int64_t m, float *y, sq_rows_fn fn,
+       void *context, int64_t workers_max, void *workspace)
+{
+    SQ_TRY(sq_rotation_check(r));
+    if (!x || !workspace || (!y && !fn)) {
+        return SQ_ERR_NULL;
+    }
+    if (rows_overflow(r, m)) {
+        return SQ_ERR_RANGE;
+    }
+    if (m == 0) {
+        return SQ_OK;
+    }
+    const int64_t workers = sq_min_i64(sq_min_i64(sq_get_num_threads(), workers_max), m);
+    struct rotate_job job = {.kernels = sq_kernels_active(),
+                             .rotation = r,
+                             .layout = scratch_layout(r, sq_ceil_div(m, workers)),
+                             .x = x,
+                             .y = y,
+                             .fn = fn,
+                             .context = context,
+                             .m = m,
+                             .scratch = workspace};
+    if (!y && m < sq_get_num_threads() && r->kind == SQ_KRONECKER && r->left.matrix &&
+        r->right.matrix) {
+        rotate_few(&job);
+    }
+    else {
+        sq_parallel_for(workers, 1, rotate_worker, &job);
+    }
+    return SQ_OK;
+}
+
+/* Scratch of so many workers for m rows; it grows with m, and fewer workers need no more. */
+static size_t
+workspace_bytes(const struct sq_rotation *r, int64_t m, int64_t workers)
+{
+    if (!r || r->kind == SQ_UNROTATED) {
+        return 0;
+    }
+    if (sq_rotation_check(r) != SQ_OK || rows_overflow(r, m)) {
+        return SIZE_MAX / 2;
+    }
+    return (size_t)sq_min_i64(workers, m) * scratch_layout(r, m).total_bytes;
+}
+
+size_t
+sq_rotation_workspace_bytes(const struct sq_rotation *rotation, int64_t m)
+{
+    return workspace_bytes(rotation, m, SQ_ROTATE_WORKERS);
+}
+
+size_t
+sq_rotation_serial_bytes(const struct sq_rotation *rotation, int64_t m)
+{
+    return workspace_bytes(rotation, m, 1);
+}
+
+sq_status
+sq_rotate(const struct sq_rotation *rotation, const float *x, int64_t m, float *y, void *workspace)
+{
+    return y ? rotate(rotation, x, m, y, NULL, NULL, SQ_ROTATE_WORKERS, workspace) : SQ_ERR_NULL;
+}
+
+sq_status
+sq_rotate_each(const struct sq_rotation *rotation, const float *x, int64_t m, sq_rows_fn fn,
+               void *context, void *workspace)
+{
+    return rotate(rotation, x, m, NULL, fn, context, SQ_ROTATE_WORKERS, workspace);
+}
+
+sq_status
+sq_rotate_serially(const struct sq_rotation *rotation, float *x, int64_t m, void *workspace)
+{
+    return rotate(rotation, x, m, x, NULL, NULL, 1, workspace);
+}
