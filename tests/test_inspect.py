@@ -41,7 +41,7 @@ def inspection():
 def statistics():
     """Sites of the bundled model's second layer."""
     checkpoint = sq.load_checkpoint(sq.bundled_model())
-    windows = sq.calibration_tokens(checkpoint, QuantConfig(calibration_tokens=512))
+    windows = sq.calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))
     return next(sq.calibrate(checkpoint, windows)).sites
 
 

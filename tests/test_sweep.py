@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant.config import SITES
-from singlequant.sweep.run import PeakMemory, dry_run
+from singlequant.sweep.estimate import dry_run
+from singlequant.sweep.measure import PeakMemory
 
 
 def config(**changes) -> sq.QuantConfig:
@@ -70,7 +71,7 @@ def test_same_input_gives_the_same_bytes_at_any_thread_count(model, tmp_path, te
 def test_stages_chained_by_hand_give_the_same_folder(model, tmp_path, text):
     sq.quantize_folder(model, tmp_path / "a", config(), text)
     checkpoint = sq.load_checkpoint(model)
-    windows = sq.calibration_tokens(checkpoint, config(), text)
+    windows = sq.calibration_windows(checkpoint, config(), text)
     rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows))
     sq.save(sq.quantize(checkpoint, rotations, config()), tmp_path / "b", checkpoint, config())
     a, b = digests(tmp_path / "a"), digests(tmp_path / "b")
@@ -146,7 +147,7 @@ def test_calibration_windows_fit_the_model(make_checkpoint, tmp_path, text):
     checkpoint = sq.load_checkpoint(make_checkpoint(tmp_path / "short"))
     limit = checkpoint.shape.max_position_embeddings
     assert limit < 512
-    assert sq.calibration_tokens(checkpoint, sq.QuantConfig(), text).shape[1] == limit
+    assert sq.calibration_windows(checkpoint, sq.QuantConfig(), text).shape[1] == limit
 
 
 def test_ignored_linears_keep_their_bits(model, tmp_path, text):

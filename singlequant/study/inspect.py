@@ -27,7 +27,7 @@ from ..rotations import BlockRotation, Factor, SiteRotation
 from ..statistics import LayerStatistics, SiteStatistics
 from ..sweep.calibrate import SAMPLE_ROWS, calibrate
 from ..sweep.layer import high_inputs, round_inputs, transform_inputs, transform_rows
-from ..sweep.run import calibration_tokens
+from ..sweep.texts import calibration_windows
 from ..weights import PackedLinear, packing_problem
 
 MASSIVE = (100.0, 1000.0)  # times the median magnitude
@@ -450,7 +450,7 @@ def inspect_model(
     for role, linear in checkpoint.layer(0).linears.items():
         if problem := packing_problem(role, linear.weight.shape[1], config):
             raise ValueError(problem)
-    windows = calibration_tokens(checkpoint, config, calibration)
+    windows = calibration_windows(checkpoint, config, calibration)
     run = _Run(config, methods, packed, massive, normal, normal_share, surface)
     skip = set() if layer is None else set(range(layers)) - {layer}
     for statistics in calibrate(checkpoint, windows, progress=progress, skip=skip):
