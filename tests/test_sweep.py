@@ -219,7 +219,7 @@ def test_killed_run_leaves_at_most_the_partial_folder(make_checkpoint, tmp_path,
          "--calibration-tokens", "64"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         cwd=tmp_path,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (tmp_path / "out.partial" / "model-00002-of-00013.safetensors").exists():
         assert run.poll() is None
         assert time.monotonic() < deadline
@@ -244,9 +244,19 @@ def test_dry_run_writes_nothing_and_tells_the_size(model, tmp_path, text):
 def test_peak_memory_sees_an_allocation():
     with PeakMemory() as memory:
         block = np.ones(20_000_000)
-        time.sleep(0.05)
+        memory.look()  # the watching thread may be late on a busy machine
         del block
     assert 120e6 < memory.peak - memory.start < 400e6
+
+
+def test_peak_memory_watches_by_itself():
+    with PeakMemory() as memory:
+        block = np.ones(20_000_000)
+        deadline = time.monotonic() + 60
+        while memory.peak - memory.start < 120e6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        del block
+    assert memory.peak - memory.start > 120e6
 
 
 @pytest.mark.parametrize("options", [
