@@ -372,6 +372,18 @@ def test_options_that_need_another_are_refused(model, text, tmp_path):
         sq.compare(model, methods=["spinquant"], texts=[text], learned=learned)
 
 
+def test_options_are_one_object_that_keywords_change(model, text):
+    given = sq.CompareOptions(methods=METHODS, schemes=("w4a4",), texts=text, seq_len=32,
+                              windows=2, calibration=text, calibration_tokens=64, defaults=False)
+    assert given.texts == (text,)
+    assert figures(sq.compare(model, given)) == figures(compare(model, text))
+    assert len(sq.compare(model, given, methods=["none"]).rows) == 2
+    with pytest.raises(TypeError, match="options: expected CompareOptions, found list"):
+        sq.compare(model, ["none"])
+    with pytest.raises(TypeError, match="rotor"):
+        sq.compare(model, given, rotor=1)
+
+
 # ---- the command line -------------------------------------------------------------------------
 
 
