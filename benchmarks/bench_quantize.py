@@ -43,7 +43,8 @@ from singlequant.sweep.layer import (
     round_inputs,
     transform_inputs,
 )
-from singlequant.sweep.run import PeakMemory, calibration_tokens
+from singlequant.sweep.measure import PeakMemory
+from singlequant.sweep.texts import calibration_windows
 
 HIDDEN, INTERMEDIATE = LLAMA_2_7B.hidden, LLAMA_2_7B.intermediate
 WEIGHTS = LLAMA_2_7B.layer_weights
@@ -288,7 +289,7 @@ def main() -> None:
             report("  of the FMA peak", peak and 100 * speed / peak, "%")
 
         checkpoint = load_checkpoint(source)
-        windows = calibration_tokens(checkpoint, config)
+        windows = calibration_windows(checkpoint, config)
         scale = 1e9 / WEIGHTS
         with Meter() as meter:
             statistics = next(calibrate(checkpoint, windows,

@@ -23,6 +23,7 @@ from singlequant import arrays
 from singlequant.methods import singlequant
 from singlequant.rotations import LayerRotations
 from singlequant.rows import rotate_rows
+from singlequant.sweep.texts import choose_windows
 
 rotate = importlib.import_module("singlequant.methods.solve")
 
@@ -56,12 +57,12 @@ class Bench:
         self.checkpoint = sq.load_checkpoint(folder)
         self.original = sq.load(folder)
         config = sq.QuantConfig()
-        windows = sq.calibration_tokens(self.checkpoint, config, arguments.calibration)
+        windows = sq.calibration_windows(self.checkpoint, config, arguments.calibration)
         self.statistics = list(sq.calibrate(self.checkpoint, windows, keep_inputs=False))
         tokens = self.original.encode(arguments.text.read_text())
         self.tokens = tokens[: arguments.windows * arguments.seq_len]
         self.seq_len = arguments.seq_len
-        held = sq.calibration_windows(self.tokens, 1024)
+        held = choose_windows(self.tokens, 1024)
         self.held = list(sq.calibrate(self.checkpoint, held, keep_inputs=False))
 
     def solve(self, variant) -> list[LayerRotations]:

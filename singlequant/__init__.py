@@ -1,40 +1,32 @@
-# ruff: noqa: I001
 """Run large language models in 4 bits on the CPU: closed-form rotations, packed int4 kernels."""
+
+import warnings as _warnings
 
 from . import arrays
 from ._C import FormatError, get_num_threads, set_num_threads
-from .config import QuantConfig
-from .rotations import BlockRotation, Factor, LayerRotations, SiteRotation
-from .statistics import LayerStatistics, SiteStatistics
-from .weights import PackedLinear, QuantizedLayer
-from .sweep.calibrate import calibrate, calibration_windows, load_statistics, save_statistics
-from .checkpoint.folder import Checkpoint, load_checkpoint
-from .study.compare import Comparison, compare
-from .study.evaluate import Evaluation, evaluate
-from .info import __version__, show_runtime
-from .study.inspect import Inspection, inspect_model
-from .sweep.layer import quantize
-from .methods.solve import solve_rotations
-from .runtime.model import Model
-from .sweep.run import (
-    Estimate,
-    Summary,
-    bundled_model,
-    bundled_text,
-    calibration_tokens,
-    dry_run,
-    load,
-    perplexity,
-    quantize_folder,
-    save,
-)
-
-# Last: `rotate` and `pack` are functions here, and stage modules of the same name when imported.
 from .arrays import art, givens_angle, hadamard, linear, pack, rotate, unpack, urt
+from .checkpoint.folder import Checkpoint, load_checkpoint
+from .config import QuantConfig
+from .info import __version__, show_runtime
+from .methods.solve import solve_rotations
+from .rotations import BlockRotation, Factor, LayerRotations, SiteRotation
+from .runtime.model import Model
+from .runtime.open import load
+from .statistics import LayerStatistics, SiteStatistics
+from .study.compare import CompareOptions, Comparison, compare
+from .study.evaluate import Evaluation, evaluate, perplexity
+from .study.inspect import Inspection, inspect_model
+from .sweep.calibrate import calibrate, load_statistics, save_statistics
+from .sweep.estimate import Estimate, dry_run
+from .sweep.layer import quantize
+from .sweep.run import Summary, quantize_folder, save
+from .sweep.texts import bundled_model, bundled_text, calibration_windows
+from .weights import PackedLinear, QuantizedLayer
 
 __all__ = [
     "BlockRotation",
     "Checkpoint",
+    "CompareOptions",
     "Comparison",
     "Estimate",
     "Evaluation",
@@ -56,7 +48,6 @@ __all__ = [
     "bundled_model",
     "bundled_text",
     "calibrate",
-    "calibration_tokens",
     "calibration_windows",
     "compare",
     "dry_run",
@@ -82,3 +73,11 @@ __all__ = [
     "unpack",
     "urt",
 ]
+
+
+def __getattr__(name: str):
+    if name == "calibration_tokens":
+        _warnings.warn("singlequant.calibration_tokens is now singlequant.calibration_windows",
+                       DeprecationWarning, stacklevel=2)
+        return calibration_windows
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ MAX_JSON_BYTES = 100_000_000
 __all__ = [
     "check_file",
     "check_picture",
+    "folder_bytes",
     "read_json",
     "require_matplotlib",
     "save_figure",
@@ -56,6 +57,11 @@ def save_figure(figure: Any, path: str | Path, dpi: int = 150) -> Path:
     whole = io.BytesIO()
     figure.savefig(whole, dpi=dpi, format=Path(path).suffix[1:].lower())
     return write_file(path, whole.getvalue())
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of the files that lie in a folder, those of its subfolders left out."""
+    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file())
 
 
 def check_file(path: str | Path) -> None:

@@ -32,7 +32,7 @@ def test_eight_bit_activations_are_far_closer(original, tmp_path):
 
 def test_residual_stream_has_outlier_channels():
     checkpoint = sq.load_checkpoint(sq.bundled_model())
-    windows = sq.calibration_tokens(checkpoint, sq.QuantConfig(calibration_tokens=1024))
+    windows = sq.calibration_windows(checkpoint, sq.QuantConfig(calibration_tokens=1024))
     for layer in sq.calibrate(checkpoint, windows):
         rms = np.sqrt(layer.sites["qkv"].sum2 / layer.sites["qkv"].count)
         assert rms.max() > 5 * np.median(rms)

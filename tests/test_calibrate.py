@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 import singlequant as sq
 from singlequant.config import SITES
 from singlequant.sweep.calibrate import FACTS
+from singlequant.sweep.texts import choose_windows
 
 
 @pytest.fixture
@@ -31,31 +32,31 @@ def assert_same(a, b):
             )
 
 
-def test_calibration_windows_takes_the_first_ones():
-    windows = sq.calibration_windows(range(100), count=32, window=16)
+def test_choose_windows_takes_the_first_ones():
+    windows = choose_windows(range(100), count=32, window=16)
     np.testing.assert_array_equal(windows, np.arange(32).reshape(2, 16))
 
 
-def test_calibration_windows_draws_by_seed():
-    draw = [sq.calibration_windows(range(1000), 64, 16, seed=s) for s in (0, 1, 1, 2)]
+def test_choose_windows_draws_by_seed():
+    draw = [choose_windows(range(1000), 64, 16, seed=s) for s in (0, 1, 1, 2)]
     np.testing.assert_array_equal(draw[1], draw[2])
     assert not np.array_equal(draw[0], draw[1])
     assert not np.array_equal(draw[1], draw[3])
     assert len(np.unique(draw[1][:, 0])) == 4
 
 
-def test_calibration_windows_of_a_short_text_are_those_it_has():
-    assert sq.calibration_windows(range(40), count=2048, window=16).shape == (2, 16)
+def test_choose_windows_of_a_short_text_are_those_it_has():
+    assert choose_windows(range(40), count=2048, window=16).shape == (2, 16)
 
 
-def test_calibration_windows_shorter_than_a_window_are_refused():
+def test_choose_windows_shorter_than_a_window_are_refused():
     with pytest.raises(ValueError, match="at least one window of 512 tokens, got 40"):
-        sq.calibration_windows(range(40), count=2048)
+        choose_windows(range(40), count=2048)
 
 
-def test_calibration_windows_of_no_token_are_refused():
+def test_choose_windows_of_no_token_are_refused():
     with pytest.raises(ValueError, match="window: expected at least 1 token, got 0"):
-        sq.calibration_windows(range(40), count=32, window=0)
+        choose_windows(range(40), count=32, window=0)
 
 
 def test_calibrate_yields_moments_of_what_enters_each_site(checkpoint, windows):

@@ -17,7 +17,9 @@ from singlequant.runtime.model import Model
 from singlequant.study.compare import Row, RowsFile, default_methods
 from singlequant.study.evaluate import CachedScorer
 
-compare_module = sys.modules["singlequant.study.compare"]
+evaluator_module = sys.modules["singlequant.study.compare.evaluator"]
+sweep_module = sys.modules["singlequant.sweep.sweep"]
+rotate_module = sys.modules["singlequant.methods.solve"]
 COMPARED = ("none", "hadamard")
 
 
@@ -85,11 +87,11 @@ def test_rows_are_what_quantize_and_perplexity_give(tmp_path):
 
 def test_calibration_and_original_run_once_for_all(model, text, monkeypatch):
     calibrated, evaluated, solved = [], [], []
-    calibrate, hidden, solve = (compare_module.calibrate, Model.hidden_states,
-                                compare_module.solve)
-    monkeypatch.setattr(compare_module, "calibrate",
+    calibrate, hidden, solve = (sweep_module.calibrate, Model.hidden_states,
+                                sweep_module.solve)
+    monkeypatch.setattr(sweep_module, "calibrate",
                         lambda *a, **k: calibrated.append(1) or calibrate(*a, **k))
-    monkeypatch.setattr(compare_module, "solve", lambda *a: solved.append(1) or solve(*a))
+    monkeypatch.setattr(sweep_module, "solve", lambda *a: solved.append(1) or solve(*a))
     monkeypatch.setattr(
         Model, "hidden_states",
         lambda self, w: evaluated.append(self.checkpoint.quantized) or hidden(self, w))
@@ -104,10 +106,10 @@ def test_calibration_and_original_run_once_for_all(model, text, monkeypatch):
 def test_rerun_skips_what_is_finished(model, text, tmp_path, monkeypatch):
     first = compare(model, text, out=tmp_path / "out")
     ran = []
-    solve, evaluate = compare_module.solve, compare_module.evaluate
-    monkeypatch.setattr(compare_module, "solve",
+    solve, evaluate = sweep_module.solve, evaluator_module.evaluate
+    monkeypatch.setattr(sweep_module, "solve",
                         lambda view, s, config: ran.append(config.method) or solve(view, s, config))
-    monkeypatch.setattr(compare_module, "evaluate",
+    monkeypatch.setattr(evaluator_module, "evaluate",
                         lambda *a: ran.append("evaluate") or evaluate(*a))
     again = compare(model, text, out=tmp_path / "out")
     assert ran == []
@@ -139,8 +141,8 @@ def test_interrupted_run_leaves_whole_files_and_goes_on(model, text, tmp_path, s
     for path in out.iterdir():
         if path.is_dir():
             sq.load(path)
-    solved, solve = [], compare_module.solve
-    monkeypatch.setattr(compare_module, "solve", lambda *a: solved.append(1) or solve(*a))
+    solved, solve = [], sweep_module.solve
+    monkeypatch.setattr(sweep_module, "solve", lambda *a: solved.append(1) or solve(*a))
     assert figures(compare(model, text, out=out)) == figures(expected)
     assert len(solved) == (0 if step == 4 else 4)  # packed folders are evaluated, not made again
 
@@ -364,11 +366,23 @@ def test_outputs_that_cannot_be_written_are_refused_first(tmp_path):
 def test_options_that_need_another_are_refused(model, text, tmp_path):
     learned = tmp_path / "learned.safetensors"
     with pytest.raises(ValueError, match="task_folder: needs tasks"):
-        sq.compare(model, ["none"], texts=[text], task_folder=tmp_path)
+        sq.compare(model, methods=["none"], texts=[text], task_folder=tmp_path)
     with pytest.raises(ValueError, match="learned: needs method spinquant"):
-        sq.compare(model, ["none"], texts=[text], learned=learned)
+        sq.compare(model, methods=["none"], texts=[text], learned=learned)
     with pytest.raises(sq.FormatError, match=r"learned\.safetensors: no such file"):
-        sq.compare(model, ["spinquant"], texts=[text], learned=learned)
+        sq.compare(model, methods=["spinquant"], texts=[text], learned=learned)
+
+
+def test_options_are_one_object_that_keywords_change(model, text):
+    given = sq.CompareOptions(methods=METHODS, schemes=("w4a4",), texts=text, seq_len=32,
+                              windows=2, calibration=text, calibration_tokens=64, defaults=False)
+    assert given.texts == (text,)
+    assert figures(sq.compare(model, given)) == figures(compare(model, text))
+    assert len(sq.compare(model, given, methods=["none"]).rows) == 2
+    with pytest.raises(TypeError, match="options: expected CompareOptions, found list"):
+        sq.compare(model, ["none"])
+    with pytest.raises(TypeError, match="rotor"):
+        sq.compare(model, given, rotor=1)
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -392,7 +406,7 @@ def test_command_prints_the_table_and_writes_the_files(model, text, tmp_path, ca
 
 def test_interrupted_command_goes_on_from_the_partial_file(model, text, tmp_path, monkeypatch):
     command = ["compare", str(model), *options(text, "--json", str(tmp_path / "rows.json"))]
-    evaluate, count = compare_module.evaluate, []
+    evaluate, count = evaluator_module.evaluate, []
 
     def stop_at_the_third(*arguments):
         count.append(1)
@@ -400,7 +414,7 @@ def test_interrupted_command_goes_on_from_the_partial_file(model, text, tmp_path
             raise KeyboardInterrupt
         return evaluate(*arguments)
 
-    monkeypatch.setattr(compare_module, "evaluate", stop_at_the_third)
+    monkeypatch.setattr(evaluator_module, "evaluate", stop_at_the_third)
     assert main(command) == 130
     assert not (tmp_path / "rows.json").exists()
     assert (tmp_path / "rows.json.partial").exists()

@@ -41,7 +41,7 @@ def run(*arguments, expect=0):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(BENCHMARKS / "end_to_end.py"), "--quick",
          *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=120,
+        capture_output=True, text=True, env=environment, timeout=600,
     )
     assert done.returncode == expect, done.stderr
     return done

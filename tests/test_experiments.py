@@ -77,8 +77,8 @@ def test_ablation_writes_what_compare_finds(tmp_path):
     rows = {row["method"]: row for row in read(tmp_path, "ablation")}
     methods = ["none", "art", "urt", "paper", "hadamard", "singlequant"]
     assert list(rows) == ["original", *methods]
-    found = sq.compare(sq.bundled_model(), ["urt"], ["w4a4"], seq_len=128, windows=2,
-                       calibration_tokens=256, defaults=False)
+    found = sq.compare(sq.bundled_model(), methods=["urt"], schemes=["w4a4"], seq_len=128,
+                       windows=2, calibration_tokens=256, defaults=False)
     assert rows["original"]["perplexity"] == found.rows[0].results[0].perplexity
     assert rows["urt"]["kl_mean"] == found.rows[1].results[0].kl_mean
     assert rows["hadamard"]["kl_to_hadamard"] == 1
@@ -110,8 +110,8 @@ def test_thresholds_move_the_paper_method_and_are_resumable(tmp_path):
     assert len(default) == 1
     assert len(moved) == 4  # each threshold has an effect
     assert not default & moved
-    paper = sq.compare(sq.bundled_model(), ["paper"], ["w4a4"], seq_len=128, windows=2,
-                       calibration_tokens=256, defaults=False)
+    paper = sq.compare(sq.bundled_model(), methods=["paper"], schemes=["w4a4"], seq_len=128,
+                       windows=2, calibration_tokens=256, defaults=False)
     assert default == {paper.rows[1].results[0].kl_mean}
     if importlib.util.find_spec("lm_eval"):
         assert all(0 <= row["stdlib_continuation_acc"] <= 1 for row in rows)
@@ -135,8 +135,9 @@ def test_factors_of_other_sizes_give_another_rotation(tmp_path):
         assert row["solve_seconds"] > 0
     assert len({row["kl_mean"] for row in rows}) == len({row["qkv"] for row in rows}) == len(rows)
     default, = (row for row in rows if row["default"])
-    whole = sq.compare(sq.bundled_model(), ["singlequant", "hadamard"], ["w4a4"], ["mse"],
-                       clip=None, seq_len=128, windows=2, calibration_tokens=256, defaults=False)
+    whole = sq.compare(sq.bundled_model(), methods=["singlequant", "hadamard"],
+                       schemes=["w4a4"], weights=["mse"], clip=None, seq_len=128,
+                       windows=2, calibration_tokens=256, defaults=False)
     found = [row.results[0].kl_mean for row in whole.rows[1:]]
     assert [default["kl_mean"], default["hadamard_kl"]] == found  # the method's own factors
 

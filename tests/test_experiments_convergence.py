@@ -30,7 +30,7 @@ def common_options(model, text, out):
 def calibration_windows(model, text):
     checkpoint = sq.load_checkpoint(model)
     config = sq.QuantConfig(calibration_tokens=TOKENS)
-    return checkpoint, sq.calibration_tokens(checkpoint, config, text)
+    return checkpoint, sq.calibration_windows(checkpoint, config, text)
 
 
 def a_run(model, text, steps=2, of=4, **settings):
@@ -277,8 +277,8 @@ def test_the_page_has_each_table_with_its_command_machine_and_figure(model, text
     write_json(folder, "ablation", experiment([{"text": "t", "method": "none", "kl_mean": 0.5},
                                                {"text": "t", "method": "singlequant",
                                                 "kl_mean": 0.125}]))
-    found = sq.compare(model, ["none", "singlequant"], ["w4a4"], texts=[text], seq_len=64,
-                       windows=2, calibration=text, calibration_tokens=128)
+    found = sq.compare(model, methods=["none", "singlequant"], schemes=["w4a4"], texts=[text],
+                       seq_len=64, windows=2, calibration=text, calibration_tokens=128)
     found.to_json(folder / "any-name.json")
     results.main(["--from", str(folder), "--out", str(page)])
     written = page.read_text()
@@ -374,8 +374,8 @@ def test_the_readmes_head_stands_between_the_marks(model, text, tmp_path):
     folder, readme = tmp_path / "in", tmp_path / "README.md"
     curves = {"settings": {"steps": 5}}
     write_json(folder, "convergence", experiment(CONVERGENCE, model="m", curves=curves))
-    found = sq.compare(model, ["none"], ["w4a4"], texts=[text], seq_len=64, windows=2,
-                       calibration_tokens=128, calibration=text)
+    found = sq.compare(model, methods=["none"], schemes=["w4a4"], texts=[text], seq_len=64,
+                       windows=2, calibration_tokens=128, calibration=text)
     found.to_json(folder / "compare.json")
     arguments = ["--from", str(folder), "--out", str(tmp_path / "docs" / "results.md"),
                  "--readme", str(readme)]

@@ -15,7 +15,7 @@ import pytest
 import singlequant as sq
 from singlequant import _C
 from singlequant.methods.balanced import INT8_SHARE
-from singlequant.sweep.run import bundled_model, bundled_text
+from singlequant.sweep.texts import bundled_model, bundled_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
 WINDOWS, SEQ_LEN = 4, 128

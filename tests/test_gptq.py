@@ -17,8 +17,8 @@ from singlequant.cli.main import main
 from singlequant.config import GPTQ_INPUTS, SITES
 from singlequant.methods.solve import solve_layer
 from singlequant.sweep.calibrate import load_statistics, save_statistics
+from singlequant.sweep.estimate import dry_run
 from singlequant.sweep.layer import gptq_factor, quantize_layer, quantize_linear, transform_inputs
-from singlequant.sweep.run import dry_run
 
 
 def correlated(rng, m, k):
@@ -305,7 +305,7 @@ def test_config_goes_through_json():
 def bundled():
     """The bundled model with the statistics, inputs included, of its layers."""
     checkpoint = sq.load_checkpoint(sq.bundled_model())
-    windows = sq.calibration_tokens(checkpoint, sq.QuantConfig(calibration_tokens=1024))
+    windows = sq.calibration_windows(checkpoint, sq.QuantConfig(calibration_tokens=1024))
     return checkpoint, list(sq.calibrate(checkpoint, windows, keep_inputs=True))
 
 
@@ -375,7 +375,7 @@ def test_gptq_is_closer_to_the_original_than_mse(tmp_path, scheme):
 
 def test_without_inputs_gptq_asks_for_a_calibration(model, tmp_path, text):
     checkpoint = sq.load_checkpoint(model)
-    windows = sq.calibration_tokens(checkpoint, config(), text)
+    windows = sq.calibration_windows(checkpoint, config(), text)
     kept = list(sq.calibrate(checkpoint, windows, keep_inputs=True))
     assert all(len(site.inputs) == site.count for layer in kept for site in layer.sites.values())
     save_statistics(kept, tmp_path / "statistics")
@@ -416,7 +416,7 @@ def test_sweep_resumes_and_chains_to_the_same_bytes(model, tmp_path, text):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole1")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole5")
     checkpoint = sq.load_checkpoint(model)
-    windows = sq.calibration_tokens(checkpoint, recipe, text)
+    windows = sq.calibration_windows(checkpoint, recipe, text)
     statistics = sq.calibrate(checkpoint, windows, keep_inputs=True)
     layers = sq.quantize(checkpoint, sq.solve_rotations(statistics, recipe), recipe)
     sq.save(layers, tmp_path / "chained", checkpoint, recipe)
@@ -434,14 +434,14 @@ def test_ignored_linears_stay_and_their_sites_need_no_inputs(model, tmp_path, te
             assert isinstance(found[role].weight, sq.PackedLinear)
         else:
             np.testing.assert_array_equal(found[role].weight, linear.weight)
-    layer = next(sq.calibrate(checkpoint, sq.calibration_tokens(checkpoint, config(), text)))
+    layer = next(sq.calibrate(checkpoint, sq.calibration_windows(checkpoint, config(), text)))
     everything = config(ignore=("*.mlp.*", "*.self_attn.*"))
     assert not quantize_layer(checkpoint, solve_layer(layer, "none"), everything).packed
 
 
 def test_inputs_live_for_one_layer_only(model, text):
     checkpoint = sq.load_checkpoint(model)
-    windows = sq.calibration_tokens(checkpoint, config(), text)
+    windows = sq.calibration_windows(checkpoint, config(), text)
     layers = sq.calibrate(checkpoint, windows, keep_inputs=True)
     first = next(layers)
     watched = [weakref.ref(first.sites[site].inputs) for site in SITES]

@@ -14,7 +14,7 @@ import pytest
 import singlequant as sq
 from singlequant import harness
 from singlequant.cli.main import main
-from singlequant.harness import evaluate_tasks, score_continuations
+from singlequant.harness import evaluate_tasks, score_continuations, scoring
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = Path(__file__).parent / "data" / "tasks"
@@ -122,8 +122,8 @@ def test_scores_do_not_depend_on_the_other_pairs(either, monkeypatch):
     pairs = random_pairs(np.random.default_rng(1), either.spec.vocab)
     expected = np.array(scores_of(either, pairs))
     alone = [scores_of(either, [pair])[0] for pair in pairs]
-    monkeypatch.setattr(harness, "TOKENS_PER_STEP", 64)
-    monkeypatch.setattr(harness, "HEAD_ROWS", 5)
+    monkeypatch.setattr(scoring, "TOKENS_PER_STEP", 64)
+    monkeypatch.setattr(scoring, "HEAD_ROWS", 5)
     for scores in (alone, scores_of(either, pairs)):
         np.testing.assert_allclose(scores, expected, atol=10 * SCORE_TOLERANCE)
 

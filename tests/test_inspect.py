@@ -44,7 +44,7 @@ def inspection():
 def statistics():
     """Sites of the bundled model's second layer."""
     checkpoint = sq.load_checkpoint(sq.bundled_model())
-    windows = sq.calibration_tokens(checkpoint, QuantConfig(calibration_tokens=512))
+    windows = sq.calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))
     return next(sq.calibrate(checkpoint, windows)).sites
 
 
@@ -586,11 +586,12 @@ def test_command_reads_a_packed_folder(packed, text, capsys):
 @pytest.mark.parametrize(("options", "message"), [
     (["--layer", "9"], "layer: expected 0 to 1, found 9"),
     (["--massive", "-3"], "massive: expected"),
-    (["--csv", "/nonexistent/t.csv"], "/nonexistent/t.csv"),
+    (["--csv", "no-such-folder/t.csv"], "no-such-folder/t.csv"),
     (["--picture", "p.bmpx"], "p.bmpx: expected a name that ends in one of"),
     (["--original", "."], "original: expected with a packed folder"),
 ])
-def test_command_says_what_is_wrong(model, text, capsys, options, message):
+def test_command_says_what_is_wrong(model, text, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
     assert main(["inspect", str(model), "--calibration", str(text), *options]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1

@@ -20,7 +20,7 @@ import singlequant as sq
 from singlequant import _C, _reference as reference
 from singlequant.checkpoint.views import ValueCheckpoint
 from singlequant.runtime.model import Model
-from singlequant.sweep.run import prepare
+from singlequant.sweep.prepare import prepare
 
 PAGE = _C.PAGE_TOKENS
 TOLERANCE = 2e-5  # absolute, of values of order 1, as in test_attention.py

@@ -431,7 +431,7 @@ def run_child(source: Checkpoint, out: Path, act: str) -> subprocess.CompletedPr
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 

@@ -19,7 +19,9 @@ from singlequant.rotations import BlockRotation, Factor, SiteRotation
 from singlequant.rows import ROWS_PER_BLOCK
 from singlequant.sweep.calibrate import calibrate
 from singlequant.sweep.layer import GptqFactor, quantize_layer, quantize_linear, transform_rows
-from singlequant.sweep.run import calibration_tokens, quantize_folder, read_ahead
+from singlequant.sweep.run import quantize_folder
+from singlequant.sweep.sweep import read_ahead
+from singlequant.sweep.texts import calibration_windows
 
 TABLES = _C.kernels()["runnable"]
 
@@ -519,7 +521,7 @@ def test_quantize_linear_names_the_tensor_and_rows_that_are_not_finite(weights):
 def test_a_layer_that_is_not_finite_leaves_nothing_behind(model, tmp_path, text, weights):
     config = QuantConfig(weights=weights, calibration_tokens=64)
     checkpoint = load_checkpoint(model)
-    windows = calibration_tokens(checkpoint, config, text)
+    windows = calibration_windows(checkpoint, config, text)
     layers = [solve_layer(s, config) for s in calibrate(checkpoint, windows)]
     info = checkpoint.tensors["model.layers.1.mlp.down_proj.weight"]
     with info.path.open("r+b") as file:  # what was finite when it was calibrated is so no longer

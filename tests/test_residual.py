@@ -14,23 +14,20 @@ from singlequant.checkpoint.views import (
 )
 from singlequant.config import QuantConfig
 from singlequant.export.writer import estimate_size
+from singlequant.files import folder_bytes
 from singlequant.methods import quarot, spinquant
 from singlequant.methods.quarot import quarot_checkpoint
 from singlequant.methods.solve import solve_layer, solve_rotations
 from singlequant.methods.spinquant import spinquant_checkpoint
 from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
+from singlequant.runtime.open import load
+from singlequant.study.evaluate import perplexity
 from singlequant.sweep.calibrate import calibrate
 from singlequant.sweep.layer import quantize
-from singlequant.sweep.run import (
-    bundled_model,
-    bundled_text,
-    check_outer,
-    folder_bytes,
-    load,
-    perplexity,
-    save,
-)
+from singlequant.sweep.prepare import check_outer
+from singlequant.sweep.run import save
+from singlequant.sweep.texts import bundled_model, bundled_text
 
 MODELS = {
     "gqa-tied": {"tie": True},

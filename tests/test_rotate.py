@@ -388,13 +388,18 @@ def test_uniformity_sweep_rejects_bad_arguments():
 
 def test_uniformity_sweep_releases_the_gil(rng):
     columns = rng.standard_normal((48, 20000))
-    worker = threading.Thread(target=_C.uniformity_sweep, args=(columns, 2))
-    worker.start()
-    ticks = 0
-    while worker.is_alive():
-        time.sleep(0.001)
-        ticks += 1
-    assert ticks > 3
+    most = 0
+    for _ in range(20):  # on a busy machine this thread may sleep through a call
+        worker = threading.Thread(target=_C.uniformity_sweep, args=(columns, 2))
+        worker.start()
+        ticks = 0
+        while worker.is_alive():
+            time.sleep(0.001)
+            ticks += 1
+        most = max(most, ticks)
+        if most > 3:
+            return
+    pytest.fail(f"at most {most} ticks inside a call")
 
 
 # ---- Kronecker application

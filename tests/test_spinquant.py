@@ -15,15 +15,11 @@ from singlequant.config import QuantConfig  # noqa: E402
 from singlequant.methods import spinquant  # noqa: E402
 from singlequant.methods.spinquant import online_rotations, spinquant_checkpoint  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
+from singlequant.runtime.open import load  # noqa: E402
+from singlequant.study.evaluate import perplexity  # noqa: E402
 from singlequant.sweep.layer import quantize  # noqa: E402
-from singlequant.sweep.run import (  # noqa: E402
-    bundled_model,
-    bundled_text,
-    calibration_tokens,
-    load,
-    perplexity,
-    save,
-)
+from singlequant.sweep.run import save  # noqa: E402
+from singlequant.sweep.texts import bundled_model, bundled_text, calibration_windows  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -197,7 +193,7 @@ def test_retract_gives_the_nearby_orthogonal_matrix():
 def bundled_run(tmp_path_factory):
     """30 steps on the bundled model, as published but shorter, and the file of its state."""
     checkpoint = load_checkpoint(bundled_model())
-    windows = calibration_tokens(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
+    windows = calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
     path = tmp_path_factory.mktemp("spinquant") / "learned.safetensors"
     calls = []
     learned = spinquant.learn_rotations(

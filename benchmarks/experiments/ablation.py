@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = common.parse(options, argv)
     with common.progress("ablation") as progress:
         found = sq.compare(
-            arguments.model, list(NAMES), texts=arguments.text, seeds=arguments.seeds,
+            arguments.model, methods=list(NAMES), texts=arguments.text, seeds=arguments.seeds,
             calibration=arguments.calibration, defaults=False, progress=progress,
             **common.comparison_options(arguments),
         )

@@ -19,7 +19,7 @@ from typing import Any
 import singlequant as sq
 from singlequant.files import save_figure, write_file
 from singlequant.study.compare import ROWS_FILE
-from singlequant.sweep.run import read_text
+from singlequant.sweep.texts import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"windows": 2, "seq_len": 128, "calibration_tokens": 256}

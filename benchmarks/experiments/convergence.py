@@ -32,7 +32,7 @@ import singlequant as sq
 from singlequant.files import save_figure
 from singlequant.methods import spinquant
 from singlequant.study.evaluate import CachedScorer, Evaluation
-from singlequant.sweep.run import read_text
+from singlequant.sweep.texts import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -390,7 +390,7 @@ def run_experiment(arguments: argparse.Namespace, argv: Sequence[str]) -> Path:
         raise ValueError(f"--repeats: expected at least 1, found {arguments.repeats}")
     checkpoint = sq.load_checkpoint(arguments.model)
     config = sq.QuantConfig(calibration_tokens=arguments.calibration_tokens)
-    windows = sq.calibration_tokens(checkpoint, config, arguments.calibration)
+    windows = sq.calibration_windows(checkpoint, config, arguments.calibration)
     text = sq.bundled_text("heldout") if arguments.text is None else read_text(arguments.text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     sq.set_num_threads(arguments.threads)

@@ -41,7 +41,7 @@ from singlequant.models.family import ModelShape, rope_frequencies
 from singlequant.rotations import FACTOR_DENSE_MAX, SiteRotation
 from singlequant.statistics import SiteStatistics
 from singlequant.study.evaluate import CachedScorer, split_windows
-from singlequant.sweep.run import bundled_model, bundled_text, calibration_tokens, read_text
+from singlequant.sweep.texts import bundled_model, bundled_text, calibration_windows, read_text
 
 # `singlequant.rotate` is a function once the package is imported whole; this is the stage.
 rotate = importlib.import_module("singlequant.methods.solve")
@@ -443,7 +443,7 @@ class Experiment:
         config = sq.QuantConfig(calibration_tokens=tokens)
         self.checkpoint = sq.load_checkpoint(model)
         self.checkpoint.require_unquantized()
-        self.calibration = calibration_tokens(self.checkpoint, config, calibration)
+        self.calibration = calibration_windows(self.checkpoint, config, calibration)
         ids = self.checkpoint.encode(bundled_text("heldout") if text is None else read_text(text))
         self.windows = split_windows(ids, seq_len)[:windows]
         if len(self.windows) < windows:

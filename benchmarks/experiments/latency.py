@@ -26,8 +26,7 @@ import numpy as np
 import singlequant as sq
 from singlequant import _C
 from singlequant.config import SCHEMES
-from singlequant.files import save_figure
-from singlequant.sweep.run import folder_bytes
+from singlequant.files import folder_bytes, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

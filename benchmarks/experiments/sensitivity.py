@@ -35,7 +35,7 @@ from singlequant.methods.axes import SWEEP_ORDER_MAX
 from singlequant.rotations import LayerRotations
 from singlequant.statistics import LayerStatistics, SiteStatistics
 from singlequant.study.compare import ROWS_FILE, Row
-from singlequant.sweep.run import read_text
+from singlequant.sweep.texts import read_text
 
 rotate = importlib.import_module("singlequant.methods.solve")
 
@@ -188,7 +188,7 @@ def tokens(arguments: Namespace) -> None:
     rows, short = [], None
     for count in TOKENS[::4] if arguments.quick else TOKENS:
         config = sq.QuantConfig(calibration_tokens=count, seed=1)
-        if sq.calibration_tokens(checkpoint, config, arguments.calibration).size < count:
+        if sq.calibration_windows(checkpoint, config, arguments.calibration).size < count:
             short = count
             break
         found = compare(arguments, what=f"{count} tokens", calibration_tokens=count,
@@ -326,7 +326,7 @@ def factors(arguments: Namespace) -> None:
         return rotate.solve_layer(replace(layer, sites=sites), method, config.seed)
 
     first = next(iter(sq.calibrate(
-        lab.checkpoint, sq.calibration_tokens(lab.checkpoint, config, arguments.calibration))))
+        lab.checkpoint, sq.calibration_windows(lab.checkpoint, config, arguments.calibration))))
     trials = []
     for scale in FACTOR_SCALES[::4] if arguments.quick else FACTOR_SCALES:
         new = {name: (r.k1, r.k2) for name, site in first.sites.items()

@@ -26,16 +26,12 @@ import common
 import singlequant as sq
 from singlequant._C import FormatError
 from singlequant.export.writer import ModelWriter
-from singlequant.files import write_file
+from singlequant.files import folder_bytes, write_file
+from singlequant.study.evaluate import default_seq_len
 from singlequant.sweep.layer import quantize_layer
-from singlequant.sweep.run import (
-    PeakMemory,
-    default_seq_len,
-    folder_bytes,
-    prepare,
-    read_text,
-    solve,
-)
+from singlequant.sweep.measure import PeakMemory
+from singlequant.sweep.prepare import prepare, solve
+from singlequant.sweep.texts import read_text
 
 YARDSTICK = "hadamard"
 STAGES = ("read", "calibrate", "solve", "quantize", "evaluate")
@@ -52,7 +48,7 @@ def quality(model: Path, kinds: Sequence[common.Domain], arguments: Namespace) -
     try:
         with common.progress(model.name) as progress:
             found = sq.compare(
-                model, methods, texts=[kind.text for kind in kinds], progress=progress,
+                model, methods=methods, texts=[kind.text for kind in kinds], progress=progress,
                 calibration=kinds[0].calibration, defaults=True,
                 **common.comparison_options(arguments),
             )
@@ -152,7 +148,7 @@ def quantize_peaks(model: Path, out: Path, scheme: str, tokens: int | None,
         return value
 
     checkpoint = measure("read", sq.load_checkpoint, model)
-    windows = measure("read", sq.calibration_tokens, checkpoint, config, calibration)
+    windows = measure("read", sq.calibration_windows, checkpoint, config, calibration)
     view = measure("solve", prepare, checkpoint, config, windows)
     layers = sq.calibrate(view, windows, keep_inputs=config.weights == "gptq")
     with ModelWriter(out, view, config) as writer:

@@ -23,9 +23,8 @@ from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
 from singlequant.statistics import LayerStatistics
 from singlequant.study.compare import Row, RowsFile
-from singlequant.study.evaluate import CachedScorer, split_windows
+from singlequant.study.evaluate import CachedScorer, default_seq_len, split_windows
 from singlequant.sweep.layer import quantize_layer
-from singlequant.sweep.run import default_seq_len
 
 ORIGINAL = "original"
 
@@ -80,7 +79,7 @@ class Laboratory:
             if any(getattr(trial.config, name) != getattr(first.config, name)
                    for name in ("calibration_tokens", "seed")):
                 raise ValueError("trials: expected the same calibration_tokens and seed in all")
-        windows = sq.calibration_tokens(self.checkpoint, first.config, self._calibration)
+        windows = sq.calibration_windows(self.checkpoint, first.config, self._calibration)
         keys = {trial.name: self._key(windows, trial.config.to_json(), trial.facts)
                 for trial in trials}
         keys[ORIGINAL] = self._key(None, None, {})

@@ -24,8 +24,10 @@ sq_peaks(void);
 const struct sq_peak *
 sq_peak_find(const char *name);
 
-/* Operations per second of one thread, the best of runs that fill `seconds`. SQ_ERR_RANGE unless
- * 0 < seconds <= 60 and the step runs here. */
+/* Operations per second of this thread's CPU time, the best of runs that fill `seconds` of the wall
+ * clock. Time in which the CPU worked for others does not count. Takes longer than `seconds` where
+ * others leave this thread less than one run. SQ_ERR_RANGE unless 0 < seconds <= 60 and the step
+ * runs here. */
 sq_status
 sq_peak_measure(const struct sq_peak *peak, double seconds, double *operations_per_second);
 

@@ -30,8 +30,8 @@ peak_steps(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 
 PyDoc_STRVAR(measure_peak_doc,
              "measure_peak(step, seconds=0.05)\n--\n\n"
-             "Operations per second of one thread, float: a loop of the named multiply step (see "
-             "peak_steps)\non registers alone, the best of runs that fill `seconds`. A "
+             "Operations per second of the thread's CPU time, float: a loop of the named multiply "
+             "step (see peak_steps)\non registers alone, the best of runs that fill `seconds`. A "
              "multiply-add counts two. ValueError for\na step that is unknown or cannot run here "
              "and for seconds outside 0 .. 60.");
 

@@ -9,21 +9,16 @@ import numpy as np
 
 from ..checkpoint.folder import load_checkpoint
 from ..config import QuantConfig
-from ..files import check_file, save_figure
+from ..files import check_file, folder_bytes, save_figure
 from ..methods.solve import solve_site
 from ..rotations import SiteRotation
+from ..runtime.open import load
 from ..statistics import SiteStatistics
 from ..sweep.calibrate import calibrate
 from ..sweep.layer import transform_inputs
-from ..sweep.run import (
-    bundled_model,
-    bundled_text,
-    calibration_tokens,
-    folder_bytes,
-    load,
-    perplexity,
-    quantize_folder,
-)
+from ..sweep.run import quantize_folder
+from ..sweep.texts import bundled_model, bundled_text, calibration_windows
+from .evaluate import perplexity
 
 EQUAL = {"weights": "rtn", "clip": 1.0}  # plain rounding, for all but the defaults
 RUNS = (
@@ -71,7 +66,7 @@ def worst_site(source: Path) -> tuple[str, SiteStatistics, SiteRotation]:
     """The site whose channels differ most in size: its name, statistics and rotation."""
     checkpoint = load_checkpoint(source)
     found = None
-    for layer in calibrate(checkpoint, calibration_tokens(checkpoint, QuantConfig())):
+    for layer in calibrate(checkpoint, calibration_windows(checkpoint, QuantConfig())):
         for name, site in layer.sites.items():
             rms = np.sqrt(site.sum2 / site.count)
             ratio = rms.max() / np.median(rms)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
+from ..runtime.model import Model
 
 TOKENS_PER_STEP = 2048  # windows are grouped into calls of about this many tokens
 HEAD_ROWS = 256  # rows of logits alive at once
@@ -80,6 +81,11 @@ class Evaluation:
         return text + ")"
 
 
+def default_seq_len(model: Model) -> int:
+    """Tokens of an evaluation window where none are asked: the model's maximum, 2048 at most."""
+    return min(2048, model.spec.max_position_embeddings)
+
+
 def split_windows(tokens: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """Windows [count, seq_len] without overlap, the rest left out (as GPTQ and QuaRot do)."""
     if seq_len < 2:
@@ -134,6 +140,27 @@ def evaluate(
             "reference_perplexity": float(np.exp(np.concatenate(reference_nll).mean())),
         }
     return Evaluation(seconds=time.perf_counter() - start, **result)
+
+
+def perplexity(
+    model: Model,
+    text: str | NDArray[np.int64],
+    seq_len: int | None = None,
+    reference: Model | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity on a text or on token ids, by the protocol of GPTQ and QuaRot.
+
+    The text is tokenized once and cut into windows of seq_len tokens (default: the model's maximum,
+    2048 at most) without overlap; see `evaluate`. reference: a model with the same vocabulary, for
+    the divergences. ValueError when the text is shorter than a window.
+    """
+    tokens = model.encode(text) if isinstance(text, str) else np.asarray(text, np.int64)
+    seq_len = default_seq_len(model) if seq_len is None else seq_len
+    if reference is not None and reference.spec.vocab != model.spec.vocab:
+        raise ValueError(f"reference: expected a vocabulary of {model.spec.vocab}, "
+                         f"got {reference.spec.vocab}")
+    return evaluate(model, tokens, seq_len, reference, progress)
 
 
 def _finite(nll: NDArray[np.float64], who: str) -> NDArray[np.float64]:

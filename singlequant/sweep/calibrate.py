@@ -26,39 +26,11 @@ from ..methods.registry import ALL_INPUTS
 from ..runtime.layers import build_layer, flat_positions, new_cache
 from ..statistics import LayerStatistics, SiteStatistics
 
-WINDOW = 512  # tokens of a calibration window
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
 STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 3
 ARRAYS = ("min", "max", "sum2", "sample", "weights", "weight_max", "weight_sum2")
 FACTS = ("k1", "k2", "count", "shared", "reads", "foldable")  # of a site, beside its arrays
-
-
-def calibration_windows(
-    tokens: Sequence[int] | NDArray[np.integer], count: int, window: int = WINDOW, seed: int = 0
-) -> NDArray[np.int64]:
-    """Windows [count // window, window] of a calibration text's tokens.
-
-    seed 0 takes the first windows, any other draws windows without replacement. A text with fewer
-    than `count` tokens gives the windows it has. ValueError when there is not even one.
-    """
-    tokens = np.asarray(tokens, np.int64)
-    if count < 1:
-        raise ValueError(f"calibration_tokens: expected at least 1, got {count}")
-    if window < 1:
-        raise ValueError(f"window: expected at least 1 token, got {window}")
-    window = min(window, count)
-    available = len(tokens) // window
-    if available == 0:
-        raise ValueError(
-            f"calibration text: expected at least one window of {window} tokens, got {len(tokens)}"
-        )
-    wanted = min(count // window, available)
-    windows = tokens[: available * window].reshape(available, window)
-    if seed:
-        chosen = np.random.default_rng(seed).permutation(available)[:wanted]
-        return windows[np.sort(chosen)]
-    return windows[:wanted]
 
 
 def site_statistics(

@@ -22,7 +22,7 @@ from ...rotations import SiteRotation
 from ...statistics import LayerStatistics, SiteStatistics
 from ...sweep.calibrate import SAMPLE_ROWS, calibrate
 from ...sweep.layer import high_inputs, round_inputs
-from ...sweep.run import calibration_tokens
+from ...sweep.texts import calibration_windows
 from ...weights import PackedLinear, packing_problem
 from .measures import MASSIVE, NORMAL, NORMAL_SHARE, Sample, check_thresholds, measure
 from .result import Inspection, OutlierRow, Surface
@@ -77,14 +77,14 @@ def inspect_model(
     layers = checkpoint.spec.layers
     if layer is not None and not 0 <= layer < layers:
         raise ValueError(f"layer: expected 0 to {layers - 1}, found {layer}")
-    sites = checkpoint.architecture.sites
+    sites = checkpoint.spec.site_names()
     if site is not None and site not in sites:
         raise ValueError(f"site: expected one of {', '.join(sites)}, found {site!r}")
     check_thresholds(massive, normal, normal_share)
     for role, linear in checkpoint.layer(0).linears.items():
         if problem := packing_problem(role, linear.weight.shape[1], config):
             raise ValueError(problem)
-    windows = calibration_tokens(checkpoint, config, calibration)
+    windows = calibration_windows(checkpoint, config, calibration)
     run = _Inspector(config, methods, packed, massive, normal, normal_share, surface)
     skip = set() if layer is None else set(range(layers)) - {layer}
     for statistics in calibrate(checkpoint, windows, progress=progress, skip=skip):
@@ -214,7 +214,7 @@ class _Inspector:
             self._layer = layer, self.packed.layer(layer)
         weights = self._layer[1]
         rotation = weights.rotations.get(site)
-        roles = self.packed.architecture.sites[site]
+        roles = self.packed.spec.layer(layer).sites[site].roles
         linears = [weights.linears[role].weight for role in roles]
         rows = None
         if all(isinstance(linear, PackedLinear) for linear in linears):

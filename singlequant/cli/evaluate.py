@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `eval`: perplexity and zero-shot accuracy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .shared import add_command, add_kv_bits, names, progress_bar
+
+
+def add(commands) -> None:
+    """Add the command to the parser's."""
+    c = add_command(commands, "eval", run,
+                     "Perplexity and zero-shot accuracy of a folder, quantized or not.")
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
+    c.add_argument("--text", type=Path, metavar="FILE", help="perplexity on this text")
+    c.add_argument("--seq-len", type=int, metavar="N",
+                   help="tokens of a window (default: the model's maximum, 2048 at most)")
+    c.add_argument("--reference", type=Path, metavar="MODEL",
+                   help="also print the divergence from this model on the text")
+    c.add_argument("--tasks", metavar="A,B",
+                   help="zero-shot tasks: the package's own (stdlib_continuation, "
+                        "stdlib_perplexity), those in --task-folder, and lm-evaluation-harness's; "
+                        "needs pip install 'singlequant[evaluation]'")
+    c.add_argument("--task-folder", type=Path, metavar="DIR",
+                   help="YAML task files of your own, with local data")
+    c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    add_kv_bits(c)
+    c.add_argument("--json", action="store_true", help="print JSON alone")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """What the parsed command line asks for."""
+    from ..runtime.open import load
+
+    check_eval(arguments)
+    model = load(arguments.model, arguments.kv_bits)
+    result = evaluate_text(model, arguments) if arguments.text else None
+    tasks = evaluate_named_tasks(model, arguments) if arguments.tasks is not None else None
+    if arguments.json:
+        printed = {"kv_bits": model.kv_bits} | (result.to_json() if result else {})
+        print(json.dumps(printed | ({"tasks": tasks} if tasks else {}), allow_nan=False))
+        return
+    print(f"kv_bits         {model.kv_bits}")
+    if result:
+        print_evaluation(result)
+    for task, metrics in (tasks or {}).items():
+        for name, value in metrics.items():
+            if "_stderr" not in name:
+                error = metrics.get(stderr_name(name))
+                spread = "" if error is None else f" +- {error:.4f}"
+                print(f"{task:<24} {name:<16} {value:.4f}{spread}")
+
+
+def check_eval(arguments: argparse.Namespace) -> None:
+    """ValueError for options that need another one."""
+    if arguments.text is None and arguments.tasks is None:
+        raise ValueError("eval: expected --text FILE, --tasks A,B or both")
+    needs = {"--reference": ("--text", arguments.reference, arguments.text),
+             "--seq-len": ("--text", arguments.seq_len, arguments.text),
+             "--task-folder": ("--tasks", arguments.task_folder, arguments.tasks),
+             "--limit": ("--tasks", arguments.limit, arguments.tasks)}
+    for option, (needed, given, there) in needs.items():
+        if given is not None and there is None:
+            raise ValueError(f"{option}: needs {needed}")
+
+
+def evaluate_text(model, arguments: argparse.Namespace):
+    """Perplexity, and divergence from --reference, on --text: an Evaluation."""
+    from ..runtime.open import load
+    from ..study.evaluate import default_seq_len, perplexity, split_windows
+    from ..sweep.texts import read_text
+
+    text = read_text(arguments.text)
+    reference = load(arguments.reference) if arguments.reference else None
+    limit = model.spec.max_position_embeddings
+    if arguments.seq_len and arguments.seq_len > limit:
+        print(f"singlequant: warning: --seq-len {arguments.seq_len} is beyond the model's "
+              f"max_position_embeddings, {limit}", file=sys.stderr)
+    seq_len = default_seq_len(model) if arguments.seq_len is None else arguments.seq_len
+    try:  # what is wrong with the text is said under its file's name
+        tokens = model.encode(text)
+        split_windows(tokens, seq_len)
+    except ValueError as error:
+        raise ValueError(f"{arguments.text}: {error}") from None
+    with progress_bar("evaluating", "window") as update:
+        return perplexity(model, tokens, seq_len, reference, update)
+
+
+def print_evaluation(result) -> None:
+    print(f"perplexity      {result.perplexity:.4f}  ({result.predictions} predictions in windows "
+          f"of {result.seq_len}, {result.seconds:.1f} s)")
+    if result.kl_mean is not None:
+        print(f"reference       {result.reference_perplexity:.4f}")
+        print(f"kl_mean         {result.kl_mean:.5f} nats per token from the reference")
+        print(f"kl_p99          {result.kl_p99:.5f}")
+        print(f"top1_agreement  {result.top1_agreement:.4f}")
+
+
+def evaluate_named_tasks(model, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Metrics of --tasks, by task."""
+    from ..harness import evaluate_tasks
+
+    return evaluate_tasks(model, names(arguments.tasks), arguments.task_folder,
+                          arguments.limit, progress=sys.stderr.isatty())
+
+
+def stderr_name(metric: str) -> str:
+    """'acc' -> 'acc_stderr', 'exact_match,strict' -> 'exact_match_stderr,strict'."""
+    name, comma, of_filter = metric.partition(",")
+    return f"{name}_stderr{comma}{of_filter}"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zero-shot tasks run by lm-evaluation-harness on a Model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.model import Model
+from .adapter import model_class, require_lm_eval
+from .tasks import bundled_tasks, defined_name, is_local, local_configs, write_view
+
+BOOTSTRAP_ITERATIONS = 1000  # for the few metrics without a closed-form standard error
+
+
+def evaluate_tasks(
+    model: Model,
+    tasks: Sequence[str],
+    task_folder: str | Path | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Zero-shot metrics of lm-evaluation-harness: task -> metric -> value.
+
+    A metric's standard error is the metric `NAME_stderr`. Tasks are, in this order, those of the
+    YAML files under task_folder, the package's own (`stdlib_continuation`, `stdlib_perplexity`)
+    and the harness's. Local tasks touch neither the network nor the user's caches; data_files are
+    relative to the YAML file that names them. limit: documents per task. ValueError for an
+    unknown task, ImportError without lm_eval.
+    """
+    require_lm_eval()
+    tasks = list(tasks)
+    if not tasks:
+        raise ValueError("tasks: expected at least one, got none")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1, got {limit}")
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise ValueError(f"task_folder: expected a folder, got {task_folder}")
+    folders = [bundled_tasks()] + ([] if task_folder is None else [Path(task_folder)])
+    configs = local_configs(folders)
+    with tempfile.TemporaryDirectory(prefix="singlequant-tasks-") as work, _quiet(not progress):
+        return _run(model, tasks, configs, Path(work), limit, progress)
+
+
+def _run(
+    model: Model,
+    tasks: list[str],
+    configs: dict[Path, dict[str, Any]],
+    work: Path,
+    limit: int | None,
+    progress: bool,
+) -> dict[str, dict[str, float]]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    write_view(work, configs)
+    local = {defined_name(config): config for config in configs.values()}
+    # reading the harness's own thousands of files takes seconds: only if one may be asked for
+    alone = all(is_local(task, local) for task in tasks)
+    manager = TaskManager(include_path=str(work), include_defaults=not alone)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"tasks: expected names of lm-evaluation-harness or local ones "
+                         f"({', '.join(sorted(local))}), got {', '.join(unknown)}")
+    results = lm_eval.simple_evaluate(
+        model=model_class()(model, progress=progress), tasks=tasks, task_manager=manager,
+        limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
+    )
+    return {task: _numbers(metrics) for task, metrics in results["results"].items()}
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """'acc,none': 0.5 -> 'acc': 0.5; a filter other than none stays in the name."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in metrics.items()
+        if "," in key and isinstance(value, (int, float, np.number))
+    }
+
+
+class _quiet:
+    """Switches the bars of `datasets` off while it is open."""
+
+    def __init__(self, active: bool) -> None:
+        from datasets.utils import logging as bars
+
+        self._bars = bars if active and bars.is_progress_bar_enabled() else None
+
+    def __enter__(self) -> None:
+        if self._bars:
+            self._bars.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bars:
+            self._bars.enable_progress_bar()

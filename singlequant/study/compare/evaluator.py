@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts and tasks of a comparison, and what each model scores on them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...checkpoint.folder import Checkpoint, load_checkpoint
+from ...files import folder_bytes
+from ...runtime.model import Model
+from ...sweep.measure import reason
+from ...sweep.texts import bundled_text, read_text, token_digest
+from ..evaluate import CachedScorer, evaluate, split_windows
+from .rows import Row
+
+# What a method may fail with on a model that suits others; anything else ends the comparison.
+FAILURES = (ValueError, ArithmeticError, RuntimeError, ImportError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to evaluate on: its name in the table and its windows' tokens [count * seq_len]."""
+
+    name: str
+    tokens: NDArray[np.int64]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the tokens."""
+        return token_digest(self.tokens)
+
+
+def read_texts(
+    checkpoint: Checkpoint, files: Sequence[str | Path] | None, seq_len: int, windows: int | None
+) -> list[Text]:
+    """The texts' first windows. ValueError names the file that is empty or too short."""
+    if files is None:
+        sources = {"heldout": ("bundled text", bundled_text("heldout"))}
+    else:
+        paths = [Path(file) for file in dict.fromkeys(map(str, files))]
+        alike = len({path.stem for path in paths}) < len(paths)
+        sources = {str(p) if alike else p.stem: (str(p), read_text(p)) for p in paths}
+    texts = []
+    for name, (source, text) in sources.items():
+        try:
+            whole = split_windows(checkpoint.encode(text), seq_len)[:windows]
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        texts.append(Text(name, whole.reshape(-1)))
+    return texts
+
+
+def folder_digest(folder: str | Path | None) -> str | None:
+    """sha256 of a folder's files and their names."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Evaluator:
+    """Evaluates models on the texts and tasks; the original runs once for all of them."""
+
+    def __init__(self, checkpoint: Checkpoint, texts: Sequence[Text], seq_len: int,
+                 tasks: Sequence[str], task_folder: str | Path | None) -> None:
+        self._checkpoint, self._texts, self._seq_len = checkpoint, texts, seq_len
+        self._tasks, self._task_folder = tasks, task_folder
+
+    @functools.cached_property
+    def _original(self) -> CachedScorer:
+        return CachedScorer(Model(self._checkpoint))
+
+    def original(self) -> Row:
+        """The original's row: its divergence from itself is 0."""
+        start = time.perf_counter()
+        results = [evaluate(self._original, text.tokens, self._seq_len) for text in self._texts]
+        results = [replace(r, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0,
+                           reference_perplexity=r.perplexity) for r in results]
+        tasks = self._task_values(self._original.model)
+        return Row(None, results=tuple(results), tasks=tasks,
+                   seconds={"evaluate": time.perf_counter() - start},
+                   bytes_on_disk=folder_bytes(self._checkpoint.path))
+
+    def quantized(self, folder: Path, row: Row) -> Row:
+        """The row with a packed folder's scores; with the reason when it cannot be run."""
+        start = time.perf_counter()
+        try:
+            model = Model(load_checkpoint(folder))
+            results = [evaluate(model, text.tokens, self._seq_len, self._original)
+                       for text in self._texts]
+            tasks = self._task_values(model)
+        except FAILURES as error:
+            return replace(row, error=reason(error))
+        seconds = {**row.seconds, "evaluate": time.perf_counter() - start}
+        return replace(row, results=tuple(results), tasks=tasks, seconds=seconds)
+
+    def _task_values(self, model: Model) -> dict[str, dict[str, float]]:
+        if not self._tasks:
+            return {}
+        from ...harness import evaluate_tasks
+
+        found = evaluate_tasks(model, list(self._tasks), self._task_folder)
+        return {task: {metric: float(value) for metric, value in values.items()
+                       if isinstance(value, (int, float)) and math.isfinite(value)}
+                for task, values in found.items()}

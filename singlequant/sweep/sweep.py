@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one sweep over a model's layers: calibrate, solve, quantize, hand over.
+
+    view = prepare(checkpoint, config, windows)
+    outcome, = sweep(view, windows, [Job(config, out=Path("OUT"))])
+
+Everything that quantizes a whole model comes through `sweep`: one recipe or many side by side, with
+the methods of the package or with functions of an experiment's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _C
+from ..checkpoint.folder import Checkpoint
+from ..config import QuantConfig
+from ..export.writer import ModelWriter
+from ..info import __version__
+from ..methods.solve import int8_step
+from ..rotations import LayerRotations
+from ..statistics import LayerStatistics
+from ..weights import QuantizedLayer
+from .calibrate import calibrate
+from .layer import quantize_layer
+from .measure import Measured, measure
+from .prepare import View, solve
+from .texts import token_digest
+
+STAGES = ("calibrate", "solve", "quantize")
+
+Solve = Callable[[LayerStatistics], LayerRotations]
+Quantize = Callable[[View, LayerRotations, QuantConfig], QuantizedLayer]
+Observe = Callable[[LayerStatistics, QuantizedLayer], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One way to quantize the model of a sweep, and where the layers go.
+
+    out: the packed folder to write, which appears when it is whole; None writes nothing. resume:
+    go on with the layers that an interrupted run left in OUT.partial. scratch: OUT belongs to the
+    caller alone, so an existing folder is replaced and OUT.partial never stays behind.
+    solve(statistics) replaces the solver of config.method; jobs that share one function share what
+    it returns. quantize(view, rotations, config) replaces `quantize_layer`.
+    observe(statistics, layer) is called with each layer that was made, after it was written.
+    """
+
+    config: QuantConfig
+    out: Path | None = None
+    resume: bool = False
+    scratch: bool = False
+    solve: Solve | None = None
+    quantize: Quantize = quantize_layer
+    observe: Observe | None = None
+
+
+@dataclass
+class Outcome:
+    """What a job took and whether it failed.
+
+    seconds: by stage, as if the job had run alone; "quantize" includes packing and writing.
+    peaks: bytes of anonymous memory of the process, the largest of each stage. error: why there is
+    no folder, or None. resumed_layers: those taken over from an interrupted run.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    error: str | None = None
+    resumed_layers: int = 0
+
+    @property
+    def peak_memory(self) -> int:
+        """The largest of the stages' peaks, in bytes."""
+        return max(self.peaks.values())
+
+    def add(self, stage: str, measured: Measured) -> Any:
+        """Count a measured call as part of a stage; its value, None when it failed."""
+        self.seconds[stage] += measured.seconds
+        self.peaks[stage] = max(self.peaks[stage], measured.peak_memory)
+        self.error = self.error or measured.error
+        return measured.value
+
+
+def sweep(
+    view: View,
+    windows: NDArray[np.int64],
+    jobs: Sequence[Job],
+    *,
+    layers: int | None = None,
+    failures: tuple[type[Exception], ...] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Outcome, ...]:
+    """Quantize the model in every way that a job asks for; an Outcome per job, in order.
+
+    view: what `prepare` returned for the jobs' method. windows: token ids [count, length]. Each
+    layer's statistics are computed once for all jobs, and its rotations once for jobs of equal
+    method, seed and step of 8-bit inputs. One layer is in memory at a time. Layers that every job
+    has already are passed through. layers: stop after so many, without finishing the folders.
+    failures: exceptions that end one job and leave its message in its outcome; all others end the
+    sweep. progress(layers done, layers) is called after each layer; an exception in it cancels.
+    """
+    provenance = {"version": __version__, "calibration_sha256": token_digest(windows)}
+    works = [_Work(job, view, failures) for job in jobs]
+    limit = view.spec.layers if layers is None else layers
+    with contextlib.ExitStack() as stack:
+        for work in works:
+            stack.push(work.close)
+            work.attempt("quantize", work.open, provenance)
+        running = [work for work in works if work.outcome.error is None]
+        done = set.intersection(*(work.finished for work in running)) if running else set()
+        inputs = any(work.job.config.weights == "gptq" for work in running)
+        statistics = calibrate(view, windows, progress=progress, skip=done, keep_inputs=inputs)
+        while running:
+            index = _sweep_layer(view, statistics, running)
+            if index is None or index + 1 >= limit:
+                break
+            running = [work for work in running if work.outcome.error is None]
+        if layers is None:
+            for _ in statistics if running else ():  # the last layer's progress
+                pass
+            for work in works:
+                if work.outcome.error is None:
+                    work.attempt("quantize", work.finish)
+    return tuple(work.outcome for work in works)
+
+
+def _sweep_layer(
+    view: View, layers: Iterator[LayerStatistics], works: Sequence[_Work]
+) -> int | None:
+    """One layer for all works; its index, or None behind the last one.
+
+    What a layer holds is a local of this function: it is dropped before the next one is made.
+    """
+    measured = measure(next, layers, None)
+    statistics = measured.value
+    if statistics is None:
+        return None
+    read_ahead(getattr(view, "source", view), statistics.index + 1)
+    solved: dict[Any, Measured] = {}
+    for work in works:
+        work.outcome.add("calibrate", measured)  # alone, it would need them as well
+        if statistics.index in work.finished:
+            continue
+        key = work.solver_key
+        if key not in solved:
+            solved[key] = measure(work.solve, statistics, failures=work.failures)
+        rotations = work.outcome.add("solve", solved[key])
+        if work.outcome.error is None:
+            work.hand_over(statistics, rotations)
+    return statistics.index
+
+
+class _Work:
+    """A job under way: its open folder, the layers it has, and what it took so far."""
+
+    def __init__(
+        self, job: Job, view: View, failures: tuple[type[Exception], ...]
+    ) -> None:
+        self.job, self.view, self.failures = job, view, failures
+        self.outcome = Outcome()
+        self.finished: set[int] = set()
+        self._writer: ModelWriter | None = None
+
+    @property
+    def solver_key(self) -> Any:
+        """Equal for jobs whose rotations are equal."""
+        config = self.job.config
+        return self.job.solve or (config.method, config.seed, int8_step(config))
+
+    def attempt(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call and count as part of a stage; None when it failed."""
+        return self.outcome.add(stage, measure(function, *arguments, failures=self.failures))
+
+    def open(self, provenance: dict[str, str]) -> None:
+        """Start the folder. ValueError when the config does not suit the model."""
+        job = self.job
+        if job.out is None:
+            return
+        if job.scratch and job.out.exists():
+            shutil.rmtree(job.out)
+        self._writer = ModelWriter(
+            job.out, self.view, job.config, resume=job.resume, provenance=provenance
+        ).__enter__()
+        self.finished = self._writer.finished_layers()
+        self.outcome.resumed_layers = len(self.finished)
+
+    def solve(self, statistics: LayerStatistics) -> LayerRotations:
+        """A layer's rotations, with the statistics that they are from."""
+        if self.job.solve is None:
+            return solve(self.view, statistics, self.job.config)
+        return replace(self.job.solve(statistics), statistics=statistics)
+
+    def hand_over(self, statistics: LayerStatistics, rotations: LayerRotations) -> None:
+        """Make one layer, write it and show it to the job's observer."""
+        layer = self.attempt("quantize", self.make, rotations)
+        if layer is not None and self.job.observe is not None:
+            self.job.observe(statistics, layer)
+
+    def make(self, rotations: LayerRotations) -> QuantizedLayer:
+        """Rotate, round and pack one layer, and write it."""
+        layer = self.job.quantize(self.view, rotations, self.job.config)
+        if self._writer is not None:
+            self._writer.write_layer(layer)
+        return layer
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        if self._writer is not None:
+            self._writer.finish()
+
+    def close(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove what is unfinished, unless it is to be resumed."""
+        if self._writer is None:
+            return
+        if self.job.scratch:
+            kind = error = trace = None
+        self._writer.__exit__(kind, error, trace)
+
+
+def read_ahead(checkpoint: Checkpoint, index: int) -> threading.Thread | None:
+    """Start reading layer `index` into the page cache, beside the work; None behind the last.
+
+    Takes no memory of the process: the pages are the file's own, and the system's to drop.
+    """
+    if index >= checkpoint.spec.layers:
+        return None
+    weights = [linear.weight for linear in checkpoint.layer(index).linears.values()]
+
+    def advise() -> None:
+        for weight in weights:
+            _C.will_need(weight)
+
+    thread = threading.Thread(target=advise, daemon=True)
+    thread.start()
+    return thread
