@@ -57,8 +57,8 @@ class Learned:
     probe_steps[p] steps were done: first at the iterate itself, then at NOISE_COPIES copies of it
     whose R1 is rotated by NOISE_ANGLE in random directions (the same ones at each probe). That
     moves the activations by 1 %, a fraction of a quantization step: the rounding errors keep their
-    size, but another draw of them decides the loss. The standard deviation over the draws is the noise
-    (it hardly depends on the angle, from 0.001 to 0.03 rad), their mean the loss without it.
+    size, but another draw of them decides the loss. The standard deviation over the draws is the
+    noise (it hardly depends on the angle, from 0.001 to 0.03 rad), their mean the loss without it.
     """
 
     R1: NDArray[np.float32]  # [hidden, hidden]

@@ -29,7 +29,7 @@ from ..export.writer import ModelWriter
 from ..files import check_picture, save_figure, write_file
 from ..info import __version__, machine_info
 from ..methods.registry import METHODS
-from ..methods.solve import int8_step
+from ..methods.solve import config_int8_step
 from ..methods.spinquant import load_learned
 from ..runtime.model import Model
 from ..statistics import LayerStatistics
@@ -591,7 +591,7 @@ def _treat_layer(view: Checkpoint, statistics: LayerStatistics, builds: Sequence
     solved: dict[tuple, _Measured] = {}
     for build in builds:
         config = build.config
-        key = config.method, config.seed, int8_step(config)
+        key = config.method, config.seed, config_int8_step(config)
         if key not in solved:
             solved[key] = _measure(solve, view, statistics, build.config)
         rotations = build.charge("solve", solved[key])
