@@ -218,8 +218,8 @@ def test_urt_threshold_leaves_the_indices_below_it_alone(site):
     build.urt_flat(0, 1.5)
     assert not np.isin(build.axes[0].factor().pairs, np.flatnonzero(below)).any()
     matrix = build.axes[0].factor().matrix()
-    turned = np.abs(matrix @ v)[~below]
-    np.testing.assert_allclose(turned, np.linalg.norm(v[~below]) / (~below).sum() ** 0.5)
+    rotated = np.abs(matrix @ v)[~below]
+    np.testing.assert_allclose(rotated, np.linalg.norm(v[~below]) / (~below).sum() ** 0.5)
     np.testing.assert_array_equal((matrix @ v)[below], v[below])
 
 

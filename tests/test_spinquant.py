@@ -1,6 +1,7 @@
 """Learned rotations: the network against our runtime, the optimiser against its definition."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from singlequant._C import FormatError  # noqa: E402
 from singlequant.checkpoint.folder import load_checkpoint  # noqa: E402
 from singlequant.checkpoint.views import RandomizedHadamard  # noqa: E402
 from singlequant.config import QuantConfig  # noqa: E402
-from singlequant.methods import spinquant  # noqa: E402
+from singlequant.methods import spinquant, spinquant_learn, spinquant_network  # noqa: E402
 from singlequant.methods.spinquant import online_rotations, spinquant_checkpoint  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
 from singlequant.runtime.open import load  # noqa: E402
@@ -48,10 +49,10 @@ def tokens_of(checkpoint, count=2, length=40, seed=5):
 
 
 def torch_logits(checkpoint, tokens, R1, R2, weight_bits=16, activation_bits=16, clip=1.0):
-    network = spinquant.Network(checkpoint)
+    network = spinquant_network.Network(checkpoint)
     with torch.no_grad():
-        linears = network.linears(R1, R2, weight_bits)
-        return network.logits(torch.from_numpy(tokens), R1, linears, activation_bits, clip).numpy()
+        network.rotate(R1, R2, weight_bits)
+        return network.logits(torch.from_numpy(tokens), activation_bits, clip).numpy()
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
@@ -65,14 +66,52 @@ def test_unrounded_logits_are_the_runtimes_for_any_rotation(tmp_path, make_check
 
 
 def test_sliding_window_is_the_runtimes(tmp_path, make_checkpoint):
-    checkpoint = load_checkpoint(make_checkpoint(tmp_path / "m"))
-    shape = dataclasses.replace(checkpoint.shape, sliding_window=7)
-    windowed = dataclasses.replace(checkpoint, shape=shape)
-    tokens = tokens_of(checkpoint)
+    folder = make_checkpoint(tmp_path / "m", architecture="MistralForCausalLM")
+    plain = load_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
+    windowed = load_checkpoint(folder)
+    tokens = tokens_of(windowed)
     expected = Model(windowed).forward(tokens)
-    found = torch_logits(windowed, tokens, *random_rotations(shape))
+    found = torch_logits(windowed, tokens, *random_rotations(windowed.shape))
     np.testing.assert_allclose(found, expected, atol=1e-3)
-    assert np.abs(found - Model(checkpoint).forward(tokens)).max() > 0.1
+    assert np.abs(found - Model(plain).forward(tokens)).max() > 0.1
+
+
+# Loss and norms of the gradients of R1 and R2 that an independent decoder in plain torch gave, by
+# bits of weights and activations.
+KEPT = {
+    (4, 4): (4.1448851, 4.7093124, 0.5708629),
+    (16, 16): (4.0397964, 5.2370939, 0.5820185),
+    (4, 16): (4.0613441, 5.0673981, 0.5611245),
+    (16, 8): (4.0404291, 5.2155995, 0.5809991),
+}
+
+
+@pytest.mark.parametrize("bits", KEPT)
+def test_losses_and_gradients_are_those_of_an_independent_decoder(bits):
+    checkpoint = load_checkpoint(bundled_model())
+    windows = calibration_tokens(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
+    R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.shape))
+    network = spinquant_network.Network(checkpoint)
+    loss = network.loss(torch.from_numpy(windows), R1, R2, bits, 1.0)
+    loss.backward()
+    expected, *norms = KEPT[bits]
+    # an activation on a boundary of rounding may fall on its other side
+    assert loss.item() == pytest.approx(expected, rel=2e-6 if bits[1] == 16 else 5e-4)
+    assert [float(r.grad.norm()) for r in (R1, R2)] == pytest.approx(
+        norms, rel=2e-5 if bits[1] == 16 else 1e-2)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path, make_checkpoint):
+    from safetensors.numpy import load_file, save_file
+
+    path = make_checkpoint(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].flat[3] = np.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="model.layers.1.self_attn.o_proj.weight, rows 0 to"):
+        spinquant_network.Network(load_checkpoint(path))
 
 
 def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint):
@@ -95,34 +134,35 @@ def test_fake_quantize_rounds_as_the_core_does(bits, clip):
     x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
     x[3] = 0.0
     codes, scales, _ = _C.quantize(x, bits, 0, True, clip, False)
-    found = spinquant.fake_quantize(torch.from_numpy(x), bits, clip).numpy()
+    found = spinquant_network.fake_quantize(torch.from_numpy(x), bits, clip).numpy()
     np.testing.assert_allclose(found, _C.dequantize(codes, scales), rtol=1e-6, atol=1e-7)
 
 
 def test_fake_quantize_passes_gradients_straight_through():
     x = torch.randn(5, 8, requires_grad=True)
     gradient = torch.randn(5, 8)
-    spinquant.fake_quantize(x, 4, 0.5).backward(gradient)
+    spinquant_network.fake_quantize(x, 4, 0.5).backward(gradient)
     torch.testing.assert_close(x.grad, gradient)
-    assert spinquant.fake_quantize(x, 16) is x
+    assert spinquant_network.fake_quantize(x, 16) is x
 
 
 def test_gradients_of_the_rotations_are_those_of_plain_autograd(model):
     """The fused linear against weights rotated and rounded as ordinary operations."""
     checkpoint = load_checkpoint(model)
-    network = spinquant.Network(checkpoint)
+    network = spinquant_network.Network(checkpoint)
     tokens, gradients = torch.from_numpy(tokens_of(checkpoint)), []
-    fused = spinquant._fused_linear()
+    fused = spinquant_network.fused_linear()
 
     class Plain:
         @staticmethod
         def apply(x, rounded, weight, R1, transposed):
-            return x @ spinquant.fake_quantize(R1.T @ weight if transposed else weight @ R1, 4).T
+            rotated = R1.T @ weight if transposed else weight @ R1
+            return x @ spinquant_network.fake_quantize(rotated, 4).T
 
     for kind in (fused, Plain):
         R1, R2 = (r.clone().requires_grad_() for r in random_rotations(checkpoint.shape))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spinquant, "_fused_linear", lambda kind=kind: kind)
+            patch.setattr(spinquant_network, "fused_linear", lambda kind=kind: kind)
             network.loss(tokens, R1, R2, (4, 4), 1.0).backward()
         gradients.append((R1.grad, R2.grad))
     for found, expected in zip(*gradients, strict=True):
@@ -132,7 +172,7 @@ def test_gradients_of_the_rotations_are_those_of_plain_autograd(model):
 def test_gradient_without_rounding_is_tangential(model):
     """Along the manifold the unrounded loss does not change: R^T G is symmetric."""
     checkpoint = load_checkpoint(model)
-    network = spinquant.Network(checkpoint)
+    network = spinquant_network.Network(checkpoint)
     R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.shape))
     network.loss(torch.from_numpy(tokens_of(checkpoint)), R1, R2, (16, 16), 1.0).backward()
     for r, g in zip([R1, *R2], [R1.grad, *R2.grad], strict=True):
@@ -154,7 +194,7 @@ def dense_cayley(x, gradient, rate):
 def test_cayley_step_equals_a_dense_solve(scale):
     x = random_orthogonal(24, 0)
     gradient = scale * torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
-    found, alpha = spinquant.cayley_step(x, gradient, 0.5)
+    found, alpha = spinquant_learn.cayley_step(x, gradient, 0.5)
     expected, dense_alpha = dense_cayley(x.numpy(), gradient.numpy(), 0.5)
     assert alpha == pytest.approx(dense_alpha, rel=1e-5)
     assert (alpha == 0.5) == (scale < 1)
@@ -172,7 +212,7 @@ def test_cayley_step_goes_down_a_smooth_function():
     losses = []
     for _ in range(400):
         losses.append(float(((x @ a - b) ** 2).sum()))
-        x, _ = spinquant.cayley_step(x, 2 * (x @ a - b) @ a.T, 0.01)
+        x, _ = spinquant_learn.cayley_step(x, 2 * (x @ a - b) @ a.T, 0.01)
     assert losses[-1] < 1e-3 * losses[0]
 
 
@@ -184,7 +224,7 @@ def test_the_start_is_the_randomized_hadamard_of_the_residual_stream():
 
 def test_retract_gives_the_nearby_orthogonal_matrix():
     x = random_orthogonal(16, 0)
-    r = spinquant.retract(x + 1e-3 * torch.randn(16, 16))
+    r = spinquant_learn.retract(x + 1e-3 * torch.randn(16, 16))
     np.testing.assert_allclose((r @ r.T).numpy(), np.eye(16), atol=1e-6)
     assert (r - x).abs().max() < 0.02
 
@@ -238,7 +278,7 @@ def test_state_comes_back_from_its_file(bundled_run):
     _, _, learned, path, _ = bundled_run
     loaded = spinquant.load_learned(path)
     assert dict(loaded.settings) == dict(learned.settings)
-    for name in spinquant.ARRAYS:
+    for name in spinquant_learn.ARRAYS:
         np.testing.assert_array_equal(getattr(loaded, name), getattr(learned, name))
 
 
@@ -252,7 +292,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_was_not(model, tmp_path, monkeypatc
         if done == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(spinquant, "SAVE_STEPS", 1)
+    monkeypatch.setattr(spinquant_learn, "SAVE_STEPS", 1)
     with pytest.raises(KeyboardInterrupt):
         spinquant.learn_rotations(checkpoint, windows, **options, progress=cut, save=path)
     part = spinquant.load_learned(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 ALL_INPUTS = ("residual", "attention", "mlp")  # what a site may read: `Site.reads`
@@ -53,7 +52,7 @@ class Method:
 
     def build(self, site: Any) -> Any:
         """The module's build with this row's options."""
-        return partial(self.implementation().build, **self.options)(site)
+        return self.implementation().build(site, **self.options)
 
     def online_bytes(self, reads: str, k: int) -> int:
         """Bytes of the stored rotation of a site with k inputs that reads `reads`."""

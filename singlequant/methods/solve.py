@@ -61,7 +61,7 @@ def _built(
     return site.rotation(balance) if found is None else replace(found, balance=balance)
 
 
-def int8_step(config: QuantConfig) -> int:
+def config_int8_step(config: QuantConfig) -> int:
     """Inputs of a block that config's method keeps at 8 bits; 0 where it keeps none."""
     if not find_method(config.method).int8_inputs or config.activation_bits != 4:
         return 0
@@ -90,7 +90,7 @@ def solve_layer(
     """
     step = INT8_STEP
     if isinstance(method, QuantConfig):
-        step, method, seed = int8_step(method), method.method, method.seed
+        step, method, seed = config_int8_step(method), method.method, method.seed
     row = find_method(method)
     sites = {
         name: solve_site(site, method, seed, step)
