@@ -1,6 +1,6 @@
 """Quantizing a layer of LLaMA-2-7B's shapes: seconds per 10^9 weights, beside what bounds them.
 
-    python benchmarks/bench_quantize.py [--weights rtn mse gptq] [--group-size 0] [--profile]
+    python -m benchmarks.bench_quantize [--weights rtn mse gptq] [--group-size 0] [--profile]
                                         [--method balanced] [--folder DIR] [--json FILE] [--keep]
 
 The stage that the sweep calls quantize, weights read from disk and shard written, is timed with the
@@ -23,9 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import common
 import numpy as np
-from made_model import LLAMA_2_7B, write_checkpoint
 from numpy.typing import NDArray
 
 from singlequant import _C, QuantConfig, load_checkpoint
@@ -44,6 +42,9 @@ from singlequant.sweep.layer import (
     transform_inputs,
 )
 from singlequant.sweep.run import PeakMemory, calibration_tokens
+
+from . import common
+from .made_model import LLAMA_2_7B, write_checkpoint
 
 HIDDEN, INTERMEDIATE = LLAMA_2_7B.hidden, LLAMA_2_7B.intermediate
 WEIGHTS = LLAMA_2_7B.layer_weights

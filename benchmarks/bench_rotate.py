@@ -1,6 +1,6 @@
 """Which arrangement of Hadamard, ART and URT is best, and which activation clip, on given models.
 
-    python benchmarks/bench_rotate.py MODEL [MODEL ...] --calibration FILE --text FILE
+    python -m benchmarks.bench_rotate MODEL [MODEL ...] --calibration FILE --text FILE
                                       [--table arrangements|clip] [--windows 16] [--seq-len 512]
                                       [--quick] [--json FILE]
 
@@ -15,12 +15,13 @@ import importlib
 import tempfile
 from pathlib import Path
 
-import common
 import numpy as np
 
 import singlequant as sq
 from singlequant import arrays
 from singlequant.rotations import LayerRotations
+
+from . import common
 
 rotate = importlib.import_module("singlequant.methods.solve")
 

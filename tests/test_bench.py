@@ -11,12 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import (
+    bench_attention,
+    bench_kv,
+    bench_peers,
+    common,
+    end_to_end,
+    instructions,
+    kernel_ladder,
+)
 from singlequant import _C
 from singlequant.cli.main import main
 from singlequant.study import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (
+    bench_attention, bench_kv, bench_peers, end_to_end, kernel_ladder)}
 
 
 @pytest.fixture(autouse=True)
@@ -26,19 +37,17 @@ def threads():
     _C.set_num_threads(before)
 
 
-@pytest.fixture
-def benchmark_module(monkeypatch):
-    """Imports a module of benchmarks/ by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return lambda name: __import__(name)
+def module(name):
+    """A module of benchmarks/."""
+    return MODULES[name]
 
 
 def run(script, *arguments, expect=0):
     """The finished process of a benchmark; warnings are errors in it too."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(BENCHMARKS / script), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300)
+        [sys.executable, "-W", "error", "-m", f"benchmarks.{script}", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -140,7 +149,7 @@ def test_real_cores_is_the_ratio_of_medians_of_pinned_threads(monkeypatch):
 
 def test_driver_interleaves_ours_and_openblas(tmp_path):
     path = tmp_path / "peers.json"
-    run("bench_peers.py", "--quick", "--m", "1,20", "--peers", "ours_w4a,read,bare_w4a4,openblas",
+    run("bench_peers", "--quick", "--m", "1,20", "--peers", "ours_w4a,read,bare_w4a4,openblas",
         "--seconds", "0.5", "--json", path)
     result = json.loads(path.read_text())
     assert not [r for r in result["rows"] if "failed" in r]
@@ -163,7 +172,7 @@ def test_driver_holds_peers_to_avx2(tmp_path):
     if "avx2" not in _C.kernels()["runnable"]:
         pytest.skip("needs AVX2")
     path = tmp_path / "peers.json"
-    done = run("bench_peers.py", "--quick", "--m", "2", "--isa", "avx2", "--peers",
+    done = run("bench_peers", "--quick", "--m", "2", "--isa", "avx2", "--peers",
                "ours_w4a8,openblas,openvino", "--seconds", "0.1", "--json", path)
     peers = json.loads(path.read_text())["peers"]
     assert peers["ours_w4a8"]["version"].endswith("avx2")
@@ -181,7 +190,7 @@ def test_driver_holds_peers_to_avx2(tmp_path):
     (["--python", "/no/python"], ["--python", "/no/python"]),
 ])
 def test_driver_refuses_bad_arguments(arguments, parts):
-    done = run("bench_peers.py", *arguments, expect=1 if arguments[0] == "--peers" else 2)
+    done = run("bench_peers", *arguments, expect=1 if arguments[0] == "--peers" else 2)
     last = done.stderr.strip().splitlines()[-1]
     assert all(part in last for part in parts), done.stderr
 
@@ -199,9 +208,9 @@ def test_driver_refuses_bad_arguments(arguments, parts):
     *((script, "--json", ["/no/such/folder/x.json"]) for script in (
         "bench_peers", "kernel_ladder", "end_to_end", "bench_attention", "bench_kv")),
 ])
-def test_parsers_name_the_option_and_what_was_found(benchmark_module, capsys, script, option,
+def test_parsers_name_the_option_and_what_was_found(capsys, script, option,
                                                     values):
-    parse = benchmark_module(script).parse
+    parse = module(script).parse
     for value in values:
         with pytest.raises(SystemExit):
             parse([f"{option}={value}"])
@@ -212,7 +221,7 @@ def test_parsers_name_the_option_and_what_was_found(benchmark_module, capsys, sc
 
 WRONG_PEER = """
 import numpy as np
-from base import Peer
+from benchmarks.peers.base import Peer
 class Wrong(Peer):
     name, kind = "wrong", "int4"
     def version(self): return "1"
@@ -231,16 +240,17 @@ PEERS = (Wrong, Absent, Dead)
 """
 
 
-def test_a_peer_that_is_wrong_absent_or_dies_is_told_apart(benchmark_module, tmp_path, monkeypatch):
-    driver = benchmark_module("bench_peers")
-    copy = tmp_path / "peers"
-    copy.mkdir()
-    for name in ("base", "worker"):
+def test_a_peer_that_is_wrong_absent_or_dies_is_told_apart(tmp_path, monkeypatch):
+    copy = tmp_path / "benchmarks" / "peers"  # what the workers import, the root being tmp_path
+    copy.mkdir(parents=True)
+    for name in ("base", "serving", "worker"):
         shutil.copy(BENCHMARKS / "peers" / f"{name}.py", copy)
     (copy / "broken_peers.py").write_text(WRONG_PEER)
-    monkeypatch.setattr(driver, "FOLDER", tmp_path)
-    monkeypatch.syspath_prepend(str(copy))
-    result = driver.run(["--quick", "--m", "2", "--seconds", "0.1"])
+    monkeypatch.setattr(bench_peers.common, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_peers.peers, "__path__", [str(copy)])
+    monkeypatch.setitem(sys.modules, "benchmarks.peers.broken_peers", None)
+    del sys.modules["benchmarks.peers.broken_peers"]
+    result = bench_peers.run(["--quick", "--m", "2", "--seconds", "0.1"])
     failed = {r["peer"]: r["failed"] for r in result["rows"]}
     assert "not the product" in failed["wrong"]
     assert failed["dead"] == "the process ended with status 3"
@@ -249,17 +259,15 @@ def test_a_peer_that_is_wrong_absent_or_dies_is_told_apart(benchmark_module, tmp
     assert result["ratios"] == []
 
 
-def test_ratios_are_geometric_means_over_the_best_of_each_shape(benchmark_module):
+def test_ratios_are_geometric_means_over_the_best_of_each_shape():
     rows = made_peers()["rows"]
-    driver = benchmark_module("bench_peers")
-    ratio = driver.ratio_to(rows, "ours_w4a4", 1, ["ggml_q4_0", "other"])
+    ratio = bench_peers.ratio_to(rows, "ours_w4a4", 1, ["ggml_q4_0", "other"])
     assert ratio["peers"] == ["ggml_q4_0", "other"]
     assert ratio["ratio"] == pytest.approx((100 / 50 * 200 / 80) ** 0.5)
-    assert driver.ratio_to(rows, "ours_w4a4", 99, ["ggml_q4_0"]) is None
+    assert bench_peers.ratio_to(rows, "ours_w4a4", 99, ["ggml_q4_0"]) is None
 
 
-def test_kept_commands_name_no_file_of_this_machine(benchmark_module):
-    common = benchmark_module("common")
+def test_kept_commands_name_no_file_of_this_machine():
     for where in ("--python", "--peer-python", "--work", "--json", "--folder"):
         for given in ([where, "/here/x"], [f"{where}=/here/x"]):
             assert common.shown_arguments([*given, "--isa", "avx2", "--keep", *given, "--m=1"]) == [
@@ -267,8 +275,7 @@ def test_kept_commands_name_no_file_of_this_machine(benchmark_module):
     assert common.environment(["--work", "/here", "--quick"])["argv"] == ["--quick"]
 
 
-def test_kept_results_of_one_machine_share_a_folder(benchmark_module, tmp_path, monkeypatch):
-    common = benchmark_module("common")
+def test_kept_results_of_one_machine_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "ROOT", tmp_path)
     for cpus, kind in ((1, "ladder"), (2, "quantize")):  # the first was held to one CPU
         common.write_result({"environment": {**ENVIRONMENT, "cpus": cpus}, "rows": []}, None, kind)
@@ -278,20 +285,20 @@ def test_kept_results_of_one_machine_share_a_folder(benchmark_module, tmp_path, 
 
 
 @pytest.mark.parametrize("script", ["bench_peers", "kernel_ladder", "end_to_end"])
-def test_every_option_that_names_a_path_is_left_out(benchmark_module, script, capsys):
-    module = benchmark_module(script)
+def test_every_option_that_names_a_path_is_left_out(script, capsys):
+    parse = module(script).parse
     with pytest.raises(SystemExit):
-        module.parse(["--help"])
+        parse(["--help"])
     options = re.findall(r"^  (--[a-z-]+) (?:FILE|DIR)$|^  (--[a-z-]+) (?:FILE|DIR) ",
                          capsys.readouterr().out, re.M)
     found = {a or b for a, b in options}
     assert "--json" in found
-    assert found <= set(benchmark_module("common").PATH_OPTIONS)
+    assert found <= set(common.PATH_OPTIONS)
 
 
 def test_ladder_has_every_table(tmp_path):
     path = tmp_path / "ladder.json"
-    done = run("kernel_ladder.py", "--quick", "--m", "1,8", "--seconds", "0.4", "--json", path)
+    done = run("kernel_ladder", "--quick", "--m", "1,8", "--seconds", "0.4", "--json", path)
     result = json.loads(path.read_text())
     tables = _C.kernels()["runnable"]
     assert {(r["table"], r["scheme"], r["m"]) for r in result["rows"]} == {
@@ -304,58 +311,56 @@ def test_ladder_has_every_table(tmp_path):
 
 
 @pytest.mark.parametrize(("script", "arguments", "key"), [
-    ("bench_transform.py", [], "dense_us_per_token"),
-    ("bench_attention.py", ["--batches", "2", "--contexts", "70"], "microseconds_per_token")])
+    ("bench_transform", [], "dense_us_per_token"),
+    ("bench_attention", ["--batches", "2", "--contexts", "70"], "microseconds_per_token")])
 def test_quick_runs_say_that_they_are_quick_and_the_page_refuses_them(tmp_path, script, arguments,
                                                                       key):
-    what = script.removeprefix("bench_").removesuffix(".py")
+    what = script.removeprefix("bench_")
     path = tmp_path / "results" / "made-up" / f"2025-01-02-{what}.json"
     path.parent.mkdir(parents=True)
     run(script, "--quick", *arguments, "--json", path)
     result = json.loads(path.read_text())
     assert (result["what"], result["quick"]) == (what, True)
     assert all(row[key] > 0 for row in result["rows"])
-    done = run("performance.py", "--from", path.parents[1], "--out", tmp_path / "page.md", expect=1)
+    done = run("performance", "--from", path.parents[1], "--out", tmp_path / "page.md", expect=1)
     assert "a quick run" in done.stderr
     path.write_text(json.dumps({**result, "quick": False}))
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    run("performance.py", "--from", path.parents[1], "--out", tmp_path / "page.md", "--readme",
+    run("performance", "--from", path.parents[1], "--out", tmp_path / "page.md", "--readme",
         tmp_path / "README.md", expect=1)  # for want of peers
     page = (tmp_path / "page.md").read_text()
-    assert f"benchmarks/{script} --quick" in page
+    assert f"benchmarks.{script} --quick" in page
     assert str(tmp_path) not in page
 
 
-def test_instructions_are_counted_and_compared(benchmark_module, tmp_path, capsys, monkeypatch):
-    module = benchmark_module("instructions")
+def test_instructions_are_counted_and_compared(tmp_path, capsys, monkeypatch):
     kept = tmp_path / "kept.json"
-    built = module.compiler(Path(_C.__file__))
+    built = instructions.compiler(Path(_C.__file__))
     assert built.partition(" ")[0] in ("gcc", "clang")
     if shutil.which("valgrind") is None:
-        assert module.main(["--kept", str(kept)]) == 0
+        assert instructions.main(["--kept", str(kept)]) == 0
         assert "SKIPPED: valgrind" in capsys.readouterr().out
         pytest.skip("needs valgrind")
-    counts = dict.fromkeys(module.cases(), 1000)
-    monkeypatch.setattr(module, "count", lambda names: {n: counts[n] for n in names})
-    assert module.main(["--kept", str(kept)]) == 0
+    counts = dict.fromkeys(instructions.cases(), 1000)
+    monkeypatch.setattr(instructions, "count", lambda names: {n: counts[n] for n in names})
+    assert instructions.main(["--kept", str(kept)]) == 0
     assert f"no numbers of {built}" in capsys.readouterr().out
-    assert module.main(["--kept", str(kept), "--update"]) == 0
+    assert instructions.main(["--kept", str(kept), "--update"]) == 0
     assert json.loads(kept.read_text()) == {built: counts}
     first = next(iter(counts))
     counts[first] = 1099
-    assert module.main(["--kept", str(kept)]) == 0
+    assert instructions.main(["--kept", str(kept)]) == 0
     counts[first] = 1101
-    assert module.main(["--kept", str(kept)]) == 1
+    assert instructions.main(["--kept", str(kept)]) == 1
     assert f"FAILED: {first}: 1101" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_callgrind_counts_the_linear_alone(benchmark_module):
+def test_callgrind_counts_the_linear_alone():
     if shutil.which("valgrind") is None:
         pytest.skip("needs valgrind")
-    module = benchmark_module("instructions")
     names = ["generic w4a4 m=1", "generic w4a4 m=16"]
-    one, many = module.count(names).values()
+    one, many = instructions.count(names).values()
     assert 12 < many / one <= 16.5
 
 
@@ -466,7 +471,7 @@ def results(tmp_path):
 
 def generate(results, expect=0):
     base = results.parent
-    done = run("performance.py", "--from", results, "--out", base / "page.md", "--readme",
+    done = run("performance", "--from", results, "--out", base / "page.md", "--readme",
                base / "README.md", expect=expect)
     return done if expect else ((base / "page.md").read_text(), (base / "README.md").read_text())
 
@@ -512,9 +517,9 @@ def test_page_says_which_aims_are_met(results):
 
 def test_each_section_names_its_command_commit_and_load(results):
     page, _ = generate(results)
-    assert ("`python benchmarks/end_to_end.py --layers 3`, 2025-01-02, commit abc, load 1.5 before"
+    assert ("`python -m benchmarks.end_to_end --layers 3`, 2025-01-02, commit abc, load 1.5 before"
             in page)
-    assert "`python benchmarks/kernel_ladder.py --seconds 7`, 2025-01-02, commit abc, load" in page
+    assert "`python -m benchmarks.kernel_ladder --seconds 7`, 2025-01-02, commit abc, load" in page
     assert "/here" not in page
 
 
@@ -538,7 +543,7 @@ def test_readme_is_left_as_it_is_without_peers(results):
 
 
 def test_generator_names_a_folder_that_is_not_there(tmp_path):
-    done = run("performance.py", "--from", tmp_path / "none", "--out", tmp_path / "page.md",
+    done = run("performance", "--from", tmp_path / "none", "--out", tmp_path / "page.md",
                expect=1)
     assert "--from: expected a folder" in done.stderr
     assert not (tmp_path / "page.md").exists()

@@ -1,6 +1,6 @@
 """What ART and URT each contribute: nothing, ART, URT, both (the paper), Hadamard, singlequant.
 
-    python benchmarks/experiments/ablation.py [MODEL] [--text FILE --text FILE] [--calibration FILE]
+    python -m benchmarks.experiments.ablation [MODEL] [--text FILE --text FILE] [--calibration FILE]
                                               [--seeds 0] [--windows N] [--quick] [--out DIR]
 
 Perplexity, KL to the original model and top-1 agreement of each transformation at equal rounding

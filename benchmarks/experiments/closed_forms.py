@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which closed-form transformation of a site's inputs is best, with range and rounding fixed.
 
-    python benchmarks/experiments/closed_forms.py [MODEL] [--text FILE] [--calibration FILE]
+    python -m benchmarks.experiments.closed_forms [MODEL] [--text FILE] [--calibration FILE]
                      [--windows N] [--seq-len N] [--only PATTERN] [--out DIR] [--quick]
 
 Every transformation under two roundings: to nearest with clip 1, and GPTQ with clip 0.8. Columns:

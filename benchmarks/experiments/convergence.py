@@ -1,6 +1,6 @@
 """SpinQuant's learned rotations against closed forms: loss by step, KL, and seconds of each.
 
-    python benchmarks/experiments/convergence.py MODEL --out DIR [--steps 1000]
+    python -m benchmarks.experiments.convergence MODEL --out DIR [--steps 1000]
         [--calibration FILE] [--calibration-tokens N] [--text FILE] [--windows N] [--seq-len N]
         [--learned FILE] [--time-limit SECONDS] [--repeats 3] [--threads 1]
 

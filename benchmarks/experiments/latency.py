@@ -1,6 +1,6 @@
 """Prefill and decode in tokens per second, original against packed, with memory and size.
 
-    python benchmarks/experiments/latency.py MODEL --out DIR [--prefill 512] [--batches 1,16]
+    python -m benchmarks.experiments.latency MODEL --out DIR [--prefill 512] [--batches 1,16]
         [--context 128] [--decode 8] [--repeats 15] [--schemes w4a4,w4a8,w4a16] [--threads N]
 
 Any supported model. The original runs in its 16-bit path: weights as they are stored, float32

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which range the 4-bit activations should have, by KL and by what it costs the inner loop.
 
-    python benchmarks/experiments/ranges.py [MODEL] [--text FILE] [--calibration FILE] [--windows N]
+    python -m benchmarks.experiments.ranges [MODEL] [--text FILE] [--calibration FILE] [--windows N]
                                             [--seq-len N] [--only PATTERN] [--out DIR] [--quick]
 
 The transformation is that of method `balanced`, without its block of 8-bit inputs and with it; the

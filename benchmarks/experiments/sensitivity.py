@@ -1,6 +1,6 @@
 """How much the result depends on what a user might choose otherwise.
 
-    python benchmarks/experiments/sensitivity.py [MODEL] --part PART [--text FILE]
+    python -m benchmarks.experiments.sensitivity [MODEL] --part PART [--text FILE]
         [--calibration FILE] [--windows N] [--quick] [--out DIR]
 
 thresholds  which extremes ART takes for massive outliers, and what share of the axis it may pair;

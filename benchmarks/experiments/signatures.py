@@ -1,6 +1,6 @@
 """The failures that readers of the paper report, looked for on any models and texts.
 
-    python benchmarks/experiments/signatures.py [MODEL ...] [--domain CALIBRATION TEXT]
+    python -m benchmarks.experiments.signatures [MODEL ...] [--domain CALIBRATION TEXT]
                        [--domain FILE] [--scheme w4a4] [--windows N] [--quick] [--out DIR]
 
 Small models and a second domain: KL of every method over that of the Kronecker Hadamard rounded to

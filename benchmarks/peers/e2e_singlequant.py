@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from e2e_worker import serve
 
 import singlequant as sq
 from singlequant import _C
 from singlequant.config import SITES
 from singlequant.runtime.layers import architecture_row, flat_positions
 from singlequant.runtime.model import _prefill
+
+from .e2e_worker import serve
 
 NARROW = 32  # hidden width of the network that fills a cache
 
