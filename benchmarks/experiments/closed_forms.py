@@ -21,15 +21,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import fake
 import numpy as np
-from fake import AxisBalance, Experiment, Key, Range, Recipe, Solver, Transformed, built
 from numpy.typing import NDArray
 
 from singlequant import _C
+from singlequant.methods import solve as solve_stage
 from singlequant.statistics import SiteStatistics
 
-TITLE = "Closed-form transformations"
+from . import command, recipes as table, simulation
+from .rounding import Range
+from .simulation import Experiment, Key, Ranges, Recipe, Transformed
+from .transforms import AxisBalance, Solver, built, kronecker, named, principal
+
+NAME, TITLE = "closed_forms", "Closed-form transformations"
 ROUNDINGS = {"rtn": Range(1.0), "gptq": Range(0.8)}
 AXIS_DAMPING = 1e-4  # share of the mean eigenvalue that is added to an axis's Gram matrices
 AXIS_ROUNDS = 2  # alternations: one axis's balance changes the other's Gram matrices
@@ -60,9 +64,9 @@ def axis_balance(
 
 
 def _axis_gram(rows: NDArray[np.float32], sides: list[Matrix], axis: int) -> Matrix:
-    """Damped Gram matrix of an axis, mean eigenvalue 1, of rows [m, k] turned by sides."""
+    """Damped Gram matrix of an axis, mean eigenvalue 1, of rows [m, k] transformed by sides."""
     left, right = (np.ascontiguousarray(s, np.float32) for s in sides)
-    turned = _C.rotate(rows, left, right).reshape(-1, len(left), len(right))
+    turned = kronecker(rows, left, right).reshape(-1, len(left), len(right))
     if axis == 0:
         turned = np.ascontiguousarray(turned.transpose(0, 2, 1))
     n = turned.shape[2]
@@ -140,7 +144,7 @@ def sweeps(
             parts.append(_unit_rms(rows) * (share * len(inputs) / len(rows)) ** 0.25)
         site.sample = np.concatenate(parts).reshape(-1, site.k1, site.k2)
     _hadamard_first(site)
-    for _ in range(fake.rotate.SWEEP_ROUNDS):
+    for _ in range(solve_stage.SWEEP_ROUNDS):
         for axis in order:
             site.sweep(axis)
 
@@ -212,9 +216,9 @@ def two_levels(budget: float, clip: float, weighted: bool) -> Callable[[Transfor
 
 def solvers() -> dict[str, Solver]:
     """Every transformation by name."""
-    arrange, principal, balanced = fake.rotate.arrange, fake.principal, 0.5
-    mixed = fake.rotate.METHODS["hadamard"].build
-    found = {"hadamard": fake.named("hadamard"), "singlequant": fake.named("singlequant")}
+    arrange, balanced = solve_stage.arrange, 0.5
+    mixed = solve_stage.METHODS["hadamard"].build
+    found = {"hadamard": named("hadamard"), "singlequant": named("singlequant")}
     for power in (0.25, 0.5, 0.75, 1.0):
         found[f"balance {power:g}, H"] = built(mixed, power)
     found["axis balance, H"] = built(mixed, axes=axis_balance)
@@ -244,7 +248,7 @@ def solvers() -> dict[str, Solver]:
     return found
 
 
-def allocations(clip: float) -> dict[str, fake.Ranges]:
+def allocations(clip: float) -> dict[str, Ranges]:
     """4 or 8 bits per site; 4.5 is what a block of 1/8 at 8 bits has."""
     return {
         f"{budget:g} bits, {'errors by inputs' if weighted else 'errors alike'}":
@@ -268,15 +272,16 @@ def recipes() -> list[Recipe]:
 
 def measure(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
     """What a row holds beside its divergence."""
-    cost = experiment.cost(recipe)
-    return {**experiment.site_measures(recipe), "bits": cost["bits"],
+    cost = simulation.cost(experiment, recipe)
+    return {**simulation.site_measures(experiment, recipe), "bits": cost["bits"],
             "products_8bit": cost["products_8bit"]}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; ValueError on what does not fit."""
-    arguments = fake.parser(__doc__).parse_args(argv)
-    fake.run_rows(__file__, TITLE, recipes(), measure, arguments)
+    """The command."""
+    with command.errors_of(NAME):
+        arguments = command.parse(table.parser(__doc__, NAME), argv)
+        table.run_rows(NAME, TITLE, recipes(), measure, arguments)
 
 
 if __name__ == "__main__":

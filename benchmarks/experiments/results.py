@@ -11,7 +11,6 @@ loses is computed from the same rows. --readme puts the head of it between the m
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -23,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from singlequant.files import write_file
 from singlequant.study.compare import Comparison, Row
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+from ..common import ROOT
+from . import command as options
+from .report import cell, table
 
-from benchmarks.experiments.figures import cell, markdown, table  # noqa: E402
-
+NAME = "results"
 OURS = "singlequant"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # kind -> heading and what the section is about, in the page's order
@@ -125,7 +124,7 @@ def section(result: Result, images: Path) -> str:
         parts.append(result.comparison()._repr_markdown_())
     else:
         rows, columns = result.values["rows"], result.values.get("columns")
-        parts.append(table(rows, columns) if columns else markdown(rows))
+        parts.append(table(rows, columns))
         parts.append("\n".join(f"- {note}" for note in result.values.get("notes", [])))
     name = figure(result, images)
     if name:
@@ -140,8 +139,8 @@ def command(result: Result) -> str:
         return compare_command(result)
     words = shlex.split(values.get("command", ""))
     if not words:
-        script = f"benchmarks/experiments/{result.kind}.py"
-        words = ["python", script, *result.environment.get("argv", [])]
+        words = ["python", "-m", f"benchmarks.experiments.{result.kind}",
+                 *result.environment.get("argv", [])]
     return shlex.join(Path(w).name if w.startswith(("/", "../")) else w for w in words)
 
 
@@ -364,11 +363,11 @@ def lost(results: Sequence[Result]) -> str:
              f"{'has' if beaten == 1 else 'have'} a method of lower KL beside "
              f"{'it' if beaten == 1 else 'them'}{':' if rows else '.'}"]
     if rows:
-        parts.append(markdown(rows))
+        parts.append(table(rows))
     bits = bits_table(results)
     if bits:
         parts += ["Four-bit activations cost quality whatever the rotation; the default's KL by "
-                  "scheme:", markdown(bits)]
+                  "scheme:", table(bits)]
     lines = slower(results)
     if lines:
         parts.append("\n".join(f"- {line}" for line in lines))
@@ -408,7 +407,7 @@ def head(results: Sequence[Result], link: str) -> str:
                          "KL": f"{e.kl_mean:.5f}",
                          "same top token": f"{e.top1_agreement:.3f}"})
         parts += [f"{found.model} on {found.texts[0]}, {found.rows[0].results[0].predictions} "
-                  f"predictions, KL in nats per token to the original:", markdown(rows)]
+                  f"predictions, KL in nats per token to the original:", table(rows)]
     for result in [r for r in results if r.kind == "convergence"][:1]:
         rows = {row["method"]: row for row in result.values["rows"]}
         spin = next((r for name, r in rows.items() if name.startswith("spinquant")
@@ -433,32 +432,22 @@ def replace_marked(text: str, new: str, name: str) -> str:
     return f"{text[: first + len(BEGIN)]}\n{new}\n{text[last:]}"
 
 
-def write(path: Path, text: str) -> None:
-    """A file that takes its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options.bare_parser(__doc__, NAME)
     p.add_argument("--from", dest="folder", metavar="DIR", type=Path, required=True)
     p.add_argument("--out", metavar="FILE", type=Path, default=ROOT / "docs" / "results.md")
     p.add_argument("--readme", metavar="FILE", type=Path)
     arguments = p.parse_args(argv)
-    try:
+    with options.errors_of(NAME):
         results = read_results(arguments.folder)
         text = page(results, arguments.out.parent / "images")
         if arguments.readme is not None:
             link = os.path.relpath(arguments.out.resolve(), arguments.readme.resolve().parent)
             readme = replace_marked(arguments.readme.read_text("utf-8"), head(results, link),
                                     str(arguments.readme))
-            write(arguments.readme, readme)
-        write(arguments.out, text)
-    except (ValueError, OSError) as error:
-        sys.exit(f"results: {error}")
+            write_file(arguments.readme, readme)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(arguments.out, text)
     print(f"{arguments.out}: {len(results)} tables")
 
 
