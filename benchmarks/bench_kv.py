@@ -17,7 +17,7 @@ from singlequant.config import SCHEMES
 from singlequant.runtime.model import Model
 from singlequant.study.evaluate import CachedScorer
 
-from . import common
+from . import common, tables
 
 # name of the row, folder (are value heads rotated?), bits, Hadamard on queries and keys
 ROWS = [
@@ -86,11 +86,11 @@ def main():
     tokens = model.encode(text)[: arguments.windows * arguments.seq_len]
     values, rows = common.environment(), []
     common.print_environment(values)
-    print("| scheme | KV bits | stored bits a number | perplexity | KL |")
-    print("|---|---|---|---|---|")
+    header = ["scheme", "KV bits", "stored bits a number", "perplexity", "KL"]
+    print(tables.table(header, [], left=2))
     for scheme, row, stored, e in evaluations(arguments, tokens, CachedScorer(model)):
-        print(f"| {scheme} | {row} | {stored:.2f} | {e.perplexity:.3f} | {e.kl_mean:.5f} |",
-              flush=True)
+        cells = [f"{stored:.2f}", f"{e.perplexity:.3f}", f"{e.kl_mean:.5f}"]
+        print(tables.line([scheme, row, *cells]), flush=True)
         rows.append({"scheme": scheme, "kv": row, "stored_bits": stored, **e.to_json()})
     common.write_result({"environment": values, "rows": rows}, arguments.json)
 

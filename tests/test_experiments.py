@@ -154,7 +154,7 @@ def test_sensitivity_part_writes_its_outputs(part, tmp_path):
 
 
 @pytest.mark.slow
-def test_signatures_treat_any_model_and_say_what_they_cannot(tmp_path, make_checkpoint):
+def test_signatures_measure_any_model_and_say_what_they_cannot(tmp_path, make_checkpoint):
     model = make_checkpoint(tmp_path / "random")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -165,16 +165,16 @@ def test_signatures_treat_any_model_and_say_what_they_cannot(tmp_path, make_chec
     done = run("signatures", model, broken, "--quick", "--domain", texts[0], "--domain",
                *texts, "--out", tmp_path / "out")
     rows = read(tmp_path / "out", "signatures")
-    treated = [row for row in rows if row["model"] == "random"]
-    assert {row["text"] for row in treated} == {"a", "b"}
-    for row in treated:
+    quantized = [row for row in rows if row["model"] == "random"]
+    assert {row["text"] for row in quantized} == {"a", "b"}
+    for row in quantized:
         if row["recipe"] == "hadamard":
             assert row["kl_ratio"] == 1
     failed = [row for row in rows if row["model"] == "broken"]
     assert len(failed) == 1
     assert "config.json" in failed[0]["error"]
     for name in ("singlequant", "default"):
-        worse = [r for r in treated if r["recipe"] == name and r["kl_ratio"] > 1]
+        worse = [r for r in quantized if r["recipe"] == name and r["kl_ratio"] > 1]
         assert f"{name} loses to hadamard in {len(worse)} of 2 cases" in done.stdout
     whole, refused = read(tmp_path / "out", "memory")
     assert "error" in refused
@@ -209,8 +209,8 @@ def test_urt_threshold_leaves_the_indices_below_it_alone(site):
     build.urt_flat(0, 1.5)
     assert not np.isin(build.axes[0].factor().pairs, np.flatnonzero(below)).any()
     matrix = build.axes[0].factor().matrix()
-    turned = np.abs(matrix @ v)[~below]
-    np.testing.assert_allclose(turned, np.linalg.norm(v[~below]) / (~below).sum() ** 0.5)
+    rotated = np.abs(matrix @ v)[~below]
+    np.testing.assert_allclose(rotated, np.linalg.norm(v[~below]) / (~below).sum() ** 0.5)
     np.testing.assert_array_equal((matrix @ v)[below], v[below])
 
 

@@ -28,7 +28,7 @@ from singlequant import _C
 from singlequant.methods import solve as solve_stage
 from singlequant.statistics import SiteStatistics
 
-from . import command, recipes as table, simulation
+from . import recipes as table, simulation
 from .rounding import Range
 from .simulation import Experiment, Key, Ranges, Recipe, Transformed
 from .transforms import AxisBalance, Solver, built, kronecker, named, principal
@@ -66,11 +66,11 @@ def axis_balance(
 def _axis_gram(rows: NDArray[np.float32], sides: list[Matrix], axis: int) -> Matrix:
     """Damped Gram matrix of an axis, mean eigenvalue 1, of rows [m, k] transformed by sides."""
     left, right = (np.ascontiguousarray(s, np.float32) for s in sides)
-    turned = kronecker(rows, left, right).reshape(-1, len(left), len(right))
+    rotated = kronecker(rows, left, right).reshape(-1, len(left), len(right))
     if axis == 0:
-        turned = np.ascontiguousarray(turned.transpose(0, 2, 1))
-    n = turned.shape[2]
-    gram = _C.gram(turned.reshape(-1, n)).astype(np.float64)
+        rotated = np.ascontiguousarray(rotated.transpose(0, 2, 1))
+    n = rotated.shape[2]
+    gram = _C.gram(rotated.reshape(-1, n)).astype(np.float64)
     return gram * (n / np.trace(gram)) + AXIS_DAMPING * np.eye(n)
 
 
@@ -279,9 +279,7 @@ def measure(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    with command.errors_of(NAME):
-        arguments = command.parse(table.parser(__doc__, NAME), argv)
-        table.run_rows(NAME, TITLE, recipes(), measure, arguments)
+    table.main(NAME, TITLE, __doc__, recipes, measure, argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 from singlequant import _C
 from singlequant.methods import solve as solve_stage
 
-from . import command, recipes as table, simulation
+from . import recipes as table, simulation
 from .rounding import Range, round_transformed
 from .simulation import Experiment, Key, Ranges, Recipe, Transformed
 from .transforms import built, principal
@@ -107,9 +107,7 @@ def measure(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    with command.errors_of(NAME):
-        arguments = command.parse(table.parser(__doc__, NAME), argv)
-        table.run_rows(NAME, TITLE, recipes(), measure, arguments)
+    table.main(NAME, TITLE, __doc__, recipes, measure, argv)
 
 
 if __name__ == "__main__":

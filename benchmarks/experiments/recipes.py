@@ -93,6 +93,14 @@ def run_rows(
     return rows
 
 
+def main(name: str, title: str, description: str | None, recipes: Callable[[], Sequence[Recipe]],
+         measure: Measure, argv: Sequence[str] | None) -> None:
+    """The command `name`: parse, measure, report."""
+    with command.errors_of(name):
+        arguments = command.parse(parser(description, name), argv)
+        run_rows(name, title, recipes(), measure, arguments)
+
+
 def measured(experiment: Experiment, recipe: Recipe, measure: Measure) -> dict[str, Any]:
     """A recipe's row, with the seconds that it took."""
     start, cpu = time.perf_counter(), time.process_time()

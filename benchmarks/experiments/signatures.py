@@ -6,7 +6,7 @@
 Small models and a second domain: KL of every method over that of the Kronecker Hadamard rounded to
 nearest, calibrated on the first domain and evaluated on all; the lines below the table say where
 singlequant and the default recipe lose. Memory: the peak of each stage beside the model's size. A
-model that cannot be treated is a row with the reason. The run can be stopped and started again.
+model that cannot be quantized is a row with the reason. The run can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROBLEMS = (ValueError, FormatError, OSError, MemoryError)
 
 
 def quality(model: Path, kinds: Sequence[command.Domain], arguments: Namespace) -> list[dict]:
-    """A row per text and recipe; one row with the error where the model cannot be treated."""
+    """A row per text and recipe; one row with the error where the model cannot be quantized."""
     default = sq.QuantConfig(scheme=arguments.scheme).method
     methods = list(dict.fromkeys(["none", "paper", YARDSTICK, "singlequant", default]))
     try:
