@@ -1,4 +1,4 @@
-"""The benchmarks run, say what they measured, and their pages hold the JSON's figures alone."""
+"""The benchmarks run and say what they measured."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_results import ENVIRONMENT, ROOT, made_peers, run
 
 from benchmarks import (
     bench_attention,
@@ -24,7 +25,6 @@ from singlequant import _C
 from singlequant.cli.main import main
 from singlequant.study import bench
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 MODULES = {module.__name__.rpartition(".")[2]: module for module in (
     bench_attention, bench_kv, bench_peers, end_to_end, kernel_ladder)}
@@ -40,16 +40,6 @@ def threads():
 def module(name):
     """A module of benchmarks/."""
     return MODULES[name]
-
-
-def run(script, *arguments, expect=0):
-    """The finished process of a benchmark; warnings are errors in it too."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", f"benchmarks.{script}", *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
 
 
 # ---- singlequant bench --------------------------------------------------------------------------
@@ -362,214 +352,3 @@ def test_callgrind_counts_the_linear_alone():
     names = ["generic w4a4 m=1", "generic w4a4 m=16"]
     one, many = instructions.count(names).values()
     assert 12 < many / one <= 16.5
-
-
-# ---- the page -----------------------------------------------------------------------------------
-
-ENVIRONMENT = {
-    "cpu": "Made Up 9000", "cpus": 2, "load": [0.0, 0.0, 0.0], "threads": 1, "date": "2025-01-02",
-    "system": "Linux", "blas": "OpenBLAS 0", "commit": "abc", "argv": ["--seconds", "7"],
-    "kernels": {"runnable": ["avx2", "generic"], "compiled": ["avx2", "generic"], "active": "avx2",
-                "steps": {}},
-}
-
-
-def made_peers():
-    speeds = {  # peer -> kind, GOP/s of both shapes at m = 1 and 512
-        "ours_w4a4": ("ours", {1: (100, 200), 512: (240, 260)}),
-        "ours_w4a8": ("ours", {1: (100, 200), 512: (190, 200)}),
-        "bare_w4a4": ("bound", {512: (300, 320)}),
-        "ggml_q4_0": ("int4", {1: (50, 40), 512: (90, 91)}),
-        "other": ("int4", {1: (30, 80), 512: (100, 90)}),
-        "openblas": ("32-bit", {1: (8, 9), 512: (115, 117)}),
-    }
-    rows = []
-    for peer, (kind, found) in speeds.items():
-        for m, values in found.items():
-            for (n, k), gops in zip(((64, 64), (128, 64)), values, strict=True):
-                row = {"peer": peer, "kind": kind, "n": n, "k": k, "m": m, "gops": gops}
-                if m == 1:
-                    row["share_of_read"] = 0.875
-                if peer == "bare_w4a4":
-                    row["share_of_peak"] = 0.625
-                rows.append(row)
-    peers = {p: {"kind": kind, "activations": "made", "version": f"{p} 1"}
-             for p, (kind, _) in speeds.items()}
-    peers["gone"] = {"kind": "int8", "activations": "made", "skipped": "it is not installed"}
-    return {"what": "peers", "environment": ENVIRONMENT, "isa": "avx2", "threads": 1,
-            "shapes": [[64, 64], [128, 64]], "peaks": {"fma 256": 111.4}, "peers": peers,
-            "cores": {"cpus": [0, 1], "ratio": 1.9}, "rows": rows, "ratios": []}
-
-
-def made_ladder():
-    row = {"table": "avx2", "scheme": "w4a4", "m": 512, "gops": 271.0, "bare_gops": 283.0,
-           "bare_share_of_peak": 0.741}
-    return {"what": "ladder", "environment": ENVIRONMENT, "shape": [64, 64], "rows": [row],
-            "transform": [{"table": "avx2", "scheme": "w4a4", "m": 512, "share": 0.137}],
-            "cores": {"cpus": [0, 1], "ratio": 1.97},
-            "threads": [{"table": "avx2", "threads": 2, "m": 512, "w4a4": 1.83, "w4a8": 1.74}],
-            "peaks": {}}
-
-
-def made_end_to_end():
-    def row(engine, kind, speed):
-        return {"engine": engine, "kind": kind, "phase": "decode", "batch": 64,
-                "note": "AVX2 | FMA |",
-                "tokens_per_s": {"median": speed, "low": speed - 1, "high": speed + 1}}
-
-    rows = [row("our W4A4", "ours", 46.0), row("our W4A8", "ours", 60.0),
-            row("our W4A16", "ours", 900.0), row("torch", "16-bit", 20.0),
-            row("llama.cpp", "int4", 50.0)]
-    environment = {**ENVIRONMENT, "argv": ["--work", "/here", "--layers", "3"], "load": [1.5, 0, 0]}
-    return {"environment": environment, "rows": rows}
-
-
-def made_quantize():
-    figures = [("disk, cold file", 2.25, "GB/s"), ("memory, 2 threads", 30.5, "GB/s"),
-               ("calibration, 1024 tokens, per 10^9 weights", 11.5, "s"), ("  CPU", 22.5, "s"),
-               ("solving rotations (balanced), per 10^9 weights", 3.25, "s"), ("  CPU", 6.25, "s")]
-    stage = {"weights": "mse", "cold, s per 10^9": 4.5, "warm, s per 10^9": 3.5,
-             "CPU, s per 10^9": 6.75, "read from disk, MB": 400.0, "peak memory, MB": 120.25,
-             "bound, MB": 140.0, "target, s per 10^9": 2.85}
-    step = {"weights": "mse", "step": "clip search", "CPU ns per weight": 1.125}
-    rows = [*({"figure": f, "value": v, "unit": u} for f, v, u in figures), stage, step]
-    return {"what": "quantize", "environment": ENVIRONMENT, "rows": rows}
-
-
-def made_transform():
-    row = {"k": 4096, "k1": 64, "k2": 64, "tokens": 512, "quantize_us_per_token": 1.5,
-           "linear_us_per_token": 90.0, "dense_us_per_token": 12.25, "hadamard_us_per_token": 20.5,
-           "chain_us_per_token": 333.0, "dense_gflops": 97.0, "share": 0.136}
-    return {"what": "transform", "environment": ENVIRONMENT, "rows": [row]}
-
-
-def made_attention():
-    row = {"model": "LLaMA-3-8B", "kv_bits": 8, "batch": 16, "context": 2048, "speedup": 2.75,
-           "microseconds_per_token": 250.0, "without_context": 12.5, "gb_per_second": 14.5}
-    return {"what": "attention", "environment": ENVIRONMENT, "rows": [row]}
-
-
-@pytest.fixture
-def results(tmp_path):
-    folder = tmp_path / "results" / "made-up"
-    folder.mkdir(parents=True)
-    old = made_peers()
-    for row in old["rows"]:
-        row["gops"] = 7777
-    for name, value in (("2025-01-01-peers-avx2-1", old), ("2025-01-02-peers-avx2-1", made_peers()),
-                        ("2025-01-02-ladder", made_ladder()),
-                        ("2025-01-02-end-to-end", made_end_to_end()),
-                        ("2025-01-02-quantize", made_quantize()),
-                        ("2025-01-02-transform", made_transform()),
-                        ("2025-01-02-attention", made_attention())):
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    (folder / "notes.md").write_text("The profile says why.\n")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- performance:begin -->\nold\n<!-- performance:end -->\nafter\n")
-    return folder.parent
-
-
-def generate(results, expect=0):
-    base = results.parent
-    done = run("performance", "--from", results, "--out", base / "page.md", "--readme",
-               base / "README.md", expect=expect)
-    return done if expect else ((base / "page.md").read_text(), (base / "README.md").read_text())
-
-
-def test_page_holds_the_figures_of_the_newest_files(results):
-    page, _ = generate(results)
-    assert "7777" not in page
-    assert "<!-- generated -->" not in page
-    assert "| ours_w4a4 | ours | made | 141 | 250 |" in page  # sqrt(100 * 200), sqrt(240 * 260)
-    assert "| ours_w4a4 | best int4 | 2.24x | 2.62x |" in page
-    assert "Made Up 9000" in page
-    assert "gone: it is not installed" in page
-    assert "fma 256 111" in page
-    assert "| avx2 | w4a4 | 512 | 271 | 283 | 74% | - |" in page
-    assert "| our W4A4 | ours | decode | 64 | 46.0 | 45.0 - 47.0 | AVX2, FMA |" in page
-    assert "| mse | 4.50 | 3.50 | 6.75 | 2.85 | 120 | 140 |" in page
-    assert "| disk, cold file | 2.25 | GB/s |" in page
-    assert "| calibration, 1024 tokens, per 10^9 weights: CPU | 22.5 | s |" in page
-    assert "| mse | clip search | 1.12 |" in page
-    assert "| 4096 | 64 x 64 | 1.50 | 12.2 | 20.5 | 333 | 97.0 | 14% |" in page
-    assert "| LLaMA-3-8B | 16 | 2048 | 8 | 250 | 12.5 | 14.5 | 2.75x |" in page
-    assert "The profile says why." in page
-
-
-def test_page_says_which_aims_are_met(results):
-    page, _ = generate(results)
-    for line in (
-        "ours_w4a4, m = 512, over ggml_q4_0 | >= 2.50x | 2.76x | met |",
-        "ours_w4a4, m = 512, over the fastest int4 | >= 1.40x | 2.62x | met |",
-        "ours_w4a8, m = 512, over ours_w4a4 | >= 0.85x | 0.78x | not met |",
-        "ours_w4a4, m = 16, over the fastest int4 | >= 1.30x | - | no figure |",
-        "ours_w4a4, m = 1, of the read loop | >= 85% | 88% | met |",
-        "bare_w4a4, m = 512, of the peak | >= 75% | 62% | not met |",
-        "transform of w4a4 on avx2, m = 512 | <= 15% | 14% | met |",
-        "two threads on avx2, w4a8 | >= 1.80x | 1.74x | not met |",
-        "our W4A4, decode, batch 64, over the fastest 16-bit | >= 2.30x | 2.30x | met |",
-        "our W4A4, decode, batch 64, over the fastest int4 | >= 1.00x | 0.92x | not met |",
-        "our W4A8, decode, batch 64, over the fastest int4 | >= 1.00x | 1.20x | met |",
-    ):
-        assert line in page, line
-    assert "our W4A16, decode" not in page
-
-
-def test_each_section_names_its_command_commit_and_load(results):
-    page, _ = generate(results)
-    assert ("`python -m benchmarks.end_to_end --layers 3`, 2025-01-02, commit abc, load 1.5 before"
-            in page)
-    assert "`python -m benchmarks.kernel_ladder --seconds 7`, 2025-01-02, commit abc, load" in page
-    assert "/here" not in page
-
-
-def test_readme_gets_the_table_between_its_marks(results):
-    _, readme = generate(results)
-    assert readme.startswith("before\n<!-- performance:begin -->\n")
-    assert readme.endswith("<!-- performance:end -->\nafter\n")
-    assert "old" not in readme
-    assert "| W4A4 | best int4 | 2.24x | 2.62x |" in readme
-    assert ("CPU seconds: 22.5 to calibrate and 6.25 to solve; to quantize and write, 6.75 with "
-            "`--weights mse` in 120 MB of" in readme)
-
-
-def test_readme_is_left_as_it_is_without_peers(results):
-    for path in (results / "made-up").glob("*peers*"):
-        path.unlink()
-    before = (results.parent / "README.md").read_text()
-    assert "expected a file of peers" in generate(results, expect=1).stderr
-    assert (results.parent / "README.md").read_text() == before
-    assert "### Kernel ladder" in (results.parent / "page.md").read_text()
-
-
-def test_generator_names_a_folder_that_is_not_there(tmp_path):
-    done = run("performance", "--from", tmp_path / "none", "--out", tmp_path / "page.md",
-               expect=1)
-    assert "--from: expected a folder" in done.stderr
-    assert not (tmp_path / "page.md").exists()
-
-
-def test_generator_refuses_strange_files_and_keeps_the_page(results):
-    (results.parent / "page.md").write_text("as it was")
-    quick = json.dumps({**made_ladder(), "quick": True})
-    old_quick = json.dumps({**made_end_to_end(), "settings": {"quick": True}})
-    for name, text, part in (("notes.json", "{}", "expected a name like"),
-                             ("2025-01-02-ladder.json", '{"rows": []}', "environment and rows"),
-                             ("2025-01-02-ladder.json", quick, "a quick run"),
-                             ("2025-01-02-end-to-end.json", old_quick, "a quick run")):
-        path = results / "made-up" / name
-        before = path.read_text() if path.exists() else None
-        path.write_text(text)
-        assert part in generate(results, expect=1).stderr
-        if before is None:
-            path.unlink()
-        else:
-            path.write_text(before)
-    (results.parent / "README.md").write_text("no marks")
-    assert "performance:begin" in generate(results, expect=1).stderr
-    assert (results.parent / "page.md").read_text() == "as it was"
-
-
-def test_the_repositorys_readme_has_the_marks():
-    text = (ROOT / "README.md").read_text()
-    assert text.index("<!-- performance:begin -->") < text.index("<!-- performance:end -->")
