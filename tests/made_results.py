@@ -13,7 +13,7 @@ def run(script, *arguments, expect=0):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"benchmarks.{script}", *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
+        capture_output=True, text=True, env=environment, timeout=900, cwd=ROOT)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 

@@ -25,7 +25,7 @@ def run(*arguments, expect=0):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "benchmarks.end_to_end", "--quick",
          *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=120, cwd=ROOT,
+        capture_output=True, text=True, env=environment, timeout=900, cwd=ROOT,
     )
     assert done.returncode == expect, done.stderr
     return done

@@ -25,7 +25,7 @@ def run(script, *arguments, expect=0):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"benchmarks.experiments.{script}",
          *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT,
+        capture_output=True, text=True, env=environment, timeout=900, cwd=ROOT,
     )
     assert done.returncode == expect, done.stderr
     return done
