@@ -1,6 +1,6 @@
 """Decode of one layer's attention over a long context, by bits of the KV cache, one thread.
 
-    python benchmarks/bench_attention.py [--quick] [--threads 1] [--batches 1,16]
+    python -m benchmarks.bench_attention [--quick] [--threads 1] [--batches 1,16]
         [--contexts 512,2048] [--json FILE] [--keep]
 
 Heads of LLaMA-2-7B (32 of 128) and LLaMA-3-8B (32 of 128 that share 8 key and value heads). The
@@ -17,14 +17,16 @@ from functools import partial
 
 import numpy as np
 
+from singlequant import _C
+
+from . import common
+
 HEADS = {"LLaMA-2-7B": (32, 32, 128), "LLaMA-3-8B": (32, 8, 128)}
 BITS = (32, 16, 8, 4)
 HIDDEN = 32
 
 
 def make_layer(heads, kv_heads, head_dim):
-    from singlequant import _C
-
     rng = np.random.default_rng(0)
     q, kv = heads * head_dim, kv_heads * head_dim
     inv_freq = (10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
@@ -54,8 +56,6 @@ def step(layer, cache, hidden, position):
 
 
 def filled_cache(layer, bits, batch, kv_heads, head_dim, context):
-    from singlequant import _C
-
     rng = np.random.default_rng(1)
     cache = _C.KVCache(1, batch, kv_heads, head_dim, context, bits)
     for sequence in range(batch):
@@ -68,10 +68,6 @@ def filled_cache(layer, bits, batch, kv_heads, head_dim, context):
 
 def bench(name, batch, context, seconds):
     """Rows of one shape, batch and context. With one thread in CPU seconds, else in seconds."""
-    import common
-
-    from singlequant import _C
-
     heads, kv_heads, head_dim = HEADS[name]
     layer = make_layer(heads, kv_heads, head_dim)
     hidden = np.random.default_rng(2).standard_normal((batch, HIDDEN)).astype(np.float32)
@@ -95,8 +91,6 @@ def bench(name, batch, context, seconds):
 
 
 def parse(argv):
-    import common
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="half a second each")
     parser.add_argument("--threads", type=int, default=1)
@@ -107,10 +101,6 @@ def parse(argv):
 
 
 def main():
-    import common
-
-    from singlequant import _C
-
     arguments = parse(sys.argv[1:])
     _C.set_num_threads(arguments.threads)
     values = common.environment()

@@ -1,6 +1,6 @@
 """What the bits of the KV cache cost in quality: a Markdown table of perplexity and KL.
 
-    python benchmarks/bench_kv.py [MODEL] [--text FILE] [--calibration FILE] [--seq-len 512]
+    python -m benchmarks.bench_kv [MODEL] [--text FILE] [--calibration FILE] [--seq-len 512]
         [--windows 12] [--schemes w4a4,w4a8] [--json FILE]
 
 Each scheme is quantized twice by the default method: as it is, and with the value heads rotated
@@ -11,6 +11,13 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+
+import singlequant as sq
+from singlequant.config import SCHEMES
+from singlequant.runtime.model import Model
+from singlequant.study.evaluate import CachedScorer
+
+from . import common, tables
 
 # name of the row, folder (are value heads rotated?), bits, Hadamard on queries and keys
 ROWS = [
@@ -33,11 +40,6 @@ def bits_per_number(model):
 
 
 def parse(argv):
-    import common
-
-    import singlequant as sq
-    from singlequant.config import SCHEMES
-
     def schemes(text):
         found = text.split(",")
         if not set(found) <= set(SCHEMES):
@@ -58,9 +60,6 @@ def parse(argv):
 
 def evaluations(arguments, tokens, reference):
     """Yields (scheme or 'original', row, bits per number, Evaluation)."""
-    import singlequant as sq
-    from singlequant.runtime.model import Model
-
     def judge(model):
         return sq.evaluate(model, tokens, arguments.seq_len, reference)
 
@@ -81,22 +80,17 @@ def evaluations(arguments, tokens, reference):
 
 
 def main():
-    import common
-
-    import singlequant as sq
-    from singlequant.study.evaluate import CachedScorer
-
     arguments = parse(sys.argv[1:])
     model = sq.load(arguments.model)
     text = sq.bundled_text("heldout") if arguments.text is None else arguments.text.read_text()
     tokens = model.encode(text)[: arguments.windows * arguments.seq_len]
     values, rows = common.environment(), []
     common.print_environment(values)
-    print("| scheme | KV bits | stored bits a number | perplexity | KL |")
-    print("|---|---|---|---|---|")
+    header = ["scheme", "KV bits", "stored bits a number", "perplexity", "KL"]
+    print(tables.table(header, [], left=2))
     for scheme, row, stored, e in evaluations(arguments, tokens, CachedScorer(model)):
-        print(f"| {scheme} | {row} | {stored:.2f} | {e.perplexity:.3f} | {e.kl_mean:.5f} |",
-              flush=True)
+        cells = [f"{stored:.2f}", f"{e.perplexity:.3f}", f"{e.kl_mean:.5f}"]
+        print(tables.line([scheme, row, *cells]), flush=True)
         rows.append({"scheme": scheme, "kv": row, "stored_bits": stored, **e.to_json()})
     common.write_result({"environment": values, "rows": rows}, arguments.json)
 

@@ -1,6 +1,6 @@
 """Packed linears, activation quantization included, against OpenBLAS sgemm by threads and shape.
 
-    python benchmarks/bench_linear.py [--quick] [--small] [--threads 1,2] [--json FILE]
+    python -m benchmarks.bench_linear [--quick] [--small] [--threads 1,2] [--json FILE]
 
 Each number of threads runs in its own process, as numpy's OpenBLAS reads its number once. GOP/s
 counts a multiply-add as two operations. `fp32 peak` is the best rate of sgemm seen in the process.
@@ -17,17 +17,18 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from singlequant import _C
+
+from . import common
+
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008)]
 SMALL = [(512, 512), (1376, 512), (512, 1376)]
 SCHEMES = {"W4A4": 4, "W4A8": 8, "W4A16": 16}
 
 
 def bench_shape(n, k, m, seconds):
-    import common
-    import numpy as np
-
-    from singlequant import _C
-
     rng = np.random.default_rng(0)
     words = rng.integers(-(2**31), 2**31, (n, -(-k // 8))).astype(np.int32)
     scales = np.full(n, 0.01, np.float32)
@@ -46,8 +47,6 @@ def bench_shape(n, k, m, seconds):
 
 def bench_threads(arguments):
     """The rows of this process's number of threads; prints them as they come."""
-    from singlequant import _C
-
     _C.set_num_threads(arguments.child)
     rows = []
     shapes = SMALL if arguments.small else LLAMA[:1] if arguments.quick else LLAMA
@@ -76,8 +75,6 @@ def bench_threads(arguments):
 
 
 def parse(argv):
-    import common
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, half a second each")
     parser.add_argument("--small", action="store_true", help="sizes of a small model")
@@ -94,7 +91,6 @@ def main():
     if arguments.child:
         bench_threads(arguments)
         return
-    import common
 
     values = common.environment()
     common.print_environment(values)
@@ -102,8 +98,8 @@ def main():
     for threads in map(str, arguments.threads):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", threads,
-                       "--rows", str(path)]
+            command = [sys.executable, "-m", "benchmarks.bench_linear", *sys.argv[1:],
+                       "--child", threads, "--rows", str(path)]
             subprocess.run(
                 command, env={**os.environ, "OPENBLAS_NUM_THREADS": threads}, check=True
             )

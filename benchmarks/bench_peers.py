@@ -1,6 +1,6 @@
 """Packed linears beside every int4, int8, 16-bit and 32-bit library that installs from PyPI.
 
-    python benchmarks/bench_peers.py --python PEERS_VENV/bin/python --threads 1 \
+    python -m benchmarks.bench_peers --python PEERS_VENV/bin/python --threads 1 \
         --shapes llama2-7b,llama3-8b --m 1,4,16,64,512 --isa best --seconds 600 --json FILE
 
 Each peer (a class in peers/*.py) has a process of its own, pinned to the same CPUs, which stands
@@ -15,30 +15,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
-import select
+import pkgutil
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FOLDER = Path(__file__).resolve().parent
-for folder in (FOLDER, FOLDER / "peers"):
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-import common  # noqa: E402
-from base import Peer  # noqa: E402
-
-from singlequant.study.bench import (  # noqa: E402
+from singlequant.study.bench import (
     MEMORY_BYTES_MAX,
     ROTATE_ROWS,
     last_level_bytes,
@@ -48,11 +36,16 @@ from singlequant.study.bench import (  # noqa: E402
     table_peaks,
 )
 
+from . import common, peers
+from .peers.base import Peer
+from .processes import Process
+
 MODELS = {  # outputs and inputs of each linear
     "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "llama3-8b": ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)),
 }
 OURS = "singlequant_"
+NO_PEERS = ("base", "serving", "worker")  # files of peers/ that hold none
 QUICK_SHAPES = ((256, 512), (512, 256))
 ROUNDS = 7  # that the time of a cell is planned for
 MIN_ROUNDS = 3
@@ -62,14 +55,15 @@ PREPARE_SECONDS = 300.0  # that packing may take
 
 def peer_files() -> list[str]:
     """Modules of peers/ that hold peers, ours first."""
-    names = sorted(p.stem for p in (FOLDER / "peers").glob("*.py"))
-    found = [n for n in names if n not in ("base", "worker") and not n.startswith("e2e")]
+    names = sorted(module.name for module in pkgutil.iter_modules(peers.__path__))
+    found = [n for n in names if n not in NO_PEERS and not n.startswith("e2e")]
     return sorted(found, key=lambda n: n != OURS)
 
 
 def find_peers(wanted: Sequence[str] | None = None) -> list[tuple[str, type[Peer]]]:
     """(module, class) of all peers, or of those whose names begin like one of wanted."""
-    found = [(name, peer) for name in peer_files() for peer in importlib.import_module(name).PEERS]
+    found = [(name, peer) for name in peer_files()
+             for peer in importlib.import_module(f"{peers.__name__}.{name}").PEERS]
     if wanted is None:
         return found
     for text in wanted:
@@ -79,69 +73,22 @@ def find_peers(wanted: Sequence[str] | None = None) -> list[tuple[str, type[Peer
     return [(name, p) for name, p in found if any(p.name.startswith(text) for text in wanted)]
 
 
-class Process:
-    """A peer at work in a process; answers are dicts, {"failed": why} among them."""
+class PeerProcess(Process):
+    """A peer at work in a process of its own, pinned, which stands still until it is asked."""
 
     def __init__(self, module: str, peer: type[Peer], arguments: argparse.Namespace) -> None:
-        self.peer, self.failed = peer, None
-        python = sys.executable if module == OURS else arguments.python
-        environment = {
-            **os.environ,
-            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
-                             "SINGLEQUANT_NUM_THREADS"), str(arguments.threads)),
-            "HF_HUB_OFFLINE": "1",
-        }
+        environment, own = {"HF_HUB_OFFLINE": "1"}, module == OURS
         if arguments.isa != "best":
             environment |= {**(peer.avx2 or {}), "SINGLEQUANT_BENCH_ISA": arguments.isa,
                             "SINGLEQUANT_DISABLE_CPU": common.better_tables(arguments.isa)}
-        if module != OURS:  # its interpreter has packages of its own
-            environment.pop("PYTHONPATH", None)
-        cpus = ",".join(map(str, arguments.cpus))
-        self.process = subprocess.Popen(
-            [python, str(FOLDER / "peers" / "worker.py"), module, peer.name,
-             str(arguments.threads), cpus],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=environment)
-        answer = self._answer(PREPARE_SECONDS)
-        self.version, self.failed = answer.get("version"), answer.get("failed")
-        self._stop()
-
-    def ask(self, timeout: float = PREPARE_SECONDS, **order: Any) -> dict[str, Any]:
-        if self.failed is None:
-            self.process.send_signal(signal.SIGCONT)
-            try:
-                self.process.stdin.write((json.dumps(order) + "\n").encode())
-                self.process.stdin.flush()
-            except BrokenPipeError:
-                pass  # the answer's absence tells
-            answer = self._answer(timeout)
-            self._stop()
-            return answer
-        return {"failed": self.failed}
-
-    def _answer(self, timeout: float) -> dict[str, Any]:
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-        line = self.process.stdout.readline() if ready else b""
-        if line:
-            return json.loads(line)
-        if ready:
-            self.failed = f"the process ended with status {self.process.wait()}"
-        else:
-            self.failed = f"no answer in {timeout:g} s"
-        return {"failed": self.failed}
-
-    def _stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGSTOP)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        super().__init__(
+            "worker", [module, peer.name, arguments.threads, ",".join(map(str, arguments.cpus))],
+            python=sys.executable if own else arguments.python, threads=arguments.threads,
+            environment=environment, own=own, paused=True, timeout=PREPARE_SECONDS)
+        self.peer, self.version = peer, self.hello.get("version")
 
 
-def start(arguments: argparse.Namespace) -> tuple[list[Process], dict[str, dict[str, Any]]]:
+def start(arguments: argparse.Namespace) -> tuple[list[PeerProcess], dict[str, dict[str, Any]]]:
     """Processes that run, and what is known of every peer, the skipped ones included."""
     processes, known = [], {}
     for module, peer in find_peers(arguments.peers):
@@ -153,7 +100,7 @@ def start(arguments: argparse.Namespace) -> tuple[list[Process], dict[str, dict[
         else:
             about["held"] = " ".join(f"{k}={v}" for k, v in peer.avx2.items()) or "its own build"
         if "skipped" not in about:
-            process = Process(module, peer, arguments)
+            process = PeerProcess(module, peer, arguments)
             if process.version is None:
                 process.end()
                 about["skipped"] = process.failed
@@ -166,7 +113,7 @@ def start(arguments: argparse.Namespace) -> tuple[list[Process], dict[str, dict[
 
 
 def measure_cell(
-    processes: Sequence[Process], shape: tuple[int, int], m: int, seconds: float
+    processes: Sequence[PeerProcess], shape: tuple[int, int], m: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Rows of one shape and m: rounds over all processes until the time is over."""
     times: dict[str, list[float]] = {}
@@ -204,7 +151,8 @@ def measure_cell(
 
 
 def measure(
-    processes: Sequence[Process], arguments: argparse.Namespace, shapes: Sequence[tuple[int, int]]
+    processes: Sequence[PeerProcess], arguments: argparse.Namespace,
+    shapes: Sequence[tuple[int, int]],
 ) -> list[dict[str, Any]]:
     """All rows; printed as they come."""
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """Quantizing a layer of LLaMA-2-7B's shapes: seconds per 10^9 weights, beside what bounds them.
 
-    python benchmarks/bench_quantize.py [--weights rtn mse gptq] [--group-size 0] [--profile]
+    python -m benchmarks.bench_quantize [--weights rtn mse gptq] [--group-size 0] [--profile]
                                         [--method balanced] [--folder DIR] [--json FILE] [--keep]
 
 The stage that the sweep calls quantize, weights read from disk and shard written, is timed with the
@@ -23,9 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import common
 import numpy as np
-from made_model import LLAMA_2_7B, write_checkpoint
 from numpy.typing import NDArray
 
 from singlequant import _C, QuantConfig, load_checkpoint
@@ -43,8 +41,10 @@ from singlequant.sweep.layer import (
     round_inputs,
     transform_inputs,
 )
-from singlequant.sweep.measure import PeakMemory
-from singlequant.sweep.texts import calibration_windows
+from singlequant.sweep.run import PeakMemory, calibration_tokens
+
+from . import common
+from .made_model import LLAMA_2_7B, write_checkpoint
 
 HIDDEN, INTERMEDIATE = LLAMA_2_7B.hidden, LLAMA_2_7B.intermediate
 WEIGHTS = LLAMA_2_7B.layer_weights
@@ -92,7 +92,7 @@ class RotationSpeed:
 
     def __init__(self, k: int) -> None:
         self.sizes = _C.factor_sizes(k)
-        self.rotation = _C.Rotation(k, *(_C.random_orthogonal(n, n) for n in self.sizes))
+        self.factors = [_C.random_orthogonal(n, n).astype(np.float32) for n in self.sizes]
         self.x = np.random.default_rng(k).standard_normal((self.ROWS, k), np.float32)
 
     def best(self) -> float:
@@ -102,7 +102,7 @@ class RotationSpeed:
         for _ in range(9):
             start = time.perf_counter()
             for _ in range(4):
-                _C.rotate(self.x, self.rotation)
+                _C.rotate(self.x, *self.factors)
             seconds = time.perf_counter() - start
             best = max(best, 4 * 2 * self.x.size * sum(self.sizes) / seconds / 1e9)
         _C.set_num_threads(threads)
@@ -170,7 +170,7 @@ def memory_bound(config: QuantConfig) -> float:
 
 
 @contextmanager
-def charge(prices: dict[str, float], step: str) -> Iterator[None]:
+def add_cost(prices: dict[str, float], step: str) -> Iterator[None]:
     """Add the block's CPU seconds to a step."""
     start = time.process_time()
     yield
@@ -196,7 +196,7 @@ def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: P
                 _profile_rows(prices, block, rotation, config, gptq)
         del gptq
     quantized = quantize_layer(checkpoint, rotations, replace(config, weights="rtn"))
-    with charge(prices, "write and sync"):
+    with add_cost(prices, "write and sync"):
         write_safetensors(out, layer_tensors(quantized, config))
     out.unlink()
     return prices
@@ -208,13 +208,13 @@ def _profile_factor(
     """What `gptq_factor` makes, block by block of inputs as there, each step charged."""
     gram = None
     for first in range(0, len(statistics.inputs), ROWS_PER_BLOCK):
-        with charge(prices, "inputs: rotate and round"):
+        with add_cost(prices, "inputs: rotate and round"):
             x = transform_inputs(statistics.inputs[first : first + ROWS_PER_BLOCK], rotation)
             if config.gptq_inputs == "quantized":
                 x = round_inputs(x, rotation, config)
-        with charge(prices, "Gram matrix"):
+        with add_cost(prices, "Gram matrix"):
             gram = _C.gram(x, gram)
-    with charge(prices, "Cholesky factor"):
+    with add_cost(prices, "Cholesky factor"):
         return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True))
 
 
@@ -223,22 +223,22 @@ def _profile_rows(
     gptq: GptqFactor | None,
 ) -> None:
     """One block of a weight's rows."""
-    turn, columns, group = rotation.core, rotation.balance, config.group_size
+    transform, columns, group = rotation.arrays, rotation.balance, config.group_size
     if columns is None:
         columns = np.ones(rotation.k, np.float32)
     if gptq is not None:
-        with charge(prices, "read, widen, balance, rotate"):
-            rows = _C.transform_weight(block, turn, columns)
-        with charge(prices, "GPTQ rounding"):
+        with add_cost(prices, "read, widen, balance, rotate"):
+            rows = _C.transform_weight(block, transform, columns)
+        with add_cost(prices, "GPTQ rounding"):
             codes, _ = _C.gptq_round(rows, *gptq, 4, group, True)
-        with charge(prices, "pack"):
+        with add_cost(prices, "pack"):
             _C.pack(codes)
         return
     steps = {"read, widen, round and pack": (block, group),
              "balance": (block, group, False, None, columns),
-             "rotate": (block, group, False, turn, columns)}
+             "rotate": (block, group, False, transform, columns)}
     if config.weights == "mse":
-        steps["clip search"] = (block, group, True, turn, columns)
+        steps["clip search"] = (block, group, True, transform, columns)
     before = 0.0
     for step, arguments in steps.items():
         seconds = min(_cpu_seconds(arguments) for _ in range(2))
@@ -255,8 +255,59 @@ def _cpu_seconds(arguments: tuple) -> float:
 # ---- report -------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+class Figures(list):
+    """Rows of the JSON; `report` adds a figure and prints it."""
+
+    def report(self, name: str, value: float | None, unit: str) -> None:
+        self.append({"figure": name, "value": value, "unit": unit})
+        print(f"{name:<58} {'not measured' if value is None else f'{value:.2f} {unit}'}")
+
+    def report_seconds(self, name: str, meter: Meter) -> None:
+        """Wall and CPU seconds of what a layer took, for 10^9 weights."""
+        self.report(f"{name}, per 10^9 weights", meter.wall * 1e9 / WEIGHTS, "s")
+        self.report("  CPU", meter.cpu * 1e9 / WEIGHTS, "s")
+
+
+def report_machine(rows: Figures, weights_file: Path, threads: int) -> None:
+    """What the disk, the memory and the FMA units can do."""
+    drop_cache(weights_file)
+    rows.report("disk, cold file", read_speed(weights_file), "GB/s")
+    rows.report("page cache", read_speed(weights_file), "GB/s")
+    rows.report(f"memory, {threads} threads", memory_speed(threads), "GB/s")
+    for k in (HIDDEN, INTERMEDIATE):
+        peak, speed = fma_peak(), RotationSpeed(k).best()
+        peak = peak and max(peak, fma_peak())
+        rows.report(f"rotation of rows of {k}, one core", speed, "GFLOP/s")
+        rows.report("  of the FMA peak", peak and 100 * speed / peak, "%")
+
+
+def report_rotations(rows: Figures, source: Path, config: QuantConfig, keep: bool
+                     ) -> LayerRotations:
+    """Calibrate and solve the layer; keep: with the inputs, as GPTQ wants them."""
+    checkpoint = load_checkpoint(source)
+    windows = calibration_tokens(checkpoint, config)
+    with Meter() as meter:
+        statistics = next(calibrate(checkpoint, windows, keep_inputs=keep))
+    rows.report_seconds(f"calibration, {windows.size} tokens", meter)
+    with Meter() as meter:
+        rotations = solve_layer(statistics, config)
+    rows.report_seconds(f"solving rotations ({config.method})", meter)
+    return rotations
+
+
+def report_profile(rows: Figures, weights: str, prices: dict[str, float]) -> None:
+    """CPU nanoseconds per weight of each step of one rounding."""
+    print(f"\n{weights}: CPU ns per weight")
+    for step, seconds in prices.items():
+        nanoseconds = seconds / WEIGHTS * 1e9
+        rows.append({"weights": weights, "step": step, "CPU ns per weight": nanoseconds})
+        print(f"  {step:<26} {nanoseconds:8.2f}")
+    print(f"  {'together':<26} {sum(prices.values()) / WEIGHTS * 1e9:8.2f}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", choices=("rtn", "mse", "gptq"),
                         default=["rtn", "mse", "gptq"])
     parser.add_argument("--method", default=QuantConfig().method)
@@ -264,59 +315,30 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the made model lies for the run")
     common.add_output(parser, "quantize")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
     environment = common.environment()
     common.print_environment(environment)
-    threads, rows = _C.get_num_threads(), []
+    threads, rows = _C.get_num_threads(), Figures()
     config = QuantConfig(method=arguments.method, group_size=arguments.group_size)
-
-    def report(name: str, value: float | None, unit: str) -> None:
-        rows.append({"figure": name, "value": value, "unit": unit})
-        print(f"{name:<58} {'not measured' if value is None else f'{value:.2f} {unit}'}")
-
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, out = Path(folder) / "made", Path(folder) / "layer.safetensors"
         write_checkpoint(source, 1)
-        weights_file = source / "model.safetensors"
-        drop_cache(weights_file)
-        report("disk, cold file", read_speed(weights_file), "GB/s")
-        report("page cache", read_speed(weights_file), "GB/s")
-        report(f"memory, {threads} threads", memory_speed(threads), "GB/s")
-        for k in (HIDDEN, INTERMEDIATE):
-            peak, speed = fma_peak(), RotationSpeed(k).best()
-            peak = peak and max(peak, fma_peak())
-            report(f"rotation of rows of {k}, one core", speed, "GFLOP/s")
-            report("  of the FMA peak", peak and 100 * speed / peak, "%")
-
-        checkpoint = load_checkpoint(source)
-        windows = calibration_windows(checkpoint, config)
-        scale = 1e9 / WEIGHTS
-        with Meter() as meter:
-            statistics = next(calibrate(checkpoint, windows,
-                                        keep_inputs="gptq" in arguments.weights))
-        report(f"calibration, {windows.size} tokens, per 10^9 weights", meter.wall * scale, "s")
-        report("  CPU", meter.cpu * scale, "s")
-        with Meter() as meter:
-            rotations = solve_layer(statistics, config)
-        report(f"solving rotations ({config.method}), per 10^9 weights", meter.wall * scale, "s")
-        report("  CPU", meter.cpu * scale, "s")
-        del checkpoint
-
+        report_machine(rows, source / "model.safetensors", threads)
+        rotations = report_rotations(rows, source, config, "gptq" in arguments.weights)
         print(f"\nQuantizing, {threads} threads; the target is {TARGET:.2f} s per 10^9 weights")
-        for weights in arguments.weights:
-            row = measure(source, rotations, replace(config, weights=weights), out)
+        configs = {weights: replace(config, weights=weights) for weights in arguments.weights}
+        for each in configs.values():
+            row = measure(source, rotations, each, out)
             rows.append(row | {"target, s per 10^9": TARGET})
             print("  ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{value:<4}"
                             for key, value in row.items()))
         if arguments.profile:
-            for weights in arguments.weights:
-                prices = profile(source, rotations, replace(config, weights=weights), out)
-                print(f"\n{weights}: CPU ns per weight")
-                for step, seconds in prices.items():
-                    rows.append({"weights": weights, "step": step,
-                                 "CPU ns per weight": seconds / WEIGHTS * 1e9})
-                    print(f"  {step:<26} {seconds / WEIGHTS * 1e9:8.2f}")
-                print(f"  {'together':<26} {sum(prices.values()) / WEIGHTS * 1e9:8.2f}")
+            for weights, each in configs.items():
+                report_profile(rows, weights, profile(source, rotations, each, out))
     common.write_result({"what": "quantize", "environment": environment, "method": config.method,
                          "threads": threads, "rows": rows},
                         arguments.json, arguments.keep and "quantize")

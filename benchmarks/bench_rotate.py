@@ -1,6 +1,6 @@
 """Which arrangement of Hadamard, ART and URT is best, and which activation clip, on given models.
 
-    python benchmarks/bench_rotate.py MODEL [MODEL ...] --calibration FILE --text FILE
+    python -m benchmarks.bench_rotate MODEL [MODEL ...] --calibration FILE --text FILE
                                       [--table arrangements|clip] [--windows 16] [--seq-len 512]
                                       [--quick] [--json FILE]
 
@@ -11,21 +11,17 @@ part in the calibration; KL = nats per token from the original model. --quick le
 from __future__ import annotations
 
 import argparse
-import importlib
 import tempfile
 from pathlib import Path
 
-import common
 import numpy as np
 
 import singlequant as sq
 from singlequant import arrays
-from singlequant.methods import singlequant
+from singlequant.methods import solve as solve_stage
 from singlequant.rotations import LayerRotations
-from singlequant.rows import rotate_rows
-from singlequant.sweep.texts import choose_windows
 
-rotate = importlib.import_module("singlequant.methods.solve")
+from . import common, tables
 
 VARIANTS = {
     "none": "none",
@@ -45,7 +41,7 @@ ARRANGED = {
     "2 sweeps of both, no H": {"art": "no", "rounds": 2, "hadamard": False},
 }
 for _name, _options in ARRANGED.items():
-    VARIANTS[_name] = lambda site, options=_options: singlequant.build(site, **options)
+    VARIANTS[_name] = lambda site, options=_options: solve_stage.arrange(site, **options)
 CLIPS = (0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 ROUNDINGS = {"rtn": {"weights": "rtn", "clip": 1.0}, "mse": {"weights": "mse"}}
 
@@ -57,17 +53,17 @@ class Bench:
         self.checkpoint = sq.load_checkpoint(folder)
         self.original = sq.load(folder)
         config = sq.QuantConfig()
-        windows = sq.calibration_windows(self.checkpoint, config, arguments.calibration)
+        windows = sq.calibration_tokens(self.checkpoint, config, arguments.calibration)
         self.statistics = list(sq.calibrate(self.checkpoint, windows, keep_inputs=False))
         tokens = self.original.encode(arguments.text.read_text())
         self.tokens = tokens[: arguments.windows * arguments.seq_len]
         self.seq_len = arguments.seq_len
-        held = choose_windows(self.tokens, 1024)
+        held = sq.calibration_windows(self.tokens, 1024)
         self.held = list(sq.calibrate(self.checkpoint, held, keep_inputs=False))
 
     def solve(self, variant) -> list[LayerRotations]:
         return [
-            LayerRotations(layer.index, {n: rotate.solve_site(s, variant)
+            LayerRotations(layer.index, {n: solve_stage.solve_site(s, variant)
                                          for n, s in layer.sites.items()})
             for layer in self.statistics
         ]
@@ -79,10 +75,11 @@ class Bench:
             weights = self.checkpoint.layer(layer.layer)
             for site, roles in self.checkpoint.architecture.sites.items():
                 x, rotation = held.sites[site].sample, layer.sites[site]
-                x_q = rounded(rotate_rows(x, rotation), clip=config.activation_clip)
+                sides = rotation.left.runtime(), rotation.right.runtime()
+                x_q = rounded(arrays.rotate(x, *sides), clip=config.activation_clip)
                 for role in roles:
                     w = weights.linears[role].weight.astype(np.float32)
-                    w_q = rounded(rotate_rows(w, rotation), search=config.weights == "mse")
+                    w_q = rounded(arrays.rotate(w, *sides), search=config.weights == "mse")
                     y = x @ w.T
                     errors.append(((x_q @ w_q.T - y) ** 2).sum() / (y**2).sum())
         return float(np.mean(errors))
@@ -97,8 +94,7 @@ class Bench:
 def print_arrangements(bench: Bench, quick: bool) -> list[dict[str, object]]:
     """W4A4, rounded plainly and with searched and fixed clips, one row per arrangement."""
     rows = []
-    print(f"| {'arrangement':<26} | error rtn | error mse | KL rtn | KL mse |")
-    print("|---|---|---|---|---|")
+    print(tables.table(["arrangement", "error rtn", "error mse", "KL rtn", "KL mse"], []))
     for name, variant in VARIANTS.items():
         rotations, row = bench.solve(variant), {"arrangement": name}
         for rounding, options in ROUNDINGS.items():
@@ -108,24 +104,22 @@ def print_arrangements(bench: Bench, quick: bool) -> list[dict[str, object]]:
                 row[f"kl {rounding}"] = bench.divergence(rotations, config)
         rows.append(row)
         kl = [f"{row[f'kl {r}']:.5f}" if f"kl {r}" in row else "" for r in ROUNDINGS]
-        print(f"| {name:<26} | {row['error rtn']:.5f} | {row['error mse']:.5f} | "
-              f"{kl[0]} | {kl[1]} |", flush=True)
+        errors = [f"{row[f'error {r}']:.5f}" for r in ROUNDINGS]
+        print(tables.line([name, *errors, *kl]), flush=True)
     return rows
 
 
 def print_clips(bench: Bench) -> list[dict[str, object]]:
     """KL of `singlequant` with mse weights, a row per scheme and a column per activation clip."""
     rotations, rows = bench.solve("singlequant"), []
-    print("| scheme | " + " | ".join(f"{clip:g}" for clip in CLIPS) + " |")
-    print("|---|" + "---|" * len(CLIPS))
+    print(tables.table(["scheme", *(f"{clip:g}" for clip in CLIPS)], []))
     for scheme in ("w4a4", "w4a8"):
         row = {"scheme": scheme}
         for clip in CLIPS:
             config = sq.QuantConfig(scheme, "singlequant", "mse", clip=clip)
             row[f"clip {clip:g}"] = bench.divergence(rotations, config)
         rows.append(row)
-        print(f"| {scheme} | " + " | ".join(f"{row[f'clip {c:g}']:.5f}" for c in CLIPS) + " |",
-              flush=True)
+        print(tables.line([scheme, *(f"{row[f'clip {c:g}']:.5f}" for c in CLIPS)]), flush=True)
     return rows
 
 

@@ -1,6 +1,6 @@
 """The online transform: dense factors against Hadamards and chains of Givens rotations, per k.
 
-    python benchmarks/bench_transform.py [--quick] [--tokens 512] [--json FILE] [--keep]
+    python -m benchmarks.bench_transform [--quick] [--tokens 512] [--json FILE] [--keep]
 
 Microseconds per token, one thread, transform and 4-bit quantization in one pass, medians of
 interleaved runs:
@@ -21,10 +21,11 @@ with quantization in the time of a whole W4A4 linear of k x k outputs.
 import argparse
 from functools import partial
 
-import common
 import numpy as np
 
 from singlequant import _C
+
+from . import common
 
 WIDTHS = [4096, 5120, 8192, 11008, 14336]
 SWEEPS = 2

@@ -1,6 +1,6 @@
 """Prefill and decode in tokens per second of whole networks: ours against other engines.
 
-    python benchmarks/end_to_end.py --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
+    python -m benchmarks.end_to_end --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
         [--prompt 512,16] [--context 128] [--threads 2] [--engines A,B] [--seconds 200]
         [--isa native|avx2] [--work DIR] [--json FILE] [--keep] [--quick]
 
@@ -25,10 +25,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,14 +35,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-from made_model import LLAMA_2_7B, TOY, Widths, write_checkpoint
 
 from singlequant import _C, QuantConfig, load_checkpoint, quantize_folder
 from singlequant.config import SITES
 
-PEERS = Path(__file__).resolve().parent / "peers"
+from . import common
+from .made_model import LLAMA_2_7B, TOY, Widths, write_checkpoint
+from .processes import Process
+
+ANSWER_SECONDS = 3600.0  # that an engine may take for one answer
 CALIBRATION_TOKENS = 512  # only speed is asked for
 CHECK_WINDOWS = (2, 48)  # count and length of the windows whose logits are compared
 # Largest relative error |logits - reference| / |reference|; two unrelated networks have about 1.4.
@@ -61,20 +61,20 @@ AVX2_ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How an engine is started: its file in peers/, and KIND as that file understands it."""
+    """How an engine is started: its module in peers/, and KIND as that file understands it."""
 
     label: str
-    script: str
+    module: str
     variant: str
     kind: str
 
     @property
     def ours(self) -> bool:
-        return self.script == "e2e_singlequant.py"
+        return self.module == "e2e_singlequant"
 
 
 def _specs() -> dict[str, EngineSpec]:
-    ours, llama, torch = (f"e2e_{x}.py" for x in ("singlequant", "llama_cpp", "transformers"))
+    ours, llama, torch = (f"e2e_{x}" for x in ("singlequant", "llama_cpp", "transformers"))
     specs = {"ours-16bit": EngineSpec("singlequant 16-bit", ours, "16-bit", "16-bit")}
     for scheme in ("w4a16", "w4a8", "w4a4"):
         specs[f"ours-{scheme}"] = EngineSpec(f"singlequant {scheme.upper()}", ours, scheme, "ours")
@@ -103,58 +103,37 @@ class EngineError(RuntimeError):
     """An engine ended instead of answering."""
 
 
-class Process:
-    """A running engine; `ask` sends one request and waits for its answer."""
+class EngineProcess(Process):
+    """A running engine, pinned to the CPUs.
+
+    Missing when a package that it needs is not there, EngineError when it fails otherwise.
+    """
 
     def __init__(self, spec: EngineSpec, folder: Path, cpus: Sequence[int], python: str,
                  isa: str = "native") -> None:
         self.spec = spec
-        count = str(len(cpus))
-        environment = {**os.environ, **isa_environment(isa), "OMP_NUM_THREADS": count,
-                       "OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-        if spec.ours:
-            paths = [str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
-        elif python != sys.executable:  # another Python must not find this one's packages
-            environment.pop("PYTHONPATH", None)
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [python, str(PEERS / spec.script), str(folder), spec.variant,
-                   ",".join(map(str, cpus))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors, text=True, env=environment)
-        try:
-            hello = self._answer()
-            if "missing" in hello:
-                raise Missing(hello["missing"])
-        except BaseException:
-            self.close()
-            raise
-        self.version, self.note = hello["version"], hello["note"]
+        super().__init__(
+            spec.module, [folder.resolve(), spec.variant, ",".join(map(str, cpus))],
+            python=sys.executable if spec.ours else python, threads=len(cpus),
+            environment=isa_environment(isa), own=spec.ours, paused=False, timeout=ANSWER_SECONDS)
+        if "failed" in self.hello:
+            try:
+                if "missing" in self.hello:
+                    raise Missing(self.hello["failed"])
+                self._raise(self.hello)
+            finally:
+                self.end()
+        self.version, self.note = self.hello["version"], self.hello["note"]
 
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise EngineError(f"{self.spec.label} ended with {self.process.returncode}:\n"
-                              f"{self.errors.read()[-3000:]}")
-        return json.loads(line)
+    def _raise(self, answer: Mapping[str, Any]) -> None:
+        raise EngineError(f"{self.spec.label}: {answer['failed']}\n{self.said()}")
 
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # the missing answer tells why
-            print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.errors.close()
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """The answer; EngineError when the engine failed."""
+        answer = super().ask(**order)
+        if "failed" in answer:
+            self._raise(answer)
+        return answer
 
 
 def isa_environment(isa: str) -> dict[str, str]:
@@ -167,7 +146,7 @@ def isa_environment(isa: str) -> dict[str, str]:
 
 
 def start(names: Sequence[str], folders: Mapping[str, Path], cpus: Sequence[int],
-          peer_python: str, isa: str, stack: contextlib.ExitStack) -> dict[str, Process]:
+          peer_python: str, isa: str, stack: contextlib.ExitStack) -> dict[str, EngineProcess]:
     """Name -> running engine; those that are missing are named.
 
     ValueError when an engine that is to be held to AVX2 says that it uses more.
@@ -178,11 +157,11 @@ def start(names: Sequence[str], folders: Mapping[str, Path], cpus: Sequence[int]
         folder = folders[spec.variant if spec.ours else "16-bit"]
         try:
             python = sys.executable if spec.ours else peer_python
-            engine = Process(spec, folder, cpus, python, isa)
+            engine = EngineProcess(spec, folder, cpus, python, isa)
         except Missing as missing:
             print(f"left out: {spec.label}: {missing}")
             continue
-        stack.callback(engine.close)
+        stack.callback(engine.end)
         running[name] = engine
         print(f"{spec.label:<24} {engine.version}; {engine.note}", flush=True)
         if isa == "avx2" and "AVX512" in engine.note.upper():
@@ -240,7 +219,7 @@ def describe_transform(folder: Path) -> dict[str, str]:
 # ---- agreement ----------------------------------------------------------------------------------
 
 
-def compare_logits(engines: Mapping[str, Process], work: Path) -> dict[str, dict[str, float]]:
+def compare_logits(engines: Mapping[str, EngineProcess], work: Path) -> dict[str, dict[str, float]]:
     """Name -> relative error, mean KL (nats) and top-1 agreement to the reference's logits."""
     reference = next((name for name in REFERENCES if name in engines), None)
     if reference is None:
@@ -249,7 +228,7 @@ def compare_logits(engines: Mapping[str, Process], work: Path) -> dict[str, dict
     found = {}
     path = work / "logits.npy"
     for name in (reference, *(n for n in engines if n != reference)):
-        engines[name].ask("logits", count=count, length=length, file=str(path))
+        engines[name].ask(do="logits", count=count, length=length, file=str(path.resolve()))
         logits = np.load(path).reshape(count * length, -1)
         path.unlink()
         if name == reference:
@@ -278,8 +257,9 @@ def check_logits(agreement: Mapping[str, Mapping[str, Any]]) -> None:
 # ---- timing -------------------------------------------------------------------------------------
 
 
-def measure(engines: Mapping[str, Process], requests: Mapping[tuple[str, int], dict[str, Any]],
-            seconds: float, min_rounds: int) -> dict[tuple[str, str, int], list[float]]:
+def measure(engines: Mapping[str, EngineProcess],
+            requests: Mapping[tuple[str, int], dict[str, Any]], seconds: float, min_rounds: int,
+            ) -> dict[tuple[str, str, int], list[float]]:
     """(name, phase, batch) -> tokens per second of each round; seconds is the aim for all."""
     rates: dict[tuple[str, str, int], list[float]] = {}
     shuffle = random.Random(0).shuffle
@@ -293,14 +273,14 @@ def measure(engines: Mapping[str, Process], requests: Mapping[tuple[str, int], d
             shuffle(order)
             for name in order:
                 time.sleep(REST)
-                answer = engines[name].ask(phase, batch=batch, **request)
+                answer = engines[name].ask(do=phase, batch=batch, **request)
                 if not answer["finite"]:
                     raise ValueError(f"{ENGINES[name].label}, {phase}, batch {batch}: expected "
                                      "finite logits, found NaN or Inf")
                 rate = answer["tokens"] / answer["seconds"]
                 rates.setdefault((name, phase, batch), []).append(rate)
         for engine in engines.values():
-            engine.ask("close")
+            engine.ask(do="close")
         print_phase(phase, batch, rates)
     return rates
 
@@ -314,7 +294,7 @@ def print_phase(phase: str, batch: int, rates: Mapping[tuple[str, str, int], lis
                   f"{t['high']:.1f}, {t['repeats']})", flush=True)
 
 
-def rows_of(engines: Mapping[str, Process], rates: Mapping, agreement: Mapping) -> list[dict]:
+def rows_of(engines: Mapping[str, EngineProcess], rates: Mapping, agreement: Mapping) -> list[dict]:
     """The JSON's rows."""
     rows = []
     for (name, phase, batch), values in rates.items():

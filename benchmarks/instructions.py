@@ -1,6 +1,6 @@
 """Instructions of a packed linear, counted by callgrind, against the numbers kept here.
 
-    python benchmarks/instructions.py [--update] [--tolerance 0.1]
+    python -m benchmarks.instructions [--update] [--tolerance 0.1]
 
 Times of a shared machine say nothing about a change of a few percent; instructions do. Counted are
 those inside `_C.linear` alone, on one thread, per call. A case that needs more than it did, by more
@@ -77,7 +77,8 @@ def count(names: Sequence[str]) -> dict[str, int]:
         out = Path(folder) / "out"
         done = subprocess.run(
             ["valgrind", "--tool=callgrind", "--toggle-collect=linear", f"--dump-before={MARK}",
-             f"--callgrind-out-file={out}", sys.executable, __file__, "--child", *names],
+             f"--callgrind-out-file={out}", sys.executable, "-m", "benchmarks.instructions",
+             "--child", *names],
             capture_output=True, text=True,
             env={**os.environ, "SINGLEQUANT_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                  "PYTHONHASHSEED": "0"})

@@ -1,6 +1,6 @@
 """Every kernel table on this machine, the newest instruction sets switched off one by one.
 
-    python benchmarks/kernel_ladder.py [--seconds 60] [--shape 4096x4096] [--json FILE]
+    python -m benchmarks.kernel_ladder [--seconds 60] [--shape 4096x4096] [--json FILE]
 
 A process for each table, in which SINGLEQUANT_DISABLE_CPU names all better ones; passes over the
 tables alternate. GOP/s is of quantizing the activations and multiplying, `bare` of multiplying
@@ -17,19 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FOLDER = Path(__file__).resolve().parent
-if str(FOLDER) not in sys.path:
-    sys.path.append(str(FOLDER))
-
-import common  # noqa: E402
-
-from singlequant import _C  # noqa: E402
-from singlequant.study.bench import (  # noqa: E402
+from singlequant import _C
+from singlequant.study.bench import (
     ROTATE_ROWS,
     ROWS,
     SHAPE,
@@ -42,6 +35,8 @@ from singlequant.study.bench import (  # noqa: E402
     speed_row,
     table_peaks,
 )
+
+from . import common
 
 SCHEMES = ("w4a4", "w4a8", "w4a16")
 PASSES = 3
@@ -120,7 +115,8 @@ def scaling(
 def run_table(table: str, argv: Sequence[str]) -> dict[str, Any]:
     """`measure_table` of a fresh process that has this table as its best."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", *argv], check=True, capture_output=True, text=True,
+        [sys.executable, "-m", "benchmarks.kernel_ladder", "--child", *argv], check=True,
+        capture_output=True, text=True,
         env={**os.environ, "SINGLEQUANT_DISABLE_CPU": common.better_tables(table)})
     found = json.loads(done.stdout)
     if found["table"] != table:

@@ -1,6 +1,6 @@
 """docs/performance.md and the README's table of speed from the JSON in results/.
 
-    python benchmarks/performance.py [--from benchmarks/results] [--out docs/performance.md] \
+    python -m benchmarks.performance [--from benchmarks/results] [--out docs/performance.md] \
         [--readme README.md]
 
 A folder of results is a machine; of several files of one name the newest counts. The text around
@@ -11,112 +11,30 @@ the profile and the bound) follows its tables. No figure stands here: all come f
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from singlequant import files
+
+from . import bench_peers, common
+from .aims import aims
+from .machines import (
+    OURS,
+    RIVALS,
+    Machine,
+    end_to_end_title,
+    mean_share,
+    peers_title,
+    read_machines,
+)
+from .tables import number, percent, table, times
+
 FOLDER = Path(__file__).resolve().parent
-if str(FOLDER) not in sys.path:
-    sys.path.append(str(FOLDER))
-
-import bench_peers  # noqa: E402
-import common  # noqa: E402
-
-from singlequant import files  # noqa: E402
-
 TEMPLATE = FOLDER / "performance.template.md"
 GENERATED = "<!-- generated -->"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-KINDS = ("peers", "ladder", "end-to-end", "quantize", "transform", "attention")
-FILE = re.compile(r"(\d{4}-\d\d-\d\d)-(.+)\.json")
-AMX_STEP = "tdpbsud"
-RIVALS = ("int4", "int8", "16-bit", "32-bit")
-OURS = ("ours_w4a4", "ours_w4a8")
-REAL_CORES = 1.8  # ratio of two CPUs to one, from which they are two cores
-
-
-@dataclass
-class Machine:
-    """A folder of results: the newest file of each name."""
-
-    path: Path
-    results: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def environment(self) -> Mapping[str, Any]:
-        """Of the run that could use the most CPUs."""
-        return max((r["environment"] for r in self.results.values()), key=lambda e: e["cpus"])
-
-    def of(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """(file name, result) of a kind."""
-        return [(name, r) for name, r in self.results.items() if kind_of(name) == kind]
-
-    @property
-    def has_amx(self) -> bool:
-        return any(AMX_STEP in r.get("peaks", {}) for r in self.results.values())
-
-
-def kind_of(name: str) -> str | None:
-    """The kind of a result from what follows the date in its file's name."""
-    return next((k for k in KINDS if name.startswith(k) or name.endswith(k)), None)
-
-
-def read_machines(folder: Path) -> list[Machine]:
-    """Every machine in a folder. ValueError names a file that is no result."""
-    if not folder.is_dir():
-        raise ValueError(f"--from: expected a folder with a folder of results for each machine, "
-                         f"found no {folder}")
-    machines = []
-    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        machine = Machine(path)
-        for file in sorted(path.glob("*.json")):
-            match = FILE.fullmatch(file.name)
-            if match is None or kind_of(match[2]) is None:
-                raise ValueError(f"{file}: expected a name like 2025-01-31-ladder.json, of "
-                                 f"{', '.join(KINDS)}")
-            result = json.loads(file.read_text("utf-8"))
-            if not isinstance(result, dict) or not {"environment", "rows"} <= result.keys():
-                raise ValueError(f"{file}: expected environment and rows")
-            if result.get("quick") or result.get("settings", {}).get("quick"):
-                raise ValueError(f"{file}: the figures of a quick run mean nothing")
-            machine.results[match[2]] = result
-        if machine.results:
-            machines.append(machine)
-    if not machines:
-        raise ValueError(f"{folder}: expected folders of results, found none")
-    return machines
-
-
-# ---- tables -------------------------------------------------------------------------------------
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, last: bool = False
-) -> str:
-    """Markdown; the first `left` columns are text, and so is the last where `last` says so."""
-    marks = ["---"] * left + ["---:"] * (len(header) - left)
-    if last:
-        marks[-1] = "---"
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, marks, *rows])
-
-
-def number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}x"
 
 
 def describe(environment: Mapping[str, Any]) -> str:
@@ -128,16 +46,11 @@ def describe(environment: Mapping[str, Any]) -> str:
 def command(script: str, environment: Mapping[str, Any]) -> str:
     """What was run, when, at which commit and how busy the machine was."""
     shown = " ".join([script, *common.shown_arguments(environment.get("argv", []))])
-    return (f"`python benchmarks/{shown}`, {environment['date']}, commit {environment['commit']}, "
-            f"load {environment['load'][0]} before the run.")
+    return (f"`python -m benchmarks.{shown}`, {environment['date']}, commit "
+            f"{environment['commit']}, load {environment['load'][0]} before the run.")
 
 
 # ---- sections -----------------------------------------------------------------------------------
-
-
-def peers_title(result: Mapping[str, Any]) -> str:
-    what = "everything allowed" if result["isa"] == "best" else f"held to {result['isa'].upper()}"
-    return f"Linears, {result['threads']} thread{'s' * (result['threads'] > 1)}, {what}"
 
 
 def peers_section(result: Mapping[str, Any]) -> str:
@@ -145,7 +58,7 @@ def peers_section(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     ms = sorted({r["m"] for r in rows if "gops" in r})
     shapes = ", ".join(f"{n}x{k}" for n, k in result["shapes"])
-    text = [f"### {peers_title(result)}", command("bench_peers.py", result["environment"]),
+    text = [f"### {peers_title(result)}", command("bench_peers", result["environment"]),
             f"GOP/s, geometric mean over the shapes (outputs x inputs) {shapes}; an empty cell has "
             "no figure for one of them."]
     lines = []
@@ -184,12 +97,6 @@ def ratio_lines(rows: Sequence[Mapping[str, Any]], ms: Sequence[int]) -> list[li
     return lines
 
 
-def mean_share(rows: Sequence[Mapping[str, Any]], peer: str, m: int, key: str) -> float | None:
-    """Geometric mean over the shapes of a share, None where there is none."""
-    found = [r[key] for r in rows if r["peer"] == peer and r["m"] == m and r.get(key)]
-    return bench_peers.geometric_mean(found) if found else None
-
-
 def shares_table(result: Mapping[str, Any], ms: Sequence[int]) -> str:
     rows = result["rows"]
     names = [n for n in bench_peers.of_kinds(rows, "ours", "bound") if n != "read_loop"]
@@ -209,7 +116,7 @@ def ladder_section(result: Mapping[str, Any]) -> str:
     lines = [[r["table"], r["scheme"], str(r["m"]), number(r["gops"]), number(r["bare_gops"]),
               percent(r["bare_share_of_peak"]), percent(r.get("share_of_read"))]
              for r in result["rows"]]
-    text = ["### Kernel ladder", command("kernel_ladder.py", result["environment"]),
+    text = ["### Kernel ladder", command("kernel_ladder", result["environment"]),
             f"{n}x{k}, one thread, GOP/s with the quantization of the activations and bare; the "
             "share of the measured peak is the bare kernel's.",
             table(["table", "scheme", "m", "GOP/s", "bare", "of the peak", "of reading"], lines, 2)]
@@ -228,11 +135,6 @@ def ladder_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-def end_to_end_title(name: str) -> str:
-    """'end-to-end-avx2' -> 'End to end avx2'."""
-    return name.replace("-", " ").capitalize()
-
-
 def end_to_end_section(name: str, result: Mapping[str, Any]) -> str:
     lines = []
     phases = list(dict.fromkeys((r["phase"], r["batch"]) for r in result["rows"]))
@@ -244,7 +146,7 @@ def end_to_end_section(name: str, result: Mapping[str, Any]) -> str:
                       f"{number(t['low'])} - {number(t['high'])}", note])
     return "\n\n".join([
         f"### {end_to_end_title(name)}",
-        command("end_to_end.py", result["environment"]), "Tokens per second, median and quartiles:",
+        command("end_to_end", result["environment"]), "Tokens per second, median and quartiles:",
         table(["engine", "kind", "phase", "batch", "tokens/s", "quartiles", "note"], lines, 3,
               last=True)])
 
@@ -265,7 +167,7 @@ def quantize_section(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     keys = ("cold, s per 10^9", "warm, s per 10^9", "CPU, s per 10^9", "target, s per 10^9",
             "peak memory, MB", "bound, MB")
-    text = ["### Quantizing", command("bench_quantize.py", result["environment"]),
+    text = ["### Quantizing", command("bench_quantize", result["environment"]),
             "A layer of LLaMA-2-7B's shapes: read, rotated, rounded, packed and written, with the "
             "file on disk (cold) and in the page cache (warm); the target is the paper's time.",
             table(["weights", *keys], [[r["weights"], *(number(r[k]) for k in keys)]
@@ -288,7 +190,7 @@ def transform_section(result: Mapping[str, Any]) -> str:
               *(number(r[f"{form}_us_per_token"]) for form in forms), number(r["dense_gflops"]),
               percent(r["share"])] for r in result["rows"]]
     return "\n\n".join([
-        "### Online transform", command("bench_transform.py", result["environment"]),
+        "### Online transform", command("bench_transform", result["environment"]),
         "Microseconds per token on one thread, 4-bit quantization included: none, dense factors "
         "(what runs), Hadamards alone, and Hadamards with the rotations of two sweeps behind them; "
         "the share is of the dense form in a W4A4 linear of k outputs.",
@@ -302,118 +204,11 @@ def attention_section(result: Mapping[str, Any]) -> str:
               number(r["gb_per_second"]), times(r["speedup"])] for r in result["rows"]]
     return "\n\n".join([
         "### Attention by the bits of the KV cache",
-        command("bench_attention.py", result["environment"]),
+        command("bench_attention", result["environment"]),
         "Microseconds per decoded token of one layer with next to no linears, at the context and "
         "at one of a single token; GB/s of stored cache; times the speed of float32.",
         table(["heads of", "batch", "context", "KV bits", "us", "us, context 1", "GB/s", "speed"],
               lines)])
-
-
-# ---- the aims -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Aim:
-    """A line of the table of aims: found None where there is no figure."""
-
-    where: str
-    what: str
-    aim: float
-    found: float | None
-    at_most: bool = False
-    share: bool = False
-
-    def cells(self) -> list[str]:
-        show = percent if self.share else times
-        sign = "<=" if self.at_most else ">="
-        if self.found is None:
-            return [self.where, self.what, f"{sign} {show(self.aim)}", "-", "no figure"]
-        met = self.found <= self.aim if self.at_most else self.found >= self.aim
-        return [self.where, self.what, f"{sign} {show(self.aim)}", show(self.found),
-                "met" if met else "not met"]
-
-
-# what is compared with whom, at how many rows, and the aim: (ours, m, rivals, aim)
-FASTEST, INT4, INTEGER = RIVALS, ("int4",), ("int4", "int8")
-AMX_AIMS = [(ours, m, rivals, aim) for m, rivals, aim in
-            ((512, INTEGER, 2.0), (16, INT4, 1.5), (1, FASTEST, 1.1)) for ours in OURS]
-AVX2_AIMS = [
-    ("ours_w4a4", 512, "ggml_q4_0", 2.5), ("ours_w4a4", 512, "openblas", 1.7),
-    ("ours_w4a4", 512, INT4, 1.4), ("ours_w4a8", 512, "ours_w4a4", 0.85),
-    *((ours, m, rivals, aim) for m, rivals, aim in ((16, INT4, 1.3), (1, FASTEST, 1.1))
-      for ours in OURS),
-]
-READ_SHARE, BARE_SHARE, TRANSFORM_SHARE = 0.85, {True: 0.65, False: 0.75}, {True: 0.3, False: 0.15}
-THREADS, OVER_16_BIT, OVER_INT4 = 1.8, 2.3, 1.0
-
-
-def linear_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
-    """Of one run of bench_peers: AMX's on an AMX machine, AVX2's when held to it."""
-    rows, where = result["rows"], peers_title(result)
-    found = []
-    for ours, m, rivals, aim in AMX_AIMS if amx else AVX2_AIMS:
-        names = [rivals] if isinstance(rivals, str) else bench_peers.of_kinds(rows, *rivals)
-        ratio = bench_peers.ratio_to(rows, ours, m, names)
-        against = rivals if isinstance(rivals, str) else f"the fastest {' or '.join(rivals)}"
-        against = "the fastest" if rivals == FASTEST else against
-        found.append(Aim(where, f"{ours}, m = {m}, over {against}", aim, ratio and ratio["ratio"]))
-    for ours in OURS:
-        found.append(Aim(where, f"{ours}, m = 1, of the read loop", READ_SHARE,
-                         mean_share(rows, ours, 1, "share_of_read"), share=True))
-        bare = ours.replace("ours", "bare")
-        found.append(Aim(where, f"{bare}, m = 512, of the peak", BARE_SHARE[amx],
-                         mean_share(rows, bare, 512, "share_of_peak"), share=True))
-    return found
-
-
-def ladder_aims(result: Mapping[str, Any]) -> list[Aim]:
-    """The transform's share, and threads where the cores are real."""
-    found = []
-    for r in result["transform"]:
-        limit = TRANSFORM_SHARE["amx" in r["table"]]
-        if r["scheme"] == "w4a4" and ("amx" in r["table"] or r["table"] == "avx2"):
-            found.append(Aim("Kernel ladder", f"transform of {r['scheme']} on {r['table']}, "
-                             f"m = {r['m']}", limit, r["share"], at_most=True, share=True))
-    if (result["cores"]["ratio"] or 0) >= REAL_CORES:
-        best = result["environment"]["kernels"]["runnable"][0]
-        for r in result["threads"]:
-            if r["table"] == best and r["threads"] == 2:
-                found += [Aim("Kernel ladder", f"two threads on {best}, {s}", THREADS, r[s])
-                          for s in ("w4a4", "w4a8")]
-    return found
-
-
-def end_to_end_aims(where: str, result: Mapping[str, Any]) -> list[Aim]:
-    """W4A4 and W4A8, each over the fastest 16-bit and int4 engine, by phase and batch.
-
-    W4A16 does not count: its products are float32's.
-    """
-    found = []
-    for phase, batch in dict.fromkeys((r["phase"], r["batch"]) for r in result["rows"]):
-        rows = [r for r in result["rows"] if (r["phase"], r["batch"]) == (phase, batch)]
-        for ours in (r for r in rows if r["kind"] == "ours" and not r["engine"].endswith("W4A16")):
-            for kind, aim in (("16-bit", OVER_16_BIT), ("int4", OVER_INT4)):
-                speeds = [r["tokens_per_s"]["median"] for r in rows if r["kind"] == kind]
-                ratio = ours["tokens_per_s"]["median"] / max(speeds) if speeds else None
-                found.append(Aim(where, f"{ours['engine']}, {phase}, batch {batch}, over the "
-                                 f"fastest {kind}", aim, ratio))
-    return found
-
-
-def aims(machine: Machine) -> list[Aim]:
-    found = []
-    for _, result in machine.of("peers"):
-        if result["isa"] == "avx2":
-            found += linear_aims(result, amx=False)
-        elif machine.has_amx:
-            found += linear_aims(result, amx=True)
-        elif machine.environment["kernels"]["runnable"][0] == "avx2":
-            found += linear_aims(result, amx=False)
-    for _, result in machine.of("ladder"):
-        found += ladder_aims(result)
-    for name, result in machine.of("end-to-end"):
-        found += end_to_end_aims(end_to_end_title(name), result)
-    return found
 
 
 # ---- the page and the README --------------------------------------------------------------------

@@ -11,37 +11,21 @@ import numpy as np
 import pytest
 
 import singlequant as sq
+from benchmarks import end_to_end as bench
+from benchmarks.peers import e2e_llama_cpp as llama
+from benchmarks.peers.e2e_singlequant import SingleQuant
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 OURS = ["ours-16bit", "ours-w4a16", "ours-w4a8", "ours-w4a4"]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The module end_to_end; its neighbours are importable while it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import end_to_end
-
-        yield end_to_end
-        for name in ("end_to_end", "made_model", "common"):
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def peers(monkeypatch):
-    """The modules of benchmarks/peers are importable while the test runs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
 
 
 def run(*arguments, expect=0):
     """The finished process of the command on its toy network."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(BENCHMARKS / "end_to_end.py"), "--quick",
+        [sys.executable, "-W", "error", "-m", "benchmarks.end_to_end", "--quick",
          *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=600,
+        capture_output=True, text=True, env=environment, timeout=900, cwd=ROOT,
     )
     assert done.returncode == expect, done.stderr
     return done
@@ -108,8 +92,9 @@ def test_end_to_end_leaves_out_aloud_what_is_not_installed(tmp_path):
     python.chmod(0o755)
     done = run("--engines", "ours-16bit,transformers-float32,llama-F16", "--batch", "1",
                "--peer-python", python)
-    assert "left out: transformers float32: No module named 'torch'" in done.stdout
-    assert "left out: llama.cpp F16: No module named 'llama_cpp'" in done.stdout
+    absent = "ModuleNotFoundError: No module named"
+    assert f"left out: transformers float32: {absent} 'torch'" in done.stdout
+    assert f"left out: llama.cpp F16: {absent} 'llama_cpp'" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -119,7 +104,7 @@ def test_end_to_end_leaves_out_aloud_what_is_not_installed(tmp_path):
      ("--threads", "100000", "the CPUs here, found 100000"),
      ("--layers", "0", "--layers: expected at least 1, found 0")],
 )
-def test_end_to_end_names_the_option_it_refuses(bench, capsys, option, value, message):
+def test_end_to_end_names_the_option_it_refuses(capsys, option, value, message):
     with pytest.raises(SystemExit):
         bench.parse([option, value])
     assert message in capsys.readouterr().err
@@ -128,7 +113,7 @@ def test_end_to_end_names_the_option_it_refuses(bench, capsys, option, value, me
 # ---- its parts ----------------------------------------------------------------------------------
 
 
-def test_ratios_are_to_the_fastest_peer_of_each_kind(bench):
+def test_ratios_are_to_the_fastest_peer_of_each_kind():
     rows = [row("a", "16-bit", 10.0), row("b", "16-bit", 20.0), row("c", "int4", 25.0),
             row("d", "int8", 1000.0), row("e", "32-bit", 1000.0), row("us", "ours", 50.0),
             row("us", "ours", 7.0, phase="prefill")]
@@ -138,7 +123,7 @@ def test_ratios_are_to_the_fastest_peer_of_each_kind(bench):
     assert alone == {"engine": "us", "phase": "prefill", "batch": 1}
 
 
-def test_check_logits_refuses_another_network(bench):
+def test_check_logits_refuses_another_network():
     good = {"relative_error": 0.001, "kl_mean": 0.0, "top1_agreement": 1.0, "reference": "x"}
     bench.check_logits({"llama-F16": good})
     bench.check_logits({"llama-Q4_0": good | {"relative_error": 0.3, "top1_agreement": 0.4}})
@@ -151,7 +136,7 @@ def test_check_logits_refuses_another_network(bench):
 
 
 @pytest.mark.parametrize("method", ["none", "hadamard"])
-def test_require_transform_refuses_a_folder_that_does_less(bench, tmp_path, method):
+def test_require_transform_refuses_a_folder_that_does_less(tmp_path, method):
     source, out = tmp_path / "made", tmp_path / "out"
     bench.write_checkpoint(source, 1, bench.TOY)
     config = sq.QuantConfig(method=method, weights="rtn", calibration_tokens=64)
@@ -160,14 +145,12 @@ def test_require_transform_refuses_a_folder_that_does_less(bench, tmp_path, meth
         bench.require_transform(out)
 
 
-def test_engine_error_shows_what_the_engine_said(bench, tmp_path):
-    with pytest.raises(bench.EngineError, match=r"(?s)ended with 1.*absent"):
-        bench.Process(bench.ENGINES["ours-w4a4"], tmp_path / "absent", [0], sys.executable)
+def test_engine_error_shows_what_the_engine_said(tmp_path):
+    with pytest.raises(bench.EngineError, match=r"singlequant W4A4: .*absent"):
+        bench.EngineProcess(bench.ENGINES["ours-w4a4"], tmp_path / "absent", [0], sys.executable)
 
 
-def test_gguf_names_and_row_order_are_those_of_llama_cpp(peers):
-    import e2e_llama_cpp as llama
-
+def test_gguf_names_and_row_order_are_those_of_llama_cpp():
     assert llama.gguf_name("model.layers.10.mlp.down_proj.weight") == "blk.10.ffn_down.weight"
     assert llama.gguf_name("lm_head.weight") == "output.weight"
     # The rotary embedding turns (i, i + d / 2); llama.cpp turns (2i, 2i + 1) of the same head.
@@ -176,9 +159,7 @@ def test_gguf_names_and_row_order_are_those_of_llama_cpp(peers):
         0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
-def test_decode_and_prefill_of_our_engine_give_the_logits_of_a_whole_pass(bench, peers, tmp_path):
-    from e2e_singlequant import SingleQuant
-
+def test_decode_and_prefill_of_our_engine_give_the_logits_of_a_whole_pass(tmp_path):
     bench.write_checkpoint(tmp_path / "made", 2, bench.TOY)
     engine = SingleQuant(tmp_path / "made", "", sq.get_num_threads())
     tokens = np.random.default_rng(0).integers(0, engine.vocab, (3, 7))

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 
 import singlequant as sq
-from singlequant.methods.axes import Site
+from benchmarks.experiments import command, report, sensitivity
+from singlequant.methods import solve as solve_stage
+from singlequant.sweep import calibrate as calibrate_stage
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 
 
 def run(script, *arguments, expect=0):
     """The finished process of a command; warnings are errors in it too."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXPERIMENTS / script), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300,
+        [sys.executable, "-W", "error", "-m", f"benchmarks.experiments.{script}",
+         *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=900, cwd=ROOT,
     )
     assert done.returncode == expect, done.stderr
     return done
@@ -56,29 +58,19 @@ def site():
     x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     x[:, [3, 40]] *= 20
     weights = [np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)]
-    return sys.modules["singlequant.sweep.calibrate"].site_statistics(x, weights)
-
-
-def load(name, monkeypatch):
-    """A module of the experiments; its neighbours are importable while the test runs."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+    return calibrate_stage.site_statistics(x, weights)
 
 
 # ---- the commands -------------------------------------------------------------------------------
 
 
 def test_ablation_writes_what_compare_finds(tmp_path):
-    run("ablation.py", "--quick", "--out", tmp_path)
+    run("ablation", "--quick", "--out", tmp_path)
     rows = {row["method"]: row for row in read(tmp_path, "ablation")}
     methods = ["none", "art", "urt", "paper", "hadamard", "singlequant"]
     assert list(rows) == ["original", *methods]
-    found = sq.compare(sq.bundled_model(), methods=["urt"], schemes=["w4a4"], seq_len=128,
-                       windows=2, calibration_tokens=256, defaults=False)
+    found = sq.compare(sq.bundled_model(), ["urt"], ["w4a4"], seq_len=128, windows=2,
+                       calibration_tokens=256, defaults=False)
     assert rows["original"]["perplexity"] == found.rows[0].results[0].perplexity
     assert rows["urt"]["kl_mean"] == found.rows[1].results[0].kl_mean
     assert rows["hadamard"]["kl_to_hadamard"] == 1
@@ -90,42 +82,42 @@ def test_second_run_of_a_command_computes_nothing(tmp_path):
     text.write_text(sq.bundled_text("heldout")[:3000])
     arguments = ("--quick", "--text", text, "--text", ROOT / "CONTRIBUTING.md", "--seeds", "0,3",
                  "--windows", "1", "--out", tmp_path)
-    run("ablation.py", *arguments)
+    run("ablation", *arguments)
     first, lines = read(tmp_path, "ablation"), (tmp_path / "rows.jsonl").read_bytes()
     assert len(lines.splitlines()) == 1 + 2 * 6
     assert {row["text"] for row in first} == {"text", "CONTRIBUTING"}
     assert all(row["seeds"] == 2 for row in first if row["method"] != "original")
     assert {row["kl_mean_sd"] for row in first if row["method"] == "hadamard"} == {0}
-    run("ablation.py", *arguments)
+    run("ablation", *arguments)
     assert read(tmp_path, "ablation") == first
     assert (tmp_path / "rows.jsonl").read_bytes() == lines
 
 
 def test_thresholds_move_the_paper_method_and_are_resumable(tmp_path):
     arguments = ("--part", "thresholds", "--quick", "--out", tmp_path)
-    done = run("sensitivity.py", *arguments)
+    done = run("sensitivity", *arguments)
     rows = read(tmp_path, "thresholds")
     default = {row["kl_mean"] for row in rows if row["default"]}
     moved = {row["kl_mean"] for row in rows if row["value"] is not None and not row["default"]}
     assert len(default) == 1
     assert len(moved) == 4  # each threshold has an effect
     assert not default & moved
-    paper = sq.compare(sq.bundled_model(), methods=["paper"], schemes=["w4a4"], seq_len=128,
-                       windows=2, calibration_tokens=256, defaults=False)
+    paper = sq.compare(sq.bundled_model(), ["paper"], ["w4a4"], seq_len=128, windows=2,
+                       calibration_tokens=256, defaults=False)
     assert default == {paper.rows[1].results[0].kl_mean}
     if importlib.util.find_spec("lm_eval"):
         assert all(0 <= row["stdlib_continuation_acc"] <= 1 for row in rows)
     else:
         assert "not run, lm_eval is not installed" in done.stdout
     lines = (tmp_path / "rows.jsonl").read_bytes()
-    run("sensitivity.py", *arguments)
+    run("sensitivity", *arguments)
     assert (tmp_path / "rows.jsonl").read_bytes() == lines
     assert read(tmp_path, "thresholds") == rows
 
 
 @pytest.mark.slow
 def test_factors_of_other_sizes_give_another_rotation(tmp_path):
-    run("sensitivity.py", "--part", "factors", "--quick", "--out", tmp_path)
+    run("sensitivity", "--part", "factors", "--quick", "--out", tmp_path)
     rows = read(tmp_path, "factors")
     assert [row["default"] for row in rows].count(True) == 1
     for row in rows:
@@ -135,9 +127,8 @@ def test_factors_of_other_sizes_give_another_rotation(tmp_path):
         assert row["solve_seconds"] > 0
     assert len({row["kl_mean"] for row in rows}) == len({row["qkv"] for row in rows}) == len(rows)
     default, = (row for row in rows if row["default"])
-    whole = sq.compare(sq.bundled_model(), methods=["singlequant", "hadamard"],
-                       schemes=["w4a4"], weights=["mse"], clip=None, seq_len=128,
-                       windows=2, calibration_tokens=256, defaults=False)
+    whole = sq.compare(sq.bundled_model(), ["singlequant", "hadamard"], ["w4a4"], ["mse"],
+                       clip=None, seq_len=128, windows=2, calibration_tokens=256, defaults=False)
     found = [row.results[0].kl_mean for row in whole.rows[1:]]
     assert [default["kl_mean"], default["hadamard_kl"]] == found  # the method's own factors
 
@@ -145,7 +136,7 @@ def test_factors_of_other_sizes_give_another_rotation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["tokens", "seeds", "domain"])
 def test_sensitivity_part_writes_its_outputs(part, tmp_path):
-    done = run("sensitivity.py", "--part", part, "--quick", "--out", tmp_path)
+    done = run("sensitivity", "--part", part, "--quick", "--out", tmp_path)
     rows = read(tmp_path, part)
     if part == "tokens":
         assert [row["calibration_tokens"] for row in rows] == [16, 256, 4096]
@@ -163,7 +154,7 @@ def test_sensitivity_part_writes_its_outputs(part, tmp_path):
 
 
 @pytest.mark.slow
-def test_signatures_treat_any_model_and_say_what_they_cannot(tmp_path, make_checkpoint):
+def test_signatures_measure_any_model_and_say_what_they_cannot(tmp_path, make_checkpoint):
     model = make_checkpoint(tmp_path / "random")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -171,19 +162,19 @@ def test_signatures_treat_any_model_and_say_what_they_cannot(tmp_path, make_chec
     texts = tmp_path / "a.txt", tmp_path / "b.txt"
     for file, part in zip(texts, ("calibration", "heldout"), strict=True):
         file.write_text(sq.bundled_text(part)[:20000])
-    done = run("signatures.py", model, broken, "--quick", "--domain", texts[0], "--domain",
+    done = run("signatures", model, broken, "--quick", "--domain", texts[0], "--domain",
                *texts, "--out", tmp_path / "out")
     rows = read(tmp_path / "out", "signatures")
-    treated = [row for row in rows if row["model"] == "random"]
-    assert {row["text"] for row in treated} == {"a", "b"}
-    for row in treated:
+    quantized = [row for row in rows if row["model"] == "random"]
+    assert {row["text"] for row in quantized} == {"a", "b"}
+    for row in quantized:
         if row["recipe"] == "hadamard":
             assert row["kl_ratio"] == 1
     failed = [row for row in rows if row["model"] == "broken"]
     assert len(failed) == 1
     assert "config.json" in failed[0]["error"]
     for name in ("singlequant", "default"):
-        worse = [r for r in treated if r["recipe"] == name and r["kl_ratio"] > 1]
+        worse = [r for r in quantized if r["recipe"] == name and r["kl_ratio"] > 1]
         assert f"{name} loses to hadamard in {len(worse)} of 2 cases" in done.stdout
     whole, refused = read(tmp_path / "out", "memory")
     assert "error" in refused
@@ -193,10 +184,10 @@ def test_signatures_treat_any_model_and_say_what_they_cannot(tmp_path, make_chec
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("ablation.py", "no-such-model"), "no-such-model"),
-    (("ablation.py", "--text", "no-such-text"), "no-such-text"),
-    (("ablation.py", "--scheme", "w3a3"), "scheme: expected one of"),
-    (("sensitivity.py", "--part", "domain", "--domain", "a", "b", "c"), "expected one or two"),
+    (("ablation", "no-such-model"), "no-such-model"),
+    (("ablation", "--text", "no-such-text"), "no-such-text"),
+    (("ablation", "--scheme", "w3a3"), "scheme: expected one of"),
+    (("sensitivity", "--part", "domain", "--domain", "a", "b", "c"), "expected one or two"),
 ])
 def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path):
     script, *options = arguments
@@ -210,7 +201,7 @@ def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path):
 
 
 def test_urt_threshold_leaves_the_indices_below_it_alone(site):
-    build = Site(site)
+    build = solve_stage._Site(site)
     v = build.signed_extremes(0)
     median = np.median(np.abs(v))
     below = np.abs(v) < 1.5 * median
@@ -224,26 +215,27 @@ def test_urt_threshold_leaves_the_indices_below_it_alone(site):
 
 
 def test_urt_threshold_above_all_extremes_does_nothing(site):
-    build = Site(site)
+    build = solve_stage._Site(site)
     build.urt_flat(0, 1e9)
     assert build.axes[0].factor().is_identity
-    assert not build.steps
+    assert build.urt_steps == 0
 
 
-def test_resized_sites_keep_everything_but_the_axes(site, monkeypatch):
-    sensitivity = load("sensitivity", monkeypatch)
+def test_resized_sites_keep_everything_but_the_axes(site):
     for scale in sensitivity.FACTOR_SCALES:
         new = sensitivity.resized(site, scale)
         assert new.k1 * new.k2 == 96
+        x = site.sample.astype(np.float64).reshape(-1, new.k1, new.k2)
+        np.testing.assert_allclose(new.gram1, np.einsum("tij,tkj->ik", x, x), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(new.gram2, np.einsum("tij,tik->jk", x, x), rtol=1e-6, atol=1e-6)
         assert new.sample is site.sample
     assert sensitivity.resized(site, sensitivity.Fraction(1)) is site
 
 
-def test_halves_of_a_text_do_not_overlap(tmp_path, monkeypatch):
-    common = load("common", monkeypatch)
+def test_halves_of_a_text_do_not_overlap(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("".join(f"line {i}\n" for i in range(11)))
-    with common.domains([[file]]) as (domain,):
+    with command.domains([[file]]) as (domain,):
         calibration, text = domain.calibration.read_text(), domain.text.read_text()
     assert domain.name == "text"
     assert calibration + text == file.read_text()
@@ -251,9 +243,9 @@ def test_halves_of_a_text_do_not_overlap(tmp_path, monkeypatch):
     assert file.read_text().count("\n") == 11  # unchanged
 
 
-def test_spread_is_the_sample_standard_deviation(monkeypatch):
-    common, row = load("common", monkeypatch), {}
-    common.add_spread(row, [1.0, 2.0, 6.0], "x")
+def test_spread_is_the_sample_standard_deviation():
+    row = {}
+    report.add_spread(row, [1.0, 2.0, 6.0], "x")
     assert row == {"x": 3.0, "x_sd": pytest.approx(np.std([1, 2, 6], ddof=1))}
-    common.add_spread(row, [4.0], "y")
+    report.add_spread(row, [4.0], "y")
     assert (row["y"], row["y_sd"]) == (4.0, None)

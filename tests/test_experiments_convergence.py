@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 
 import singlequant as sq
+from benchmarks.experiments import command, convergence, latency, results
 from singlequant.methods import spinquant
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks.experiments import convergence, latency, results  # noqa: E402
 
 TOKENS, WINDOWS, SEQ_LEN = 256, 3, 64
 
@@ -116,14 +113,14 @@ def test_a_run_of_something_else_is_refused(model, text, tmp_path, change, messa
 
 def test_calibration_loss_is_the_cross_entropy_of_the_windows(model, text, tmp_path):
     checkpoint, windows = calibration_windows(model, text)
-    arguments = convergence.parser().parse_args(common_options(model, text, tmp_path))
+    arguments = command.parse(convergence.parser(), common_options(model, text, tmp_path))
     bench = convergence.Bench(checkpoint, windows, text.read_text(), arguments, tmp_path)
     logits = sq.load(model).forward(windows)[:, :-1].astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     chosen = np.take_along_axis(log_p, windows[:, 1:, None], axis=-1)
     found = bench.judge(sq.load(model))
     assert found["calibration_loss"] == pytest.approx(-chosen.mean(), rel=1e-5)
-    assert len(bench.tokens) == WINDOWS * SEQ_LEN
+    assert len(bench.laboratory.tokens) == WINDOWS * SEQ_LEN
 
 
 @pytest.mark.parametrize(("windows", "batch", "cycle"),
@@ -162,7 +159,7 @@ def test_learned_rotations_are_worth_in_the_runtime_what_torch_says(text, tmp_pa
 
 
 def taken(model, text, options):
-    arguments = convergence.parser().parse_args(options)
+    arguments = command.parse(convergence.parser(), options)
     return convergence.learned_rotations(*calibration_windows(model, text), arguments)
 
 
@@ -231,7 +228,7 @@ def test_decoder_decodes_what_generate_writes(model):
     [(["--prefill", "257"], "--prefill: expected at most 256"),
      (["--context", "255"], "expected at most 256 tokens"),
      (["--repeats", "0"], "--repeats: expected at least 1"),
-     (["--batches", "0"], "--batches: expected at least 1")],
+     (["--decode", "0"], "--decode: expected at least 1")],
 )
 def test_latency_refuses_what_the_model_cannot_hold(model, tmp_path, options, message):
     small = ["--prefill", "8", "--context", "8", "--repeats", "1", "--decode", "1"]

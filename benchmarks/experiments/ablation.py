@@ -1,7 +1,7 @@
 """What ART and URT each contribute: nothing, ART, URT, both (the paper), Hadamard, singlequant.
 
-    python benchmarks/experiments/ablation.py [MODEL] [--text FILE --text FILE] [--calibration FILE]
-                                              [--seeds 0] [--windows N] [--quick] [--out DIR]
+    python -m benchmarks.experiments.ablation [MODEL] [--text FILE --text FILE]
+        [--calibration FILE] [--seeds 0] [--windows N] [--quick] [--out DIR]
 
 Perplexity, KL to the original model and top-1 agreement of each transformation at equal rounding
 (to nearest, no clip) from one calibration. The run can be stopped and started again.
@@ -9,12 +9,14 @@ Perplexity, KL to the original model and top-1 agreement of each transformation 
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
-
-import common
 
 import singlequant as sq
 
+from . import command, report
+
+NAME = "ablation"
 NAMES = {
     "none": "none",
     "art": "ART only",
@@ -39,7 +41,7 @@ def rows_of(found: sq.Comparison) -> list[dict[str, object]]:
                 row["error"] = errors[0]
             else:
                 for name in MEASURES:
-                    common.add_spread(row, [getattr(r.results[t], name) for r in same], name)
+                    report.add_spread(row, [getattr(r.results[t], name) for r in same], name)
             rows.append(row)
         hadamard = next(r for r in rows if r["text"] == text and r["method"] == "hadamard")
         for row in rows[-len(NAMES):]:
@@ -50,7 +52,7 @@ def rows_of(found: sq.Comparison) -> list[dict[str, object]]:
 
 def draw(rows: list[dict[str, object]], title: str):
     """A panel per measure, a line of the panel per transformation, a marker per text."""
-    figure, axes = common.figure(1, 3, height=3.4, sharey=True)
+    figure, axes = report.figure(1, 3, height=3.4, sharey=True)
     if figure is None:
         return None
     texts = list(dict.fromkeys(row["text"] for row in rows))
@@ -64,13 +66,13 @@ def draw(rows: list[dict[str, object]], title: str):
                   [100 * (r["perplexity"] / original["perplexity"] - 1) for r in done],
                   [100 * (1 - r["top1_agreement"]) for r in done])
         for axis, x in zip(axes[0], values, strict=True):
-            axis.plot(x, y, linestyle="", label=text, **common.style(t))
+            axis.plot(x, y, linestyle="", label=text, **report.style(t))
     heads = ("KL to the original, nats per token", "perplexity above the original's, %",
              "tokens with another top-1, %")
     for axis, head in zip(axes[0], heads, strict=True):
         axis.set_xlabel(head)
         axis.set_xscale("log")  # a value of 0 or below is not drawn
-        common.plain_ticks(axis, "x")
+        report.plain_ticks(axis, "x")
     axes[0, 0].set_yticks(range(len(NAMES)), labels=list(NAMES.values()))
     axes[0, 0].invert_yaxis()
     axes[0, 0].legend(fontsize="small")
@@ -78,19 +80,12 @@ def draw(rows: list[dict[str, object]], title: str):
     return figure
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = common.parser(__doc__, "ablation")
-    options.add_argument("--text", type=Path, action="append", help="to evaluate on; given once "
-                         "per text (default: the bundled held-out text)")
-    options.add_argument("--calibration", type=Path, help="(default: the bundled text)")
-    options.add_argument("--seeds", type=common.integers, default=[0], help="draws of the "
-                         "calibration tokens, 0,1,2 (%(default)s: the text's first tokens)")
-    arguments = common.parse(options, argv)
-    with common.progress("ablation") as progress:
+def ablation(arguments: Namespace) -> None:
+    with command.progress("ablation") as progress:
         found = sq.compare(
             arguments.model, methods=list(NAMES), texts=arguments.text, seeds=arguments.seeds,
             calibration=arguments.calibration, defaults=False, progress=progress,
-            **common.comparison_options(arguments),
+            **command.comparison_options(arguments),
         )
     rows = rows_of(found)
     columns = (
@@ -104,9 +99,21 @@ def main(argv: list[str] | None = None) -> None:
     tokens = found.rows[0].results[0].predictions
     notes = [f"{tokens} predictions on {found.texts[0]}, windows of {found.seq_len} tokens."]
     notes += [f"{r['transformation']}: {r['error']}" for r in rows if "error" in r]
-    common.Report("ablation", title, columns, rows, notes).write(
-        arguments.out, arguments, draw(rows, title))
+    report.Report(NAME, title, columns, rows, notes, found.model).write(
+        arguments, figure=draw(rows, title))
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = command.parser(__doc__, NAME)
+    options.add_argument("--text", type=Path, action="append", help="to evaluate on; given once "
+                         "per text (default: the bundled held-out text)")
+    options.add_argument("--calibration", type=Path, help="(default: the bundled text)")
+    options.add_argument("--seeds", type=command.integers, default=[0], help="draws of the "
+                         "calibration tokens, 0,1,2 (%(default)s: the text's first tokens)")
+    arguments = command.parse(options, argv)
+    with command.errors_of(NAME):
+        ablation(arguments)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which closed-form transformation of a site's inputs is best, with range and rounding fixed.
 
-    python benchmarks/experiments/closed_forms.py [MODEL] [--text FILE] [--calibration FILE]
+    python -m benchmarks.experiments.closed_forms [MODEL] [--text FILE] [--calibration FILE]
                      [--windows N] [--seq-len N] [--only PATTERN] [--out DIR] [--quick]
 
 Every transformation under two roundings: to nearest with clip 1, and GPTQ with clip 0.8. Columns:
@@ -21,27 +21,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import fake
 import numpy as np
-from fake import (
-    AxisBalance,
-    Experiment,
-    Key,
-    Range,
-    Recipe,
-    Solver,
-    Transformed,
-    built,
-    kronecker,
-)
 from numpy.typing import NDArray
 
 from singlequant import _C
-from singlequant.methods import hadamard, singlequant
-from singlequant.methods.axes import SWEEP_ROUNDS
+from singlequant.methods import solve as solve_stage
 from singlequant.statistics import SiteStatistics
 
-TITLE = "Closed-form transformations"
+from . import recipes as table, simulation
+from .rounding import Range
+from .simulation import Experiment, Key, Ranges, Recipe, Transformed
+from .transforms import AxisBalance, Solver, built, kronecker, named, principal
+
+NAME, TITLE = "closed_forms", "Closed-form transformations"
 ROUNDINGS = {"rtn": Range(1.0), "gptq": Range(0.8)}
 AXIS_DAMPING = 1e-4  # share of the mean eigenvalue that is added to an axis's Gram matrices
 AXIS_ROUNDS = 2  # alternations: one axis's balance changes the other's Gram matrices
@@ -72,13 +64,13 @@ def axis_balance(
 
 
 def _axis_gram(rows: NDArray[np.float32], sides: list[Matrix], axis: int) -> Matrix:
-    """Damped Gram matrix of an axis, mean eigenvalue 1, of rows [m, k] turned by sides."""
+    """Damped Gram matrix of an axis, mean eigenvalue 1, of rows [m, k] transformed by sides."""
     left, right = (np.ascontiguousarray(s, np.float32) for s in sides)
-    turned = kronecker(rows, left, right).reshape(-1, len(left), len(right))
+    rotated = kronecker(rows, left, right).reshape(-1, len(left), len(right))
     if axis == 0:
-        turned = np.ascontiguousarray(turned.transpose(0, 2, 1))
-    n = turned.shape[2]
-    gram = _C.gram(turned.reshape(-1, n)).astype(np.float64)
+        rotated = np.ascontiguousarray(rotated.transpose(0, 2, 1))
+    n = rotated.shape[2]
+    gram = _C.gram(rotated.reshape(-1, n)).astype(np.float64)
     return gram * (n / np.trace(gram)) + AXIS_DAMPING * np.eye(n)
 
 
@@ -107,7 +99,7 @@ def urt_principal(site: Any, before: bool) -> None:
         columns = site.columns(axis)
         direction = _C.principal_directions(columns @ columns.T)[0]
         chain = _C.urt(direction, np.where(direction < 0, -1.0, 1.0))
-        site.apply_chain("URT", axis, *chain)
+        site.urt_steps += site.apply_chain(axis, *chain)
     if before:
         _hadamard_last(site)
 
@@ -131,7 +123,7 @@ def _hadamard_first(site: Any) -> None:
 def _hadamard_last(site: Any) -> None:
     """A factor's own Hadamard comes first: behind a chain it is a chain itself."""
     for axis, order in enumerate((site.k1, site.k2)):
-        site.apply_matrix("Hadamard as a chain", axis, _C.hadamard_matrix(order))
+        site.apply_matrix(axis, _C.hadamard_matrix(order))
 
 
 def sweeps(
@@ -152,7 +144,7 @@ def sweeps(
             parts.append(_unit_rms(rows) * (share * len(inputs) / len(rows)) ** 0.25)
         site.sample = np.concatenate(parts).reshape(-1, site.k1, site.k2)
     _hadamard_first(site)
-    for _ in range(SWEEP_ROUNDS):
+    for _ in range(solve_stage.SWEEP_ROUNDS):
         for axis in order:
             site.sweep(axis)
 
@@ -224,9 +216,9 @@ def two_levels(budget: float, clip: float, weighted: bool) -> Callable[[Transfor
 
 def solvers() -> dict[str, Solver]:
     """Every transformation by name."""
-    arrange, principal, balanced = singlequant.build, fake.principal, 0.5
-    mixed = hadamard.build
-    found = {"hadamard": fake.named("hadamard"), "singlequant": fake.named("singlequant")}
+    arrange, balanced = solve_stage.arrange, 0.5
+    mixed = solve_stage.METHODS["hadamard"].build
+    found = {"hadamard": named("hadamard"), "singlequant": named("singlequant")}
     for power in (0.25, 0.5, 0.75, 1.0):
         found[f"balance {power:g}, H"] = built(mixed, power)
     found["axis balance, H"] = built(mixed, axes=axis_balance)
@@ -256,7 +248,7 @@ def solvers() -> dict[str, Solver]:
     return found
 
 
-def allocations(clip: float) -> dict[str, fake.Ranges]:
+def allocations(clip: float) -> dict[str, Ranges]:
     """4 or 8 bits per site; 4.5 is what a block of 1/8 at 8 bits has."""
     return {
         f"{budget:g} bits, {'errors by inputs' if weighted else 'errors alike'}":
@@ -280,15 +272,14 @@ def recipes() -> list[Recipe]:
 
 def measure(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
     """What a row holds beside its divergence."""
-    cost = experiment.cost(recipe)
-    return {**experiment.site_measures(recipe), "bits": cost["bits"],
+    cost = simulation.cost(experiment, recipe)
+    return {**simulation.site_measures(experiment, recipe), "bits": cost["bits"],
             "products_8bit": cost["products_8bit"]}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; ValueError on what does not fit."""
-    arguments = fake.parser(__doc__).parse_args(argv)
-    fake.run_rows(__file__, TITLE, recipes(), measure, arguments)
+    """The command."""
+    table.main(NAME, TITLE, __doc__, recipes, measure, argv)
 
 
 if __name__ == "__main__":

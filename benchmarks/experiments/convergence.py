@@ -1,6 +1,6 @@
 """SpinQuant's learned rotations against closed forms: loss by step, KL, and seconds of each.
 
-    python benchmarks/experiments/convergence.py MODEL --out DIR [--steps 1000]
+    python -m benchmarks.experiments.convergence MODEL --out DIR [--steps 1000]
         [--calibration FILE] [--calibration-tokens N] [--text FILE] [--windows N] [--seq-len N]
         [--learned FILE] [--time-limit SECONDS] [--repeats 3] [--threads 1]
 
@@ -29,22 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant.files import save_figure
+from singlequant.checkpoint.views import online_rotations, spinquant_checkpoint
 from singlequant.methods import spinquant
-from singlequant.study.evaluate import CachedScorer, Evaluation
-from singlequant.sweep.texts import read_text
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+from .. import common
+from . import command, report
+from .laboratory import Laboratory
 
-from benchmarks.experiments.figures import (  # noqa: E402
-    common,
-    new_figure,
-    table,
-    write_experiment,
-)
-
+NAME = "convergence"
 SEQ_LEN = 512
 CLOSED_FORMS = ("hadamard", "duquant", "singlequant")
 COLUMNS = (  # header, key of a row, format
@@ -60,8 +52,7 @@ COLUMNS = (  # header, key of a row, format
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command.bare_parser(__doc__, NAME)
     p.add_argument("model", metavar="MODEL", type=Path)
     p.add_argument("--out", metavar="DIR", type=Path, required=True)
     p.add_argument("--steps", type=int, default=spinquant.STEPS, metavar="N",
@@ -70,10 +61,9 @@ def parser() -> argparse.ArgumentParser:
                    help="windows per step of a new run (default %(default)s)")
     p.add_argument("--learned", type=Path, metavar="FILE")
     p.add_argument("--time-limit", type=float, metavar="SECONDS")
-    p.add_argument("--calibration", type=Path, metavar="FILE", help="default: the bundled text")
     p.add_argument("--calibration-tokens", type=int, metavar="N",
                    default=sq.QuantConfig().calibration_tokens)
-    p.add_argument("--text", type=Path, metavar="FILE", help="default: the bundled held-out text")
+    command.add_texts(p)
     p.add_argument("--windows", type=int, metavar="N", help="of the text (default: all)")
     p.add_argument("--seq-len", type=int, metavar="N")
     p.add_argument("--repeats", type=int, default=3, metavar="N")
@@ -155,20 +145,19 @@ class Bench:
     """A model, its calibration windows and the text it is judged on."""
 
     def __init__(self, checkpoint, windows, text: str, arguments, folder: Path) -> None:
-        self.checkpoint, self.windows, self.folder = checkpoint, windows, folder
-        self.calibration = arguments.calibration
-        self.original = CachedScorer(sq.load(checkpoint.path))
-        limit = checkpoint.spec.max_position_embeddings
-        self.seq_len = min(SEQ_LEN, limit) if arguments.seq_len is None else arguments.seq_len
-        if not 2 <= self.seq_len <= limit:
-            raise ValueError(f"--seq-len: expected 2 to {limit}, found {self.seq_len}")
-        count = None if arguments.windows is None else arguments.windows * self.seq_len
-        self.tokens = checkpoint.encode(text)[:count]
+        limit = checkpoint.shape.max_position_embeddings
+        seq_len = min(SEQ_LEN, limit) if arguments.seq_len is None else arguments.seq_len
+        if not 2 <= seq_len <= limit:
+            raise ValueError(f"--seq-len: expected 2 to {limit}, found {seq_len}")
+        self.calibration, self.windows, self.folder = arguments.calibration, windows, folder
+        self.laboratory = Laboratory(checkpoint.path, text, self.calibration, seq_len=seq_len,
+                                     windows=arguments.windows)
+        self.checkpoint, self.original = checkpoint, self.laboratory.original
 
     def judge(self, model) -> dict[str, Any]:
         """Loss on the calibration windows; perplexity and divergence on the text."""
         loss = sq.evaluate(model, self.windows.reshape(-1), self.windows.shape[1])
-        found: Evaluation = sq.evaluate(model, self.tokens, self.seq_len, self.original)
+        found = self.laboratory.judge(model)
         return {"calibration_loss": math.log(loss.perplexity), "perplexity": found.perplexity,
                 "kl_mean": found.kl_mean, "top1": found.top1_agreement}
 
@@ -179,9 +168,9 @@ class Bench:
     def residual(self, r1: NDArray, r2: NDArray, clip: float) -> dict[str, Any]:
         """The model with r1 and r2 fused, down_proj's Hadamard online, rounded to nearest."""
         config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
-        view = spinquant.spinquant_checkpoint(self.checkpoint, r1, r2)
-        rotations = [spinquant.online_rotations(view.shape, i)
-                     for i in range(view.spec.layers)]
+        view = spinquant_checkpoint(self.checkpoint, r1, r2)
+        rotations = [online_rotations(view.shape, i, "spinquant")
+                     for i in range(view.shape.layers)]
         return self._packed(
             lambda out: sq.save(sq.quantize(view, rotations, config), out, view, config)
         )
@@ -342,7 +331,7 @@ def cycle_means(losses: NDArray, windows: int, batch: int) -> tuple[NDArray, NDA
 
 def draw(rows: Sequence[Mapping[str, Any]], run: spinquant.Learned, title: str):
     """Losses as the optimiser meets them; without their noise, beside zero steps; seconds."""
-    figure = new_figure(figsize=(14, 4.2), layout="constrained")
+    figure = report.new_figure(figsize=(14, 4.2))
     if figure is None:
         return None
     figure.suptitle(title, fontsize="medium")
@@ -384,50 +373,38 @@ def draw(rows: Sequence[Mapping[str, Any]], run: spinquant.Learned, title: str):
     return figure
 
 
-def run_experiment(arguments: argparse.Namespace, argv: Sequence[str]) -> Path:
-    """Everything: learn or take the run, judge, time, write. Returns the JSON's path."""
+def run_experiment(arguments: argparse.Namespace) -> None:
+    """Everything: learn or take the run, judge, time, write."""
     if arguments.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, found {arguments.repeats}")
     checkpoint = sq.load_checkpoint(arguments.model)
     config = sq.QuantConfig(calibration_tokens=arguments.calibration_tokens)
-    windows = sq.calibration_windows(checkpoint, config, arguments.calibration)
-    text = sq.bundled_text("heldout") if arguments.text is None else read_text(arguments.text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    windows = sq.calibration_tokens(checkpoint, config, arguments.calibration)
+    text = command.evaluation_text(arguments.text)
     sq.set_num_threads(arguments.threads)
-    environment = common.environment()
+    environment = common.environment(arguments.argv)
     common.print_environment(environment)
     run = learned_rotations(checkpoint, windows, arguments)
     with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
         bench = Bench(checkpoint, windows, text, arguments, Path(folder))
         rows = rows_of(bench, run, arguments.repeats)
     notes = notes_of(rows, run, arguments.repeats, arguments.threads)
+    model, shown = checkpoint.path.resolve().name, bench.laboratory.windows
     name = "bundled text" if arguments.text is None else arguments.text.name
-    title = (f"{checkpoint.path.resolve().name}, W4A4, {windows.size} calibration tokens, "
-             f"{len(bench.tokens) // bench.seq_len} windows of {bench.seq_len} of {name}")
-    figure = draw(rows, run, title)
-    if figure is not None:
-        figure = save_figure(figure, arguments.out / "convergence.png").name
-    print("\n" + table(rows, COLUMNS), *notes, sep="\n\n")
+    title = (f"{model}, W4A4, {windows.size} calibration tokens, {len(shown)} windows of "
+             f"{shown.shape[1]} of {name}")
     curves = {
         "losses": run.losses.tolist(), "probe_steps": run.probe_steps.tolist(),
         "smooth_losses": run.smooth_losses.tolist(), "noise": run.noise.tolist(),
         "settings": dict(run.settings),
     }
-    return write_experiment(arguments.out, "convergence", argv, environment, title, rows, notes,
-                            figure, columns=COLUMNS, model=checkpoint.path.resolve().name,
-                            curves=curves)
+    report.Report(NAME, title, COLUMNS, rows, notes, model, {"curves": curves}).write(
+        arguments, environment, draw(rows, run, title))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser().parse_args(argv)
-    threads = sq.get_num_threads()
-    try:
-        run_experiment(arguments, argv)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"convergence: {error}")
-    finally:
-        sq.set_num_threads(threads)
+    with command.errors_of(NAME):
+        run_experiment(command.parse(parser(), argv))
 
 
 if __name__ == "__main__":

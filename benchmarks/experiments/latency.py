@@ -1,6 +1,6 @@
 """Prefill and decode in tokens per second, original against packed, with memory and size.
 
-    python benchmarks/experiments/latency.py MODEL --out DIR [--prefill 512] [--batches 1,16]
+    python -m benchmarks.experiments.latency MODEL --out DIR [--prefill 512] [--batches 1,16]
         [--context 128] [--decode 8] [--repeats 15] [--schemes w4a4,w4a8,w4a16] [--threads N]
 
 Any supported model. The original runs in its 16-bit path: weights as they are stored, float32
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,19 +25,13 @@ import numpy as np
 import singlequant as sq
 from singlequant import _C
 from singlequant.config import SCHEMES
-from singlequant.files import folder_bytes, save_figure
+from singlequant.sweep.run import folder_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+from .. import common
+from . import command, report
+from .command import names
 
-from benchmarks.experiments.figures import (  # noqa: E402
-    common,
-    new_figure,
-    table,
-    write_experiment,
-)
-
+NAME = "latency"
 NOTES = (
     "The online transform is what a site does to its inputs before the integer product: rotation "
     "and quantization to codes, timed alone on rows of the same shapes; its share is that time "
@@ -49,19 +42,13 @@ NOTES = (
 )
 
 
-def names(text: str) -> list[str]:
-    """Option of the form A,B."""
-    return text.split(",")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command.bare_parser(__doc__, NAME)
     p.add_argument("model", metavar="MODEL", type=Path)
     p.add_argument("--out", metavar="DIR", type=Path, required=True)
     p.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt")
-    p.add_argument("--batches", type=lambda text: [int(b) for b in names(text)], default=[1, 16],
+    p.add_argument("--batches", type=common.integers, default=[1, 16],
                    metavar="A,B", help="sequences decoded together (default 1,16)")
     p.add_argument("--context", type=int, default=128, metavar="N",
                    help="tokens that a sequence holds before it is decoded")
@@ -105,7 +92,7 @@ def transform(model: sq.Model, m: int) -> Callable[[], None]:
     checkpoint, config = model.checkpoint, model.checkpoint.quant_config
     rng, work = np.random.default_rng(0), []
     widths: dict[int, np.ndarray] = {}
-    for index in range(model.spec.layers):
+    for index in range(model.shape.layers):
         layer = checkpoint.layer(index)
         for site, roles in checkpoint.architecture.sites.items():
             k = layer.linears[roles[0]].weight.shape[1]
@@ -117,7 +104,7 @@ def transform(model: sq.Model, m: int) -> Callable[[], None]:
     def run() -> None:
         for x, rotation, clip in work:
             if rotation is not None:
-                x = _C.rotate(x, rotation)
+                x = (_C.rotate if len(rotation) == 2 else _C.rotate_blocks)(x, *rotation)
             if config.activation_bits < 16:
                 _C.quantize(x, config.activation_bits, 0, True, clip, False)
 
@@ -167,7 +154,7 @@ def measure(
     models: Mapping[tuple[str, str], sq.Model], arguments: argparse.Namespace
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Tokens per second, ratios and the transform's share of each model, phase by phase."""
-    vocab = next(iter(models.values())).spec.vocab
+    vocab = next(iter(models.values())).shape.vocab
     ids = np.random.default_rng(0).integers(0, vocab, (max(arguments.batches), arguments.context))
     prompt = np.random.default_rng(1).integers(0, vocab, arguments.prefill)
     found: dict[tuple[str, str], dict[str, Any]] = {key: {} for key in models}
@@ -227,8 +214,7 @@ def columns_of(batches: Sequence[int]) -> list[tuple[str, str, str]]:
 def draw(rows: Sequence[Mapping[str, Any]], title: str):
     """Ratios to the 16-bit path, a panel per phase."""
     phases = [key.removesuffix("_ratio") for key in rows[0] if key.endswith("_ratio")]
-    figure = new_figure(figsize=(1 + 4 * len(phases), 1.2 + 0.35 * len(rows)),
-                        layout="constrained")
+    figure = report.new_figure(figsize=(1 + 4 * len(phases), 1.2 + 0.35 * len(rows)))
     if figure is None:
         return None
     figure.suptitle(title, fontsize="medium")
@@ -248,15 +234,14 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str):
     return figure
 
 
-def run_experiment(arguments: argparse.Namespace, argv: Sequence[str]) -> Path:
-    """Build, load, measure, write. Returns the JSON's path."""
+def run_experiment(arguments: argparse.Namespace) -> None:
+    """Build, load, measure, write."""
     checkpoint = sq.load_checkpoint(arguments.model)
     checkpoint.require_unquantized()
     check(arguments, checkpoint.shape)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.threads is not None:
         sq.set_num_threads(arguments.threads)
-    environment = common.environment()
+    environment = common.environment(arguments.argv)
     common.print_environment(environment)
     rows = []
     with tempfile.TemporaryDirectory(prefix="latency-") as folder:
@@ -266,27 +251,16 @@ def run_experiment(arguments: argparse.Namespace, argv: Sequence[str]) -> Path:
             rows.append({"scheme": scheme, "method": method, **found[scheme, method],
                          "peak_memory_MB": peak_memory(path, arguments.prefill) / 1e6,
                          "disk_MB": folder_bytes(path) / 1e6})
-    title = (f"{checkpoint.path.resolve().name}, prefill of {arguments.prefill} tokens, decode "
-             f"behind {arguments.context}, threads: {environment['threads']}")
-    figure = draw(rows, title)
-    if figure is not None:
-        figure = save_figure(figure, arguments.out / "latency.png").name
-    columns = columns_of(arguments.batches)
-    print("\n" + table(rows, columns), *NOTES, sep="\n\n")
-    return write_experiment(arguments.out, "latency", argv, environment, title, rows, NOTES,
-                            figure, columns=columns, model=checkpoint.path.resolve().name)
+    model = checkpoint.path.resolve().name
+    title = (f"{model}, prefill of {arguments.prefill} tokens, decode behind {arguments.context}, "
+             f"threads: {environment['threads']}")
+    report.Report(NAME, title, columns_of(arguments.batches), rows, NOTES, model).write(
+        arguments, environment, draw(rows, title))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser().parse_args(argv)
-    threads = sq.get_num_threads()
-    try:
-        run_experiment(arguments, argv)
-    except ValueError as error:
-        sys.exit(f"latency: {error}")
-    finally:
-        sq.set_num_threads(threads)
+    with command.errors_of(NAME):
+        run_experiment(command.parse(parser(), argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which range the 4-bit activations should have, by KL and by what it costs the inner loop.
 
-    python benchmarks/experiments/ranges.py [MODEL] [--text FILE] [--calibration FILE] [--windows N]
+    python -m benchmarks.experiments.ranges [MODEL] [--text FILE] [--calibration FILE] [--windows N]
                                             [--seq-len N] [--only PATTERN] [--out DIR] [--quick]
 
 The transformation is that of method `balanced`, without its block of 8-bit inputs and with it; the
@@ -20,14 +20,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import fake
 import numpy as np
-from fake import Experiment, Key, Range, Recipe, Transformed
 
 from singlequant import _C
-from singlequant.methods import singlequant
+from singlequant.methods import solve as solve_stage
 
-TITLE = "Ranges of 4-bit activations"
+from . import recipes as table, simulation
+from .rounding import Range, round_transformed
+from .simulation import Experiment, Key, Ranges, Recipe, Transformed
+from .transforms import built, principal
+
+NAME, TITLE = "ranges", "Ranges of 4-bit activations"
 STATIC_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 SEARCHES = {3: (0.9, 0.8, 0.7), 4: (0.95, 0.85, 0.75, 0.65),
             9: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)}
@@ -48,7 +51,7 @@ def static_clips(base: Range):
             y = transform.inputs(sample[:: max(1, len(sample) // SAMPLE_TOKENS)])
             weights, errors = np.concatenate(found.float_weights(key)), []
             for clip in STATIC_CLIPS:
-                rounded = fake.round_transformed(y, transform.high, replace(base, clip=clip))
+                rounded = round_transformed(y, transform.high, replace(base, clip=clip))
                 errors.append(np.sum(_C.linear_dense(rounded - y, weights) ** 2))
             chosen[key] = replace(base, clip=STATIC_CLIPS[int(np.argmin(errors))])
         return chosen
@@ -56,9 +59,9 @@ def static_clips(base: Range):
     return choose
 
 
-def options() -> dict[str, fake.Ranges]:
+def options() -> dict[str, Ranges]:
     """Every range by name, for the transformation without a block of 8 bits."""
-    found: dict[str, fake.Ranges] = {
+    found: dict[str, Ranges] = {
         f"clip {clip:g}": Range(clip) for clip in (1.0, 0.9, 0.85, 0.8, 0.75, 0.7)
     }
     found |= {f"asymmetric, clip {clip:g}": Range(clip, asymmetric=True)
@@ -73,7 +76,7 @@ def options() -> dict[str, fake.Ranges]:
     return found
 
 
-def blocks() -> dict[tuple[str, str], fake.Ranges]:
+def blocks() -> dict[tuple[str, str], Ranges]:
     """Ranges beside a block of 8 bits, by the block's share and the range's name."""
     every, found = options(), {}
     for share in HIGH_SHARES:
@@ -87,11 +90,11 @@ def blocks() -> dict[tuple[str, str], fake.Ranges]:
 
 def recipes() -> list[Recipe]:
     """All rows, those of one transformation together."""
-    plain = fake.built(singlequant.build, power=0.5)
-    rows = [fake.BASELINE]
+    plain = built(solve_stage.arrange, power=0.5)
+    rows = [table.BASELINE]
     rows += [Recipe(name, "balanced, no block", plain, "gptq", r) for name, r in options().items()]
     for share, value in HIGH_SHARES.items():
-        solver = fake.built(fake.principal(value), power=0.5)
+        solver = built(principal(value), power=0.5)
         rows += [Recipe(f"{share} at 8 bits, {name}", f"balanced, {share}", solver, "gptq", r)
                  for (of, name), r in blocks().items() if of == share]
     return rows
@@ -99,13 +102,12 @@ def recipes() -> list[Recipe]:
 
 def measure(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
     """What a row holds beside its divergence."""
-    return experiment.cost(recipe)
+    return simulation.cost(experiment, recipe)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; ValueError on what does not fit."""
-    arguments = fake.parser(__doc__).parse_args(argv)
-    fake.run_rows(__file__, TITLE, recipes(), measure, arguments)
+    """The command."""
+    table.main(NAME, TITLE, __doc__, recipes, measure, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much the result depends on what a user might choose otherwise.
 
-    python benchmarks/experiments/sensitivity.py [MODEL] --part PART [--text FILE]
+    python -m benchmarks.experiments.sensitivity [MODEL] --part PART [--text FILE]
         [--calibration FILE] [--windows N] [--quick] [--out DIR]
 
 thresholds  which extremes ART takes for massive outliers, and what share of the axis it may pair;
@@ -19,26 +19,23 @@ A part writes PART.md, .csv, .json and .png. The run can be stopped and started 
 from __future__ import annotations
 
 import functools
-import importlib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import common
-from trials import ORIGINAL, Laboratory, Trial
-
 import singlequant as sq
-from singlequant.methods import paper
-from singlequant.methods.axes import SWEEP_ORDER_MAX
+from singlequant import _C
+from singlequant.methods import solve as solve_stage
 from singlequant.rotations import LayerRotations
 from singlequant.statistics import LayerStatistics, SiteStatistics
 from singlequant.study.compare import ROWS_FILE, Row
-from singlequant.sweep.texts import read_text
 
-rotate = importlib.import_module("singlequant.methods.solve")
+from . import command, report
+from .laboratory import ORIGINAL, Laboratory, Trial
 
+NAME = "sensitivity"
 # The paper's method has three thresholds; one moves, the others keep their default.
 THRESHOLDS = {
     "art_threshold": ("ART: massive above x median", (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)),
@@ -46,9 +43,9 @@ THRESHOLDS = {
     "urt_threshold": ("URT: normal above x median", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
 }
 PAPER = {
-    "art_threshold": paper.ART_THRESHOLD,
-    "art_share": paper.ART_SHARE,
-    "urt_threshold": paper.URT_THRESHOLD,
+    "art_threshold": solve_stage.PAPER_ART_THRESHOLD,
+    "art_share": solve_stage.PAPER_ART_SHARE,
+    "urt_threshold": solve_stage.PAPER_URT_THRESHOLD,
 }
 TOKENS = tuple(16 << i for i in range(9))  # 16 ... 4096
 TOKEN_SEEDS, SEEDS = (1, 2, 3), (1, 2, 3, 4, 5)  # 0 would take the text's first tokens
@@ -57,7 +54,7 @@ FACTOR_SCALES = tuple(Fraction(2) ** i for i in range(-4, 5))  # of the second f
 
 
 def laboratory(arguments: Namespace, tasks: Sequence[str] = ()) -> Laboratory:
-    text = sq.bundled_text("heldout") if arguments.text is None else read_text(arguments.text)
+    text = command.evaluation_text(arguments.text)
     return Laboratory(arguments.model, text, arguments.calibration, arguments.out / ROWS_FILE,
                       seq_len=arguments.seq_len, windows=arguments.windows, tasks=tasks,
                       task_folder=arguments.task_folder)
@@ -81,8 +78,8 @@ def compare(arguments: Namespace, **options) -> sq.Comparison:
     texts = None if arguments.text is None else [arguments.text]
     defaults = {"methods": [default.method], "weights": [default.weights], "clip": None,
                 "texts": texts, "calibration": arguments.calibration, "defaults": False,
-                **common.comparison_options(arguments)}
-    with common.progress(options.pop("what")) as progress:
+                **command.comparison_options(arguments)}
+    with command.progress(options.pop("what")) as progress:
         found = sq.compare(arguments.model, progress=progress, **{**defaults, **options})
     for row in found.rows:
         if row.error:
@@ -97,27 +94,29 @@ def threshold_trials(config: sq.QuantConfig, quick: bool) -> list[Trial]:
     """The paper's method with one threshold moved, and the Hadamard beside it."""
 
     def solve(layer: LayerStatistics, build: Callable) -> LayerRotations:
-        return LayerRotations(layer.index, {name: rotate.solve_site(site, build, config.seed)
-                                            for name, site in layer.sites.items()})
+        sites = {name: solve_stage.solve_site(site, build, config.seed, name)
+                 for name, site in layer.sites.items()}
+        return LayerRotations(layer.index, sites)
 
     trials = {}
     for name, (_, values) in THRESHOLDS.items():
         few = sorted({*values[::3], PAPER[name]})
         for value in few if quick else values:
             facts = {**PAPER, name: value}
-            build = functools.partial(paper.build, **facts)
+            build = functools.partial(solve_stage.paper, **facts)
             trials[f"{name} {value:g}"] = Trial(
                 f"{name} {value:g}", config, functools.partial(solve, build=build), facts)
     hadamard = replace(config, method="hadamard")
-    trials["hadamard"] = Trial("hadamard", hadamard,
-                               lambda layer: rotate.solve_layer(layer, "hadamard", config.seed))
+    trials["hadamard"] = Trial(
+        "hadamard", hadamard,
+        lambda layer: solve_stage.solve_layer(layer, "hadamard", config.seed))
     return list(trials.values())
 
 
 def thresholds(arguments: Namespace) -> None:
     config = recipe(arguments, method="paper", weights="rtn", clip=1.0)
     lab = laboratory(arguments, arguments.tasks)
-    with common.progress("thresholds") as progress:
+    with command.progress("thresholds") as progress:
         found = lab.run(threshold_trials(config, arguments.quick), progress)
     rows = []
     for name, row in found.items():
@@ -149,15 +148,15 @@ def thresholds(arguments: Namespace) -> None:
     for task, key in scores:
         if f"{key}_stderr" in rows[0]:
             notes.append(f"{task}: standard error {rows[0][f'{key}_stderr']:.3f}.")
-    common.Report("thresholds", title, columns, rows, notes).write(
-        arguments.out, arguments, draw_thresholds(rows, scores, title))
+    report.Report("thresholds", title, columns, rows, notes).write(
+        arguments, figure=draw_thresholds(rows, scores, title))
 
 
 def draw_thresholds(rows: list[dict], scores: list[tuple[str, str]], title: str):
     """A column of panels per threshold, a row per measure; the Hadamard is the dotted line."""
     measures = [("kl_mean", "KL, nats per token"), ("perplexity", "perplexity")]
     measures += [(key, f"{task}\naccuracy") for task, key in scores if key in rows[0]]
-    figure, axes = common.figure(len(measures), len(THRESHOLDS), height=2.4, sharey="row",
+    figure, axes = report.figure(len(measures), len(THRESHOLDS), height=2.4, sharey="row",
                                  sharex="col")
     if figure is None:
         return None
@@ -165,7 +164,7 @@ def draw_thresholds(rows: list[dict], scores: list[tuple[str, str]], title: str)
     for column, (name, (label, _)) in enumerate(THRESHOLDS.items()):
         line = sorted((r for r in rows if r["parameter"] == name), key=lambda r: r["value"])
         for axis, (key, what) in zip(axes[:, column], measures, strict=True):
-            axis.plot([r["value"] for r in line], [r[key] for r in line], **common.style(column))
+            axis.plot([r["value"] for r in line], [r[key] for r in line], **report.style(column))
             axis.axhline(reference["hadamard"][key], color="0.3", linestyle=":",
                          label="Hadamard on both axes")
             axis.axvline(PAPER[name], color="0.7", linewidth=1, label="default")
@@ -174,7 +173,7 @@ def draw_thresholds(rows: list[dict], scores: list[tuple[str, str]], title: str)
         axes[-1, column].set_xlabel(label)
         if name == "art_share":
             axes[-1, column].set_xscale("log")
-            common.plain_ticks(axes[-1, column], "x")
+            report.plain_ticks(axes[-1, column], "x")
     axes[0, -1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -188,7 +187,7 @@ def tokens(arguments: Namespace) -> None:
     rows, short = [], None
     for count in TOKENS[::4] if arguments.quick else TOKENS:
         config = sq.QuantConfig(calibration_tokens=count, seed=1)
-        if sq.calibration_windows(checkpoint, config, arguments.calibration).size < count:
+        if sq.calibration_tokens(checkpoint, config, arguments.calibration).size < count:
             short = count
             break
         found = compare(arguments, what=f"{count} tokens", calibration_tokens=count,
@@ -202,7 +201,7 @@ def tokens(arguments: Namespace) -> None:
         same = [row for row in rows if row["calibration_tokens"] == count]
         line = {"calibration_tokens": count, "draws": len(same)}
         for key in ("kl_mean", "perplexity", "top1_agreement", "calibrate_seconds"):
-            common.add_spread(line, [row[key] for row in same], key)
+            report.add_spread(line, [row[key] for row in same], key)
         table.append(line)
     most = table[-1]
     for line in table:
@@ -227,13 +226,13 @@ def tokens(arguments: Namespace) -> None:
                (f"/ {most['calibration_tokens']} tokens'", "to_most", ".3f"),
                ("perplexity", "perplexity", ".3f"), ("top-1", "top1_agreement", ".3f"),
                ("calibrate s", "calibrate_seconds", ".2f")]
-    common.Report("tokens", title, columns, table, notes).write(
-        arguments.out, arguments, draw_tokens(rows, table, fewest, title))
+    report.Report("tokens", title, columns, table, notes).write(
+        arguments, figure=draw_tokens(rows, table, fewest, title))
 
 
 def draw_tokens(rows: list[dict], table: list[dict], fewest: int, title: str):
     """KL over tokens, the draws as dots, with the band that counts as equal."""
-    figure, axes = common.figure(1, 1, 5.6, 3.8)
+    figure, axes = report.figure(1, 1, 5.6, 3.8)
     if figure is None:
         return None
     axis, key = axes[0, 0], "calibration_tokens"
@@ -241,15 +240,15 @@ def draw_tokens(rows: list[dict], table: list[dict], fewest: int, title: str):
     band = (last * (1 - TOLERANCE), last * (1 + TOLERANCE))
     axis.axhspan(*band, color="0.85", label=f"within {TOLERANCE:.0%} of {table[-1][key]} tokens")
     axis.plot([r[key] for r in rows], [r["kl_mean"] for r in rows], linestyle="", alpha=0.6,
-              label="one draw", **common.style(1))
+              label="one draw", **report.style(1))
     axis.plot([r[key] for r in table], [r["kl_mean"] for r in table], label="mean",
-              **common.style(0))
+              **report.style(0))
     axis.axvline(fewest, color="0.3", linestyle=":", label=f"{fewest} tokens")
     axis.set_xscale("log", base=2)
     axis.set_xticks([r[key] for r in table], labels=[str(r[key]) for r in table])
     axis.set(xlabel="calibration tokens", ylabel="KL to the original, nats per token",
              yscale="log")
-    common.plain_ticks(axis)
+    report.plain_ticks(axis)
     axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -274,7 +273,7 @@ def seeds(arguments: Namespace) -> None:
         same = [row for row in rows if row["recipe"] == name]
         line, kl = {"recipe": name, "draws": len(same)}, [row["kl_mean"] for row in same]
         for key in ("kl_mean", "perplexity", "top1_agreement"):
-            common.add_spread(line, [row[key] for row in same], key)
+            report.add_spread(line, [row[key] for row in same], key)
         line |= {"least": min(kl), "most": max(kl), "spread": line["kl_mean_sd"] / line["kl_mean"]}
         line["draws_kl"] = " ".join(f"{value:.6f}" for value in kl)
         table.append(line)
@@ -285,25 +284,28 @@ def seeds(arguments: Namespace) -> None:
                ("sd", "perplexity_sd", ".3f")]
     notes = ["Two recipes whose KL differs by less than about two of these standard deviations "
              "cannot be told apart by one run each."]
-    figure, axes = common.figure(1, 1, 6.5, 1.2 + 0.5 * len(runs))
+    figure, axes = report.figure(1, 1, 6.5, 1.2 + 0.5 * len(runs))
     if figure is not None:
         axis = axes[0, 0]
         for y, name in enumerate(runs):
             kl = [row["kl_mean"] for row in rows if row["recipe"] == name]
-            axis.plot(kl, [y] * len(kl), linestyle="", **common.style(y))
+            axis.plot(kl, [y] * len(kl), linestyle="", **report.style(y))
         axis.set_yticks(range(len(runs)), labels=list(runs))
         axis.set(ylim=(len(runs) - 0.5, -0.5), xlabel="KL to the original, nats per token",
                  xscale="log")
-        common.plain_ticks(axis, "x")
+        report.plain_ticks(axis, "x")
         figure.suptitle(title, fontsize="medium")
-    common.Report("seeds", title, columns, table, notes).write(arguments.out, arguments, figure)
+    report.Report("seeds", title, columns, table, notes).write(arguments, figure=figure)
 
 
 # ---- factor sizes -------------------------------------------------------------------------------
 
 
 def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
-    """The site with the second factor's order times `scale`, as far as that divides."""
+    """The site with the second factor's order times `scale`, as far as that divides.
+
+    The axes' Gram matrices are those of the kept sample.
+    """
     k = site.k1 * site.k2
     while scale != 1:
         k2 = site.k2 * scale
@@ -313,7 +315,8 @@ def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
     if scale == 1:
         return site
     k2 = int(site.k2 * scale)
-    return replace(site, k1=k // k2, k2=k2)
+    *_, gram1, gram2 = _C.statistics_update(site.sample, k // k2, k2)
+    return replace(site, k1=k // k2, k2=k2, gram1=gram1, gram2=gram2)
 
 
 def factors(arguments: Namespace) -> None:
@@ -323,10 +326,10 @@ def factors(arguments: Namespace) -> None:
 
     def solve(layer: LayerStatistics, scale: Fraction, method: str) -> LayerRotations:
         sites = {name: resized(site, scale) for name, site in layer.sites.items()}
-        return rotate.solve_layer(replace(layer, sites=sites), method, config.seed)
+        return solve_stage.solve_layer(replace(layer, sites=sites), method, config.seed)
 
     first = next(iter(sq.calibrate(
-        lab.checkpoint, sq.calibration_windows(lab.checkpoint, config, arguments.calibration))))
+        lab.checkpoint, lab.calibration_windows(config))))
     trials = []
     for scale in FACTOR_SCALES[::4] if arguments.quick else FACTOR_SCALES:
         new = {name: (r.k1, r.k2) for name, site in first.sites.items()
@@ -340,7 +343,7 @@ def factors(arguments: Namespace) -> None:
                 for method in dict.fromkeys((config.method, "hadamard"))
             ]
     del first
-    with common.progress("factors") as progress:
+    with command.progress("factors") as progress:
         found = lab.run(trials, progress)
     rows = []
     for name, orders in sizes.items():
@@ -368,29 +371,29 @@ def factors(arguments: Namespace) -> None:
              "a Hadamard on both axes of the same sizes, with the same rounding.",
              "k1 + k2: multiply-adds per input of a site to rotate it with dense factors, the mean "
              "over sites weighted by their width.",
-             f"Sweeps leave out factors above order {SWEEP_ORDER_MAX}."]
-    common.Report("factors", title, columns, rows, notes).write(
-        arguments.out, arguments, draw_factors(rows, config.method, title))
+             f"Sweeps leave out factors above order {solve_stage.SWEEP_ORDER_MAX}."]
+    report.Report("factors", title, columns, rows, notes).write(
+        arguments, figure=draw_factors(rows, config.method, title))
 
 
 def draw_factors(rows: list[dict], method: str, title: str):
     """KL, seconds to solve and cost per token over the second factor's order."""
-    figure, axes = common.figure(1, 3, 3.6, 3.0)
+    figure, axes = report.figure(1, 3, 3.6, 3.0)
     if figure is None:
         return None
     x = [float(Fraction(row["k2_scale"])) for row in rows]
     measures = (("kl_mean", "KL, nats per token"), ("solve_seconds", "seconds to solve"),
                 ("multiply_adds_per_input", "k1 + k2, multiply-adds per input"))
     for number, (axis, (key, label)) in enumerate(zip(axes[0], measures, strict=True)):
-        axis.plot(x, [row[key] for row in rows], label=method, **common.style(number))
+        axis.plot(x, [row[key] for row in rows], label=method, **report.style(number))
         axis.axvline(1, color="0.3", linestyle=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, labels=[row["k2_scale"] for row in rows])
         axis.set(xlabel="k2 / default k2", ylabel=label)
         axis.set_yscale("log")
-        common.plain_ticks(axis)
+        report.plain_ticks(axis)
     axes[0, 0].plot(x, [row["hadamard_kl"] for row in rows], label="Hadamard, same rounding",
-                    **common.style(len(measures)))
+                    **report.style(len(measures)))
     axes[0, 0].legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -402,7 +405,7 @@ def draw_factors(rows: list[dict], method: str, title: str):
 def domain(arguments: Namespace) -> None:
     default = sq.QuantConfig(scheme=arguments.scheme)
     rows, model = [], ""
-    with common.domains(arguments.domain) as kinds:
+    with command.domains(arguments.domain) as kinds:
         for calibrated in kinds:
             found = compare(arguments, what=f"calibrated on {calibrated.name}",
                             calibration=calibrated.calibration, texts=[d.text for d in kinds],
@@ -427,8 +430,8 @@ def domain(arguments: Namespace) -> None:
                ("top-1", "top1_agreement", ".3f")]
     notes = [f"default: {describe(default)}; the others round to nearest without a clip. hadamard "
              "takes nothing from the calibration."]
-    common.Report("domain", title, columns, rows, notes).write(
-        arguments.out, arguments, draw_domain(rows, names, order, title))
+    report.Report("domain", title, columns, rows, notes).write(
+        arguments, figure=draw_domain(rows, names, order, title))
 
 
 def _domain_row(row: Row, result: dict, calibrated: str, text: str) -> dict[str, object]:
@@ -439,7 +442,7 @@ def _domain_row(row: Row, result: dict, calibrated: str, text: str) -> dict[str,
 
 def draw_domain(rows: list[dict], names: list[str], order: list[str], title: str):
     """A panel per evaluation text, a line of it per recipe, a marker per calibration text."""
-    figure, axes = common.figure(1, len(names), 4.4, 2.6, sharey=True)
+    figure, axes = report.figure(1, len(names), 4.4, 2.6, sharey=True)
     if figure is None:
         return None
     for axis, text in zip(axes[0], names, strict=True):
@@ -448,9 +451,9 @@ def draw_domain(rows: list[dict], names: list[str], order: list[str], title: str
                     and r["calibrated_on"] == calibrated]
             y = [order.index(r["recipe"]) + (number - (len(names) - 1) / 2) * 0.25 for r in same]
             axis.plot([r["kl_mean"] for r in same], y, linestyle="",
-                      label=f"calibrated on {calibrated}", **common.style(number))
+                      label=f"calibrated on {calibrated}", **report.style(number))
         axis.set(title=f"evaluated on {text}", xlabel="KL, nats per token", xscale="log")
-        common.plain_ticks(axis, "x")
+        report.plain_ticks(axis, "x")
     axes[0, 0].set_yticks(range(len(order)), labels=order)
     axes[0, 0].invert_yaxis()
     axes[0, -1].legend(fontsize="small")
@@ -463,21 +466,21 @@ PARTS = {"thresholds": thresholds, "tokens": tokens, "seeds": seeds, "factors": 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = common.parser(__doc__, "sensitivity")
+    options = command.parser(__doc__, NAME)
     options.add_argument("--part", choices=[*PARTS, "all"], default="all")
-    options.add_argument("--text", type=Path, help="to evaluate on (default: the bundled text)")
-    options.add_argument("--calibration", type=Path, help="(default: the bundled text)")
+    command.add_texts(options)
     options.add_argument("--method", default="singlequant", help="for the factors (%(default)s)")
     options.add_argument("--weights", default="mse", help="rounding, for the factors (%(default)s)")
-    options.add_argument("--tasks", type=lambda text: text.split(","),
+    options.add_argument("--tasks", type=command.names,
                          default=["stdlib_continuation"],
                          help="of lm-evaluation-harness, for the thresholds (%(default)s)")
     options.add_argument("--task-folder", type=Path, help="of local task files")
-    common.add_domains(options)
-    arguments = common.parse(options, argv)
-    for part in PARTS if arguments.part == "all" else [arguments.part]:
-        PARTS[part](arguments)
+    command.add_domains(options)
+    arguments = command.parse(options, argv)
+    with command.errors_of(NAME):
+        for part in PARTS if arguments.part == "all" else [arguments.part]:
+            PARTS[part](arguments)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -1,12 +1,12 @@
 """The failures that readers of the paper report, looked for on any models and texts.
 
-    python benchmarks/experiments/signatures.py [MODEL ...] [--domain CALIBRATION TEXT]
+    python -m benchmarks.experiments.signatures [MODEL ...] [--domain CALIBRATION TEXT]
                        [--domain FILE] [--scheme w4a4] [--windows N] [--quick] [--out DIR]
 
 Small models and a second domain: KL of every method over that of the Kronecker Hadamard rounded to
 nearest, calibrated on the first domain and evaluated on all; the lines below the table say where
 singlequant and the default recipe lose. Memory: the peak of each stage beside the model's size. A
-model that cannot be treated is a row with the reason. The run can be stopped and started again.
+model that cannot be quantized is a row with the reason. The run can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import common
-
 import singlequant as sq
 from singlequant._C import FormatError
-from singlequant.export.writer import ModelWriter
-from singlequant.files import folder_bytes, write_file
-from singlequant.study.evaluate import default_seq_len
-from singlequant.sweep.layer import quantize_layer
-from singlequant.sweep.measure import PeakMemory
-from singlequant.sweep.prepare import prepare, solve
-from singlequant.sweep.texts import read_text
+from singlequant.sweep.run import (
+    PeakMemory,
+    default_seq_len,
+    folder_bytes,
+    prepare,
+    read_text,
+    solve,
+)
 
-YARDSTICK = "hadamard"
+from . import command, report
+from .kept import KeptRows
+from .laboratory import Trial, sweep
+
+NAME, YARDSTICK = "signatures", "hadamard"
 STAGES = ("read", "calibrate", "solve", "quantize", "evaluate")
 PROBLEMS = (ValueError, FormatError, OSError, MemoryError)
 
@@ -41,16 +44,16 @@ PROBLEMS = (ValueError, FormatError, OSError, MemoryError)
 # ---- quality ------------------------------------------------------------------------------------
 
 
-def quality(model: Path, kinds: Sequence[common.Domain], arguments: Namespace) -> list[dict]:
-    """A row per text and recipe; one row with the error where the model cannot be treated."""
+def quality(model: Path, kinds: Sequence[command.Domain], arguments: Namespace) -> list[dict]:
+    """A row per text and recipe; one row with the error where the model cannot be quantized."""
     default = sq.QuantConfig(scheme=arguments.scheme).method
     methods = list(dict.fromkeys(["none", "paper", YARDSTICK, "singlequant", default]))
     try:
-        with common.progress(model.name) as progress:
+        with command.progress(model.name) as progress:
             found = sq.compare(
-                model, methods=methods, texts=[kind.text for kind in kinds], progress=progress,
+                model, methods, texts=[kind.text for kind in kinds], progress=progress,
                 calibration=kinds[0].calibration, defaults=True,
-                **common.comparison_options(arguments),
+                **command.comparison_options(arguments),
             )
     except PROBLEMS as error:
         return [{"model": model.name, "error": reason(error)}]
@@ -81,9 +84,9 @@ def parameter_count(model: Path) -> int:
     """Numbers in the embedding, the head and the layers' linears."""
     checkpoint = sq.load_checkpoint(model)
     count = checkpoint.embedding.size
-    if not checkpoint.spec.tied:
+    if not checkpoint.shape.tie_word_embeddings:
         count += checkpoint.head.size
-    return int(count + checkpoint.spec.layers * layer_size(checkpoint))
+    return int(count + checkpoint.shape.layers * layer_size(checkpoint))
 
 
 def layer_size(checkpoint: sq.Checkpoint) -> int:
@@ -109,7 +112,7 @@ def draw_quality(rows: Sequence[dict], title: str):
     lines = list(dict.fromkeys((r["model"], r["text"]) for r in rows if "kl_ratio" in r))
     if not lines:
         return None
-    figure, axes = common.figure(1, 1, 7.0, 1.6 + 0.4 * len(lines))
+    figure, axes = report.figure(1, 1, 7.0, 1.6 + 0.4 * len(lines))
     if figure is None:
         return None
     axis = axes[0, 0]
@@ -118,12 +121,12 @@ def draw_quality(rows: Sequence[dict], title: str):
         same = [r for r in rows if r.get("recipe") == recipe and "kl_ratio" in r]
         axis.plot([r["kl_ratio"] for r in same],
                   [lines.index((r["model"], r["text"])) for r in same],
-                  linestyle="", label=recipe, **common.style(number))
+                  linestyle="", label=recipe, **report.style(number))
     axis.axvline(1, color="0.3", linestyle=":")
     axis.set_yticks(range(len(lines)), labels=[f"{model}\n{text}" for model, text in lines])
     axis.set(ylim=(len(lines) - 0.5, -0.5), xscale="log",
              xlabel="KL / that of the Kronecker Hadamard, to nearest (left is better)")
-    common.plain_ticks(axis, "x")
+    report.plain_ticks(axis, "x")
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -141,26 +144,19 @@ def quantize_peaks(model: Path, out: Path, scheme: str, tokens: int | None,
     with PeakMemory() as memory:
         start = memory.start
 
-    def measure(stage: str, function: Callable[..., Any], *given: Any) -> Any:
+    def measure(stage: str, trial: Trial | None, function: Callable[..., Any], *given: Any) -> Any:
         with PeakMemory() as memory:
             value = function(*given)
         peaks[stage] = max(peaks[stage], memory.peak - start)
         return value
 
-    checkpoint = measure("read", sq.load_checkpoint, model)
-    windows = measure("read", sq.calibration_windows, checkpoint, config, calibration)
-    view = measure("solve", prepare, checkpoint, config, windows)
-    layers = sq.calibrate(view, windows, keep_inputs=config.weights == "gptq")
-    with ModelWriter(out, view, config) as writer:
-        for _ in range(checkpoint.spec.layers):
-            statistics = measure("calibrate", next, layers)
-            rotations = measure("solve", solve, view, statistics, config)
-            quantized = measure("quantize", quantize_layer, view, rotations, config)
-            measure("quantize", writer.write_layer, quantized)
-            del statistics, quantized
-        measure("quantize", writer.finish)
+    checkpoint = measure("read", None, sq.load_checkpoint, model)
+    windows = measure("read", None, sq.calibration_tokens, checkpoint, config, calibration)
+    view = measure("solve", None, prepare, checkpoint, config, windows)
+    trial = Trial("default", config, lambda statistics: solve(view, statistics, config))
+    sweep(view, windows, [trial], [out], measure)
     # What the sweep promises: a layer in float32, half of it again, and the calibration states.
-    states = windows.size * checkpoint.spec.hidden * 4
+    states = windows.size * checkpoint.shape.hidden * 4
     return {**peaks, "bound": int(1.5 * 4 * layer_size(checkpoint)) + states,
             "calibration_tokens": int(windows.size)}
 
@@ -175,7 +171,7 @@ def evaluate_peak(out: Path, text: Path, seq_len: int | None, windows: int | Non
     return memory.peak - memory.start
 
 
-def memory(model: Path, kind: common.Domain, arguments: Namespace) -> dict[str, Any]:
+def memory(model: Path, kind: command.Domain, arguments: Namespace) -> dict[str, Any]:
     """A row: the model's size, the peaks by stage, each also as a share of the size.
 
     Each half runs in a fresh process: what another left in the allocator does not count.
@@ -201,37 +197,35 @@ def _alone(function: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(function, *given).result()
 
 
-def kept_memory(model: Path, kind: common.Domain, arguments: Namespace) -> dict[str, Any]:
+def kept_memory(model: Path, kind: command.Domain, arguments: Namespace) -> dict[str, Any]:
     """`memory`, or the row of an earlier run with the same options."""
-    file = arguments.out / "memory-rows.json"
-    rows = json.loads(file.read_text()) if file.is_file() else {}
+    kept = KeptRows(arguments.out / "memory-rows.jsonl")
     facts = [sq.load_checkpoint(model).fingerprint, sq.__version__, arguments.scheme,
              arguments.calibration_tokens, arguments.seq_len, arguments.windows,
              *(read_text(path) for path in (kind.calibration, kind.text))]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    if key not in rows:
-        rows[key] = memory(model, kind, arguments)
-        write_file(file, json.dumps(rows, indent=1) + "\n")
-    return rows[key]
+    if key not in kept.rows:
+        kept.add(key, memory(model, kind, arguments))
+    return dict(kept.rows[key])
 
 
 def draw_memory(rows: Sequence[dict], title: str):
     """A line per model: its size and the peak of each stage."""
-    figure, axes = common.figure(1, 1, 7.0, 1.8 + 0.6 * len(rows))
+    figure, axes = report.figure(1, 1, 7.0, 1.8 + 0.6 * len(rows))
     if figure is None:
         return None
     axis, places = axes[0, 0], range(len(rows))
     for number, stage in enumerate(STAGES):
         shift = (number - (len(STAGES) - 1) / 2) * 0.14
         axis.plot([row[f"{stage}_bytes"] / 1e6 for row in rows], [y + shift for y in places],
-                  linestyle="", label=stage, **common.style(number))
+                  linestyle="", label=stage, **report.style(number))
     for key, line, label in (("bytes_on_disk", "-", "the model on disk"),
                              ("bound_bytes", ":", "1.5 layers in float32\nand states")):
         axis.vlines([row[key] / 1e6 for row in rows], [y - 0.4 for y in places],
                     [y + 0.4 for y in places], color="0.3", linestyle=line, label=label)
     axis.set_yticks(places, labels=[row["model"] for row in rows])
     axis.set(ylim=(len(rows) - 0.5, -0.5), xscale="log", xlabel="peak anonymous memory, MB")
-    common.plain_ticks(axis, "x")
+    report.plain_ticks(axis, "x")
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -240,7 +234,7 @@ def draw_memory(rows: Sequence[dict], title: str):
 # ---- the command --------------------------------------------------------------------------------
 
 
-def report_quality(rows: list[dict], kinds: Sequence[common.Domain], arguments: Namespace) -> None:
+def report_quality(rows: list[dict], kinds: Sequence[command.Domain], arguments: Namespace) -> None:
     config = sq.QuantConfig(scheme=arguments.scheme)
     title = f"Small models and a second domain, {arguments.scheme.upper()}"
     columns = [("model", "model", ""), ("M parameters", "millions", ".1f"), ("text", "text", ""),
@@ -254,8 +248,8 @@ def report_quality(rows: list[dict], kinds: Sequence[common.Domain], arguments: 
              f"Calibrated on {kinds[0].calibration.name} alone. default: {config.method}, weights "
              f"{config.weights}, clip {config.activation_clip:g}; the others round weights and "
              "activations to nearest without a clip."]
-    common.Report("signatures", title, columns, rows, notes).write(
-        arguments.out, arguments, draw_quality(rows, title))
+    report.Report("signatures", title, columns, rows, notes).write(
+        arguments, figure=draw_quality(rows, title))
 
 
 def report_memory(rows: list[dict], arguments: Namespace) -> None:
@@ -274,19 +268,18 @@ def report_memory(rows: list[dict], arguments: Namespace) -> None:
              "the checkpoint's header, the tokenizer and the calibration text. 1.5 layers + states:"
              " a layer in float32 and half of it again, and the calibration tokens' hidden states.",
              *(f"{row['model']}: {row['error']}" for row in rows if "error" in row)]
-    common.Report("memory", title, columns, rows, notes).write(
-        arguments.out, arguments, draw_memory(whole, title) if whole else None)
+    report.Report("memory", title, columns, rows, notes).write(
+        arguments, figure=draw_memory(whole, title) if whole else None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = common.parser(__doc__, "signatures", models="*")
-    common.add_domains(options)
-    arguments = common.parse(options, argv)
-    with common.domains(arguments.domain) as kinds:
+    options = command.parser(__doc__, NAME, models="*")
+    command.add_domains(options)
+    arguments = command.parse(options, argv)
+    with command.errors_of(NAME), command.domains(arguments.domain) as kinds:
         rows, peaks = [], []
         for model in arguments.model:
-            found = quality(model, kinds, arguments)
-            rows += found
+            rows += quality(model, kinds, arguments)
             try:
                 peaks.append(kept_memory(model, kinds[0], arguments))
             except PROBLEMS as error:
@@ -296,4 +289,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

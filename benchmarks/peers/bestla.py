@@ -2,8 +2,8 @@
 
 import importlib.metadata
 
-from base import Turn, round_int4
-from torch_bf16 import TorchPeer
+from .base import Turn, round_int4
+from .torch_bf16 import TorchPeer
 
 
 class Bestla(TorchPeer):

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from e2e_worker import serve
+
+from .e2e_worker import serve
 
 MICRO_BATCH = 512  # llama.cpp's default n_ubatch
 LAYER_NAMES = {

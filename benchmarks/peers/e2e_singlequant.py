@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from e2e_worker import serve
 
 import singlequant as sq
 from singlequant import _C
@@ -14,6 +13,8 @@ from singlequant.models.spec import ROLES, LayerSpec, layer_sizes
 from singlequant.runtime.layers import flat_positions, layer_blocks
 from singlequant.runtime.model import _prefill
 from singlequant.weights import Norm
+
+from .e2e_worker import serve
 
 NARROW = 32  # hidden width of the network that fills a cache
 

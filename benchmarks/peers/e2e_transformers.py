@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from e2e_worker import serve
+
+from .e2e_worker import serve
 
 
 class Transformers:

@@ -1,20 +1,19 @@
-"""What the engines of end_to_end.py share: a loop that answers one JSON line with another.
+"""What the engines of end_to_end.py share: their interface, and the requests that are timed.
 
 An engine runs in a process of its own, in the Python that has its packages; this file needs NumPy
-only. Its standard output is kept for the answers: what a library prints there goes to standard
-error.
+only.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from . import serving
 
 WARM_UP = 4  # tokens of the short prompts before the first that are timed
 
@@ -113,20 +112,8 @@ def serve(load) -> None:
     The command line is FOLDER KIND CPUS: CPUS, comma separated, are those to run on.
     """
     folder, kind, cpus = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
 
-    def answer(**values) -> None:
-        print(json.dumps(values), file=answers, flush=True)
+    def hello(timer: Timer) -> dict:
+        return {"version": timer.engine.version, "note": getattr(timer.engine, "note", "")}
 
-    try:
-        engine = load(Path(folder), kind, len(cpus.split(",")))
-    except ImportError as error:
-        answer(missing=str(error))
-        return
-    timer = Timer(engine)
-    answer(version=engine.version, note=getattr(engine, "note", ""))
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer(**getattr(timer, request.pop("do"))(**request))
+    serving.serve(lambda: Timer(load(Path(folder), kind, len(cpus.split(",")))), hello, cpus)

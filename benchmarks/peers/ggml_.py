@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from base import Peer, Turn, held_to_avx2
+
+from .base import Peer, Turn, held_to_avx2
 
 FLOAT32 = 0
 CPU = "CPU"

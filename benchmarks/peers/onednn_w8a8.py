@@ -1,7 +1,7 @@
 """oneDNN's int8 linear through PyTorch: int8 weights per output, uint8 activations per tensor."""
 
-from base import Turn, round_int8
-from torch_bf16 import TorchPeer
+from .base import Turn, round_int8
+from .torch_bf16 import TorchPeer
 
 ZERO = 128
 

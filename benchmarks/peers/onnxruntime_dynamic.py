@@ -1,8 +1,9 @@
 """onnxruntime's dynamic W8A8: activations to uint8 per tensor, int8 weights per output (MLAS)."""
 
 import numpy as np
-from base import round_int8
-from onnxruntime_nbits import OrtPeer
+
+from .base import round_int8
+from .onnxruntime_nbits import OrtPeer
 
 
 class DynamicW8A8(OrtPeer):

@@ -1,7 +1,8 @@
 """onnxruntime's MatMulNBits: int4 weights in groups, activations to int8 per block (MLAS)."""
 
 import numpy as np
-from base import Peer, Turn, nibbles, round_int4
+
+from .base import Peer, Turn, nibbles, round_int4
 
 
 class OrtPeer(Peer):

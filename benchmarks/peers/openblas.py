@@ -4,7 +4,8 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
-from base import Peer, Turn
+
+from .base import Peer, Turn
 
 ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE = 101, 111, 112
 

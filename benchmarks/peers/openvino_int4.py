@@ -1,7 +1,8 @@
 """OpenVINO's CPU plugin: int4 weights decompressed or multiplied by dynamically quantized int8."""
 
 import numpy as np
-from base import Peer, Turn, nibbles, round_int4
+
+from .base import Peer, Turn, nibbles, round_int4
 
 
 class OpenVino(Peer):

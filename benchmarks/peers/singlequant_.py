@@ -5,10 +5,10 @@
 The bare rows are the multiplication alone, `read_loop` the fastest way to read the same panels.
 """
 
-from base import Peer, Turn
-
 from singlequant import _C, __version__
 from singlequant.study.bench import TransformedLinear, best_read
+
+from .base import Peer, Turn
 
 
 class Ours(Peer):

@@ -1,6 +1,6 @@
 """PyTorch in bfloat16 and float32: weights as they stand, and in oneDNN's blocked layout."""
 
-from base import Peer, Turn
+from .base import Peer, Turn
 
 
 class TorchPeer(Peer):

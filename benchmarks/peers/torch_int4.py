@@ -1,7 +1,7 @@
 """PyTorch's int4 weights with bfloat16 activations: aten._weight_int4pack_mm_for_cpu."""
 
-from base import Turn, round_int4
-from torch_bf16 import TorchPeer
+from .base import Turn, round_int4
+from .torch_bf16 import TorchPeer
 
 
 class TorchInt4(TorchPeer):

@@ -5,8 +5,9 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-from base import Turn, held_to_avx2, round_int4
-from torch_bf16 import TorchPeer
+
+from .base import Turn, held_to_avx2, round_int4
+from .torch_bf16 import TorchPeer
 
 GROUP = 128
 W4A8_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight outputs in a word

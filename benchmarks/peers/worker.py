@@ -1,30 +1,25 @@
-"""One peer in one process: orders are lines of JSON on standard input, answers on standard output.
+"""One peer in one process; `serving.py` reads the orders and writes the answers.
 
     prepare n k rotate_bytes   pack a weight as often as makes rotate_bytes (0: once)
     load m                     take activations, multiply by each copy, check against x W^T
     run seconds                repeat the product for so long; median seconds of a call
 
-Started by bench_peers.py. A peer that fails says so in `failed` and stays.
+Started by bench_peers.py as `python -m benchmarks.peers.worker MODULE PEER THREADS CPUS`. A peer
+that fails says so in `failed` and stays.
 """
 
-import ctypes
 import importlib
-import json
-import os
-import signal
 import statistics
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-PR_SET_PDEATHSIG = 1
+from . import base, serving
 
 
 def find(module: str, name: str):
     """The class of that name in a file of peers."""
-    return next(p for p in importlib.import_module(module).PEERS if p.name == name)
+    peers = importlib.import_module(f"benchmarks.peers.{module}").PEERS
+    return next(p for p in peers if p.name == name)
 
 
 class Worker:
@@ -44,7 +39,6 @@ class Worker:
         return {"weight_bytes": size, "copies": copies}
 
     def load(self, m: int) -> dict:
-        import base
         import numpy as np
 
         x = np.random.default_rng(m).standard_normal((m, self.weight.shape[1]), np.float32)
@@ -71,30 +65,8 @@ class Worker:
 
 
 def main(module: str, name: str, threads: str, cpus: str) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also when stopped
-    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def answer(values: dict) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    def attempt(function, *arguments):
-        try:
-            return function(*arguments)
-        except BaseException as error:  # of any library, at any depth
-            text = " ".join(str(error).split())
-            return {"failed": f"{type(error).__name__}: {text}"[:300]}
-
-    worker = attempt(Worker, module, name, int(threads))
-    if isinstance(worker, dict):
-        answer(worker)
-        return
-    answer(attempt(lambda: {"version": worker.peer.version()}))
-    for line in sys.stdin:
-        order = json.loads(line)
-        answer(attempt(lambda o=order: getattr(worker, o.pop("do"))(**o)))
+    serving.serve(lambda: Worker(module, name, int(threads)),
+                  lambda worker: {"version": worker.peer.version()}, cpus)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Rotations of an experiment's own on one model: one sweep for all of them, finished ones kept."""
+"""The laboratory of the experiments: one model, its tokens, one sweep, one judge.
+
+A `Trial` is a way to quantize. `sweep` makes the packed folders of many trials from one run over
+the calibration tokens; it is the only loop over layers here. `Laboratory.judge` gives any model's
+divergence from the original. `Laboratory.run` does both and keeps finished rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,8 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +29,9 @@ from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
 from singlequant.statistics import LayerStatistics
 from singlequant.study.compare import Row, RowsFile
-from singlequant.study.evaluate import CachedScorer, default_seq_len, split_windows
+from singlequant.study.evaluate import CachedScorer, Scorer, split_windows
 from singlequant.sweep.layer import quantize_layer
+from singlequant.sweep.run import View, default_seq_len
 
 ORIGINAL = "original"
 
@@ -39,15 +46,52 @@ class Trial:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+Measure = Callable[..., Any]  # (stage, trial or None, function, *arguments) -> function's value
+
+
+def sweep(
+    checkpoint: View, windows: NDArray[np.int64], trials: Sequence[Trial], outs: Sequence[Path],
+    measure: Measure, step: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the packed folder of each trial, one layer in memory at a time.
+
+    checkpoint: the model, or a view of it that the trials' method prepared. measure calls what it
+    is given; stages are calibrate (of no trial), solve and quantize. step follows each layer of
+    each trial.
+    """
+    keep = any(trial.config.weights == "gptq" for trial in trials)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(ModelWriter(out, checkpoint, trial.config))
+                   for trial, out in zip(trials, outs, strict=True)]
+        layers = sq.calibrate(checkpoint, windows, keep_inputs=keep)
+        for _ in range(checkpoint.shape.layers):
+            statistics = measure("calibrate", None, next, layers)
+            for trial, writer in zip(trials, writers, strict=True):
+                rotations = measure("solve", trial, trial.solve, statistics)
+                rotations = replace(rotations, statistics=statistics)
+                layer = measure("quantize", trial, quantize_layer, checkpoint, rotations,
+                                trial.config)
+                measure("quantize", trial, writer.write_layer, layer)
+                del rotations, layer
+                step()
+            del statistics  # with its inputs, before the next layer's
+        for trial, writer in zip(trials, writers, strict=True):
+            measure("quantize", trial, writer.finish)
+
+
 class Laboratory:
-    """One model, the text it is judged on and the tokens it is calibrated on."""
+    """One model, the tokens it is judged on and the text it is calibrated on.
+
+    windows: of seq_len tokens each, None for all of the text. rows_file: where `run` keeps finished
+    rows.
+    """
 
     def __init__(
         self,
         model: Path,
         text: str,
         calibration: Path | None,
-        rows_file: Path,
+        rows_file: Path | None = None,
         *,
         seq_len: int | None = None,
         windows: int | None = None,
@@ -57,10 +101,15 @@ class Laboratory:
         self.checkpoint = sq.load_checkpoint(model)
         self.checkpoint.require_unquantized()
         self.seq_len = seq_len or default_seq_len(self.checkpoint)
-        self.tokens = split_windows(self.checkpoint.encode(text), self.seq_len)[:windows].ravel()
+        self.windows = split_windows(self.checkpoint.encode(text), self.seq_len)[:windows]
+        self.tokens = self.windows.ravel()
         self.tasks, self.task_folder = list(tasks), task_folder
         self._calibration, self._rows_file = calibration, rows_file
-        self._original = CachedScorer(Model(self.checkpoint))
+        self.original = CachedScorer(Model(self.checkpoint))
+
+    def calibration_windows(self, config: sq.QuantConfig) -> NDArray[np.int64]:
+        """Calibration tokens [count, length] as config asks for them."""
+        return sq.calibration_tokens(self.checkpoint, config, self._calibration)
 
     @property
     def scores_tasks(self) -> bool:
@@ -79,7 +128,7 @@ class Laboratory:
             if any(getattr(trial.config, name) != getattr(first.config, name)
                    for name in ("calibration_tokens", "seed")):
                 raise ValueError("trials: expected the same calibration_tokens and seed in all")
-        windows = sq.calibration_windows(self.checkpoint, first.config, self._calibration)
+        windows = self.calibration_windows(first.config)
         keys = {trial.name: self._key(windows, trial.config.to_json(), trial.facts)
                 for trial in trials}
         keys[ORIGINAL] = self._key(None, None, {})
@@ -88,7 +137,7 @@ class Laboratory:
             missing = list({self._name(keys[trial.name]): trial for trial in trials
                             if self._find(rows, keys[trial.name]) is None}.values())
             fresh_original = self._find(rows, keys[ORIGINAL]) is None
-            total = len(missing) * (self.checkpoint.spec.layers + 1) + fresh_original
+            total = len(missing) * (self.checkpoint.shape.layers + 1) + fresh_original
 
             def step(count: int) -> None:
                 nonlocal done
@@ -97,12 +146,12 @@ class Laboratory:
                     progress(done, total)
 
             if fresh_original:
-                row = self._judge(self._original.model, Row(None))
+                row = self._row(self.original.model, Row(None))
                 rows.add(self._name(keys[ORIGINAL]), "row", row.to_json())
                 step(1)
             with tempfile.TemporaryDirectory(prefix="singlequant-") as folder:
                 for trial, row, out in self._build(missing, windows, Path(folder), step):
-                    row = self._judge(sq.load(out), row)
+                    row = self._row(sq.load(out), row)
                     rows.add(self._name(keys[trial.name]), "row", row.to_json())
                     step(1)
             return {name: Row.from_json(self._find(rows, key)) for name, key in keys.items()}
@@ -133,41 +182,29 @@ class Laboratory:
         self, trials: Sequence[Trial], windows: NDArray[np.int64], folder: Path,
         step: Callable[[int], None],
     ) -> Iterator[tuple[Trial, Row, Path]]:
-        """Quantize the model in all ways, one layer in memory at a time, then yield each."""
-        solve_seconds, quantize_seconds = dict.fromkeys(range(len(trials)), 0.0), {}
-        with contextlib.ExitStack() as stack:
-            writers = [
-                stack.enter_context(ModelWriter(folder / str(i), self.checkpoint, trial.config))
-                for i, trial in enumerate(trials)
-            ]
-            for layer in self._statistics(trials, windows):
-                for i, (trial, writer) in enumerate(zip(trials, writers, strict=True)):
-                    start = time.perf_counter()
-                    rotations = replace(trial.solve(layer), statistics=layer)
-                    solved = time.perf_counter()
-                    writer.write_layer(quantize_layer(self.checkpoint, rotations, trial.config))
-                    solve_seconds[i] += solved - start
-                    quantize_seconds[i] = (quantize_seconds.get(i, 0.0)
-                                           + time.perf_counter() - solved)
-                    step(1)
-            for writer in writers:
-                writer.finish()
-        for i, trial in enumerate(trials):
-            seconds = {"solve": solve_seconds[i], "quantize": quantize_seconds[i]}
-            yield trial, Row(trial.config, seconds=seconds), folder / str(i)
+        """Quantize the model in all ways, then yield each."""
+        seconds: dict[str, Counter] = {trial.name: Counter() for trial in trials}
 
-    def _statistics(
-        self, trials: Sequence[Trial], windows: NDArray[np.int64]
-    ) -> Iterable[LayerStatistics]:
-        """Layer by layer; with the inputs where a rounding wants them."""
-        if not trials:
-            return ()
-        keep = any(trial.config.weights == "gptq" for trial in trials)
-        return sq.calibrate(self.checkpoint, windows, keep_inputs=keep)
+        def measure(stage: str, trial: Trial | None, function: Callable, *given: Any) -> Any:
+            start = time.perf_counter()
+            value = function(*given)
+            if trial is not None:
+                seconds[trial.name][stage] += time.perf_counter() - start
+            return value
 
-    def _judge(self, model: Model, row: Row) -> Row:
+        outs = [folder / str(i) for i in range(len(trials))]
+        if trials:
+            sweep(self.checkpoint, windows, trials, outs, measure, lambda: step(1))
+        for trial, out in zip(trials, outs, strict=True):
+            yield trial, Row(trial.config, seconds=dict(seconds[trial.name])), out
+
+    def judge(self, model: Scorer) -> sq.Evaluation:
+        """Perplexity on the laboratory's tokens, and the divergence from the original."""
+        return sq.evaluate(model, self.tokens, self.seq_len, self.original)
+
+    def _row(self, model: Model, row: Row) -> Row:
         start = time.perf_counter()
-        result = sq.evaluate(model, self.tokens, self.seq_len, self._original)
+        result = self.judge(model)
         tasks = {}
         if self.tasks and self.scores_tasks:
             tasks = evaluate_tasks(model, self.tasks, self.task_folder)

@@ -1,48 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fake-quantized forward agrees with packed models, and both experiment commands run."""
+"""The model of rounded sites agrees with packed models, and both experiment commands run."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import singlequant as sq
+from benchmarks.experiments import closed_forms, ranges, recipes, simulation
+from benchmarks.experiments.rounding import Range, round_inputs, round_transformed
+from benchmarks.experiments.transforms import built, kronecker, named, principal
 from singlequant import _C
-from singlequant.methods.balanced import INT8_SHARE
-from singlequant.sweep.texts import bundled_model, bundled_text
+from singlequant.methods import solve as solve_stage
+from singlequant.sweep.run import bundled_model, bundled_text
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
 WINDOWS, SEQ_LEN = 4, 128
-KL_TOLERANCE = 0.03  # float32 sums in another order move a few codes by a step
-
-
-def load(name: str):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module(name)
-
-
-fake, ranges, closed_forms = load("fake"), load("ranges"), load("closed_forms")
+# Sums of another order and precision move a few codes by a step.
+KL_TOLERANCE, PERPLEXITY_TOLERANCE = 0.03, 0.005
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return fake.Experiment(bundled_model(), None, None, WINDOWS, SEQ_LEN, tokens=512)
+    return simulation.Experiment(bundled_model(), bundled_text("heldout"), None, WINDOWS, SEQ_LEN,
+                                 tokens=512)
 
 
 def recipe(solver, rounding="rtn", of=None, name="a row"):
-    return fake.Recipe(name, name, solver, rounding, of or fake.Range())
+    return simulation.Recipe(name, name, solver, rounding, of or Range())
 
 
 BALANCED = {
-    "named": fake.named("balanced"),
-    "built": fake.built(fake.principal(INT8_SHARE), power=0.5),
+    "named": named("balanced"),
+    "built": built(principal(solve_stage.HIGH_SHARE), power=0.5),
 }
 
 
@@ -52,29 +45,27 @@ BALANCED = {
 @pytest.mark.parametrize(("method", "rounding", "clip"), [
     ("hadamard", "rtn", 1.0), ("balanced", "rtn", 0.8), ("balanced", "gptq", 0.8),
 ])
-def test_fake_forward_gives_the_packed_models_divergence(
+def test_rounded_model_gives_the_packed_models_divergence(
     experiment, tmp_path, method, rounding, clip
 ):
     config = sq.QuantConfig(method=method, weights=rounding, clip=clip, calibration_tokens=512)
     sq.quantize_folder(bundled_model(), tmp_path / "out", config)
     packed = sq.load(tmp_path / "out", kv_bits=32)  # as the experiment's own attention
     text = experiment.windows.reshape(-1)
-    real = sq.perplexity(packed, text, SEQ_LEN, experiment.reference.model)
-    row = recipe(fake.named(method), rounding, fake.Range(clip), f"{method} {rounding}")
+    real = sq.perplexity(packed, text, SEQ_LEN, experiment.laboratory.original.model)
+    row = recipe(named(method), rounding, Range(clip), f"{method} {rounding}")
     found = experiment.divergence(row)
     assert found.kl_mean == pytest.approx(real.kl_mean, rel=KL_TOLERANCE)
-    assert found.perplexity == pytest.approx(real.perplexity, rel=1e-3)
+    assert found.perplexity == pytest.approx(real.perplexity, rel=PERPLEXITY_TOLERANCE)
 
 
-def test_fake_forward_without_rounding_is_the_original(experiment):
-    none = fake.Transformed(experiment, fake.named("none"))
+def test_rounded_model_without_rounding_is_the_original(experiment):
+    none = simulation.Transformed(experiment, named("none"))
     weights = {key: none.float_weights(key) for key in experiment.sites}
-    wide = dict.fromkeys(experiment.sites, fake.Range(bits=8))
-    model = fake.FakeModel(experiment, none.transforms, weights, wide)
-    model._linears = lambda layer, site, x: [
-        _C.linear_dense(x, w) for w in weights[layer, site]
-    ]
-    expected = experiment.reference.hidden_states(experiment.windows)
+    wide = dict.fromkeys(experiment.sites, Range(bits=8))
+    model = simulation.RoundedModel(experiment, none.transforms, weights, wide)
+    model.site_inputs = lambda key, x: x
+    expected = experiment.laboratory.original.hidden_states(experiment.windows)
     np.testing.assert_allclose(model.hidden_states(experiment.windows), expected,
                                atol=1e-4 * np.abs(expected).max())
 
@@ -106,9 +97,9 @@ def tokens():
 
 def test_round_inputs_of_each_range_keeps_to_its_grid(x):
     x_before = x.copy()
-    for r in (fake.Range(0.8), fake.Range(asymmetric=True), fake.Range(rms=2.5),
-              fake.Range(search=(0.9, 0.7))):
-        y = fake.round_inputs(x, r)
+    for r in (Range(0.8), Range(asymmetric=True), Range(rms=2.5),
+              Range(search=(0.9, 0.7))):
+        y = round_inputs(x, r)
         assert y.shape == x.shape
         assert y.dtype == np.float32
         assert all(len(np.unique(row)) <= 16 for row in y), r
@@ -116,48 +107,48 @@ def test_round_inputs_of_each_range_keeps_to_its_grid(x):
 
 
 def test_round_inputs_to_rms_has_the_step_it_says(x):  # below every maximum
-    y = fake.round_inputs(x, fake.Range(rms=1.8))
+    y = round_inputs(x, Range(rms=1.8))
     step = 1.8 * np.sqrt(np.mean(x**2, axis=1, keepdims=True)) / 7
     np.testing.assert_allclose(y / step, np.clip(np.rint(x / step), -8, 7), atol=1e-4)
 
 
 def test_round_inputs_to_rms_never_goes_beyond_the_maximum():
     flat = np.full((2, 64), 0.5, np.float32)
-    np.testing.assert_allclose(fake.round_inputs(flat, fake.Range(rms=2.5)), flat, rtol=1e-6)
+    np.testing.assert_allclose(round_inputs(flat, Range(rms=2.5)), flat, rtol=1e-6)
     zero = np.zeros((2, 64), np.float32)
-    np.testing.assert_array_equal(fake.round_inputs(zero, fake.Range(rms=2.5)), zero)
+    np.testing.assert_array_equal(round_inputs(zero, Range(rms=2.5)), zero)
 
 
 def test_search_takes_the_best_ratio_of_each_token(x):
     ratios = (0.9, 0.8, 0.7)
 
     def errors(r):
-        return np.sum((fake.round_inputs(x, r) - x) ** 2, axis=1)
+        return np.sum((round_inputs(x, r) - x) ** 2, axis=1)
 
-    each = np.array([errors(fake.Range(c)) for c in ratios])
-    np.testing.assert_allclose(errors(fake.Range(search=ratios)), each.min(axis=0), rtol=1e-5)
+    each = np.array([errors(Range(c)) for c in ratios])
+    np.testing.assert_allclose(errors(Range(search=ratios)), each.min(axis=0), rtol=1e-5)
     assert len(set(each.argmin(axis=0))) > 1
 
 
 def test_groups_have_scales_of_their_own_and_a_short_last_one(x):
-    y = fake.round_inputs(x, fake.Range(group=64))
-    np.testing.assert_array_equal(y[:, 192:], fake.round_inputs(x[:, 192:].copy(), fake.Range()))
-    np.testing.assert_array_equal(y[:, :64], fake.round_inputs(x[:, :64].copy(), fake.Range()))
-    assert fake.Range(group=64).segments(200) == 4
+    y = round_inputs(x, Range(group=64))
+    np.testing.assert_array_equal(y[:, 192:], round_inputs(x[:, 192:].copy(), Range()))
+    np.testing.assert_array_equal(y[:, :64], round_inputs(x[:, :64].copy(), Range()))
+    assert Range(group=64).segments(200) == 4
 
 
 def test_block_of_8_bits_is_rounded_apart(x):
-    y = fake.round_transformed(x, 64, fake.Range(0.8))
+    y = round_transformed(x, 64, Range(0.8))
     assert np.abs(y[:, :64] - x[:, :64]).max() < 0.02
-    np.testing.assert_array_equal(y[:, 64:], fake.round_inputs(x[:, 64:].copy(), fake.Range(0.8)))
+    np.testing.assert_array_equal(y[:, 64:], round_inputs(x[:, 64:].copy(), Range(0.8)))
 
 
 def test_cost_counts_sums_and_products(experiment):
-    plain = experiment.cost(recipe(fake.named("hadamard"), name="hadamard"))
+    plain = simulation.cost(experiment, recipe(named("hadamard"), name="hadamard"))
     assert plain == {"passes": 2, "roundings": 1, "accumulations": 1, "products_8bit": 0,
                      "corrections": 0, "bits": 4}
-    row = recipe(BALANCED["built"], of=fake.Range(search=(0.9, 0.8, 0.7), group=64), name="block")
-    cost, found = experiment.cost(row), experiment.transformed(row)
+    row = recipe(BALANCED["built"], of=Range(search=(0.9, 0.8, 0.7), group=64), name="block")
+    cost, found = simulation.cost(experiment, row), experiment.transformed(row)
     assert (cost["passes"], cost["roundings"]) == (3, 4)
     sums = outputs = 0
     for key, site in experiment.sites.items():
@@ -179,19 +170,19 @@ def test_axis_balance_makes_both_gram_matrices_equal(experiment):
     sides = [np.ascontiguousarray(a, np.float32)
              for a in (found.left, found.right, found.left_w, found.right_w)]
     # the second axis was balanced last
-    turned = (fake.kronecker(rows, *two).reshape(-1, k1, k2)
-              for rows, two in ((x, sides[:2]), (w, sides[2:])))
-    x_gram, w_gram = (_C.axis_gram(y.swapaxes(1, 2).reshape(len(y), -1), k2, k1) for y in turned)
+    x_gram, w_gram = (np.einsum("tij,tik->jk", *[rows.reshape(-1, k1, k2).astype(float)] * 2)
+                      for rows in (kronecker(x, *sides[:2]),
+                                   kronecker(w, *sides[2:])))
     x_gram, w_gram = x_gram / np.trace(x_gram), w_gram / np.trace(w_gram)
     assert np.linalg.norm(x_gram - w_gram) < 0.01 * np.linalg.norm(w_gram)
 
 
 def test_predicted_errors_are_those_of_rounding(experiment):
-    found = fake.Transformed(experiment, fake.named("hadamard"))
+    found = simulation.Transformed(experiment, named("hadamard"))
     for key, predicted in closed_forms.predicted_errors(found, 1.0).items():
         y = found.transforms[key].inputs(experiment.sites[key].statistics.sample)
         w = np.concatenate(found.float_weights(key))
-        noise = (fake.round_inputs(y, fake.Range()) - y) @ w.T
+        noise = (round_inputs(y, Range()) - y) @ w.T
         measured = np.sum(noise**2) / np.sum((y @ w.T) ** 2)
         assert predicted == pytest.approx(measured, rel=0.25), key
 
@@ -206,7 +197,7 @@ def test_baq_bits_have_equal_marginal_losses_and_the_mean():
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_two_levels_keep_the_budget_and_use_it(experiment, weighted):
-    found = fake.Transformed(experiment, fake.named("hadamard"))
+    found = simulation.Transformed(experiment, named("hadamard"))
     chosen = closed_forms.two_levels(4.5, 1.0, weighted)(found)
     k = {key: site.heldout.shape[1] for key, site in experiment.sites.items()}
     mean = sum(k[key] * r.bits for key, r in chosen.items()) / sum(k.values())
@@ -221,12 +212,12 @@ def test_two_levels_keep_the_budget_and_use_it(experiment, weighted):
     (closed_forms, "*4.5 bits*rtn"),
 ])
 def test_command_writes_tables_and_resumes(tmp_path, capsys, monkeypatch, command, only):
-    name, argv = command.__name__, ["--quick", "--only", only, "--out", str(tmp_path)]
+    name, argv = command.NAME, ["--quick", "--only", only, "--out", str(tmp_path)]
     command.main(argv)
     table = json.loads((tmp_path / f"{name}.json").read_text())
-    assert set(table) == {"environment", "rows", "command", "title"}
+    assert table["command"].startswith(f"python -m benchmarks.experiments.{name} --quick")
     names = [row["name"] for row in table["rows"]]
-    assert names[0] == fake.BASELINE.name
+    assert names[0] == recipes.BASELINE.name
     assert len(names) >= 2
     assert all(row["kl"] > 0 and 0 < row["top1"] <= 1 for row in table["rows"])
     for row in table["rows"]:
@@ -249,12 +240,13 @@ def test_command_writes_tables_and_resumes(tmp_path, capsys, monkeypatch, comman
     capsys.readouterr()
 
 
-def test_commands_refuse_what_does_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="--only: expected a pattern that matches a row"):
-        ranges.main(["--only", "no such row"])
-    with pytest.raises(ValueError, match="--windows: expected at least 1, got 0"):
+def test_commands_refuse_what_does_not_fit(capsys):
+    with pytest.raises(SystemExit, match="--only: expected a pattern that matches a row"):
+        ranges.main(["--quick", "--only", "no such row"])
+    with pytest.raises(SystemExit, match="2"):
         ranges.main(["--windows", "0"])
-    with pytest.raises(ValueError, match="text: expected 1000 windows of 512 tokens, found"):
+    assert "argument --windows: expected integers of at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="text: expected 1000 windows of 512 tokens, found"):
         closed_forms.main(["--windows", "1000"])
 
 
@@ -262,7 +254,7 @@ def test_commands_refuse_what_does_not_fit(tmp_path):
 def test_rows_have_names_of_their_own(command):
     names = [recipe.name for recipe in command.recipes()]
     assert len(names) == len(set(names))
-    assert fake.BASELINE.name in names
+    assert recipes.BASELINE.name in names
     assert all(math.isfinite(len(name)) for name in names)
 
 

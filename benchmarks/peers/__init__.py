@@ -1,0 +1,1 @@
+"""Other libraries, one file each; every peer and engine runs in a process of its own."""
