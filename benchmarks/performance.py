@@ -39,8 +39,9 @@ BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 
 def describe(environment: Mapping[str, Any]) -> str:
     kernels = environment["kernels"]
-    return (f"{environment['cpu']}, {environment['cpus']} CPUs; kernels that run here: "
-            f"{', '.join(kernels['runnable'])}; {environment['system']}; {environment['blas']}.")
+    return (f"The machine is {environment['cpu']} with {environment['cpus']} CPUs. The kernel "
+            f"tables that run on it are {', '.join(kernels['runnable'])}. System: "
+            f"{environment['system']}. BLAS: {environment['blas']}.")
 
 
 def command(script: str, environment: Mapping[str, Any]) -> str:
@@ -59,8 +60,8 @@ def peers_section(result: Mapping[str, Any]) -> str:
     ms = sorted({r["m"] for r in rows if "gops" in r})
     shapes = ", ".join(f"{n}x{k}" for n, k in result["shapes"])
     text = [f"### {peers_title(result)}", command("bench_peers", result["environment"]),
-            f"GOP/s, geometric mean over the shapes (outputs x inputs) {shapes}; an empty cell has "
-            "no figure for one of them."]
+            "The figures are GOP/s, as the geometric mean over the shapes. A cell is empty where "
+            f"a peer has no figure for one of them. The shapes (outputs x inputs): {shapes}."]
     lines = []
     for name, about in result["peers"].items():
         cells = []
@@ -71,17 +72,19 @@ def peers_section(result: Mapping[str, Any]) -> str:
         if any(cells):
             lines.append([name, about["kind"], about["activations"], *cells])
     text.append(table(["", "kind", "activations", *(f"m = {m}" for m in ms)], lines, 3))
-    text.append("Ours over the best of each kind, by shape, as geometric means:")
+    text.append("Our speed divided by that of the fastest peer of each kind. The ratio is taken "
+                "shape by shape, and the table gives the geometric mean:")
     text.append(table(["", "against", *(f"m = {m}" for m in ms)], ratio_lines(rows, ms), 2))
     text.append(shares_table(result, ms))
     skipped = [f"{name}: {about['skipped']}" for name, about in result["peers"].items()
                if "skipped" in about]
     failed = sorted({f"{r['peer']}: {r['failed']}" for r in rows if "failed" in r})
     if skipped or failed:
-        text.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in [*skipped, *failed]))
+        text.append("These peers were not measured, for the reason given:\n\n"
+                    + "\n".join(f"- {line}" for line in [*skipped, *failed]))
     versions = [f"{name}: {about['version']}" for name, about in result["peers"].items()
                 if "version" in about and about["kind"] in RIVALS]
-    text.append("Versions:\n\n" + "\n".join(f"- {line}" for line in versions))
+    text.append("Versions of the peers:\n\n" + "\n".join(f"- {line}" for line in versions))
     return "\n\n".join(text)
 
 
@@ -102,12 +105,14 @@ def shares_table(result: Mapping[str, Any], ms: Sequence[int]) -> str:
     names = [n for n in bench_peers.of_kinds(rows, "ours", "bound") if n != "read_loop"]
     lines = [[n, *(percent(mean_share(rows, n, m, "share_of_peak")) for m in ms),
               percent(mean_share(rows, n, 1, "share_of_read"))] for n in names]
-    peaks = ", ".join(f"{step} {rate:.0f}" for step, rate in result["peaks"].items())
+    peaks = "\n".join(f"- {step} {rate:.0f}" for step, rate in result["peaks"].items())
     reads = [r["gbs"] for r in rows if r["peer"] == "read_loop" and r["m"] == 1 and "gbs" in r]
-    text = f"Peaks of one thread in the same run, GOP/s: {peaks}."
+    text = f"The peaks of one thread in the same run, in GOP/s:\n\n{peaks}\n\n"
     if reads:
-        text += f" Reading the same panels: {number(bench_peers.geometric_mean(reads))} GB/s."
-    return text + " Shares of them:\n\n" + table(
+        text += (f"The read loop reads {number(bench_peers.geometric_mean(reads))} GB/s from the "
+                 "same panels. ")
+    return text + ("The table gives each speed as a share of the peak of its multiply step. The "
+                   "last column gives it as a share of the read loop's:\n\n") + table(
         ["", *(f"of the peak, m = {m}" for m in ms), "of reading, m = 1"], lines)
 
 
@@ -117,17 +122,21 @@ def ladder_section(result: Mapping[str, Any]) -> str:
               percent(r["bare_share_of_peak"]), percent(r.get("share_of_read"))]
              for r in result["rows"]]
     text = ["### Kernel ladder", command("kernel_ladder", result["environment"]),
-            f"{n}x{k}, one thread, GOP/s with the quantization of the activations and bare; the "
-            "share of the measured peak is the bare kernel's.",
+            f"The linear has {n} outputs and {k} inputs, and runs on one thread. The column GOP/s "
+            "includes the quantization of the activations, the column bare leaves it out. The "
+            "share of the measured peak is that of the bare kernel. The share of reading compares "
+            "GOP/s, quantization included, with the speed of the read loop.",
             table(["table", "scheme", "m", "GOP/s", "bare", "of the peak", "of reading"], lines, 2)]
     if result["transform"]:
-        text.append("Rotating and quantizing the activations, as a share of the whole linear:")
+        text.append("The time to rotate and quantize the activations, as a share of the time of "
+                    "the whole linear:")
         text.append(table(["table", "scheme", "m", "share"], [
             [r["table"], r["scheme"], str(r["m"]), f"{r['share']:.1%}"]
             for r in result["transform"]], 2))
     if result["threads"]:
         ratio = result["cores"]["ratio"]
-        text.append(f"Threads against one (two CPUs do {times(ratio)} the integer work of one):")
+        text.append("The speed of several threads divided by that of one. Two CPUs of this "
+                    f"machine do {times(ratio)} the integer work of one:")
         schemes = [key for key in result["threads"][0] if key.startswith("w4")]
         text.append(table(["table", "threads", "m", *schemes], [
             [r["table"], str(r["threads"]), str(r["m"]), *(times(r[s]) for s in schemes)]
@@ -168,16 +177,17 @@ def quantize_section(result: Mapping[str, Any]) -> str:
     keys = ("cold, s per 10^9", "warm, s per 10^9", "CPU, s per 10^9", "target, s per 10^9",
             "peak memory, MB", "bound, MB")
     text = ["### Quantizing", command("bench_quantize", result["environment"]),
-            "A layer of LLaMA-2-7B's shapes: read, rotated, rounded, packed and written, with the "
-            "file on disk (cold) and in the page cache (warm); the target is the paper's time.",
+            "One layer in the shapes of LLaMA-2-7B is read, rotated, rounded, packed and written. "
+            "The times are seconds per 10^9 weights. The file is on disk (cold) or in the page "
+            "cache (warm). The target is the time that the paper reports.",
             table(["weights", *keys], [[r["weights"], *(number(r[k]) for k in keys)]
                                        for r in rows if keys[0] in r]),
-            "What stands before it, and what the machine can do:",
+            "The stages before these, and what the machine can do:",
             table(["", "", "unit"], [[name, number(r["value"]), r["unit"]]
                                      for name, r in quantize_figures(result).items()], last=True)]
     steps = [r for r in rows if "step" in r]
     if steps:
-        text += ["Where the time goes, CPU nanoseconds per weight:",
+        text += ["Where the time goes, in CPU nanoseconds per weight:",
                  table(["weights", "step", "ns"], [
                      [r["weights"], r["step"], number(r["CPU ns per weight"])] for r in steps], 2)]
     return "\n\n".join(text)
@@ -191,9 +201,11 @@ def transform_section(result: Mapping[str, Any]) -> str:
               percent(r["share"])] for r in result["rows"]]
     return "\n\n".join([
         "### Online transform", command("bench_transform", result["environment"]),
-        "Microseconds per token on one thread, 4-bit quantization included: none, dense factors "
-        "(what runs), Hadamards alone, and Hadamards with the rotations of two sweeps behind them; "
-        "the share is of the dense form in a W4A4 linear of k outputs.",
+        "The figures are microseconds per token on one thread. All forms include the 4-bit "
+        "quantization, and the form quantize is that alone. The form dense multiplies by dense "
+        "factors, as the runtime does. The form hadamard applies Hadamard transforms alone. The "
+        "form chain applies these and then the Givens rotations of two sweeps. The share is the "
+        "part of the dense form in the time of a W4A4 linear with k outputs.",
         table(["k", "factors", *forms, "dense GFLOP/s", "share"], lines, 2)])
 
 
@@ -205,8 +217,9 @@ def attention_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join([
         "### Attention by the bits of the KV cache",
         command("bench_attention", result["environment"]),
-        "Microseconds per decoded token of one layer with next to no linears, at the context and "
-        "at one of a single token; GB/s of stored cache; times the speed of float32.",
+        "The figures are microseconds per decoded token, of one layer with almost no linears. "
+        "They are given at the context and at a context of a single token. GB/s count the stored "
+        "cache. The speed is relative to that of a float32 cache.",
         table(["heads of", "batch", "context", "KV bits", "us", "us, context 1", "GB/s", "speed"],
               lines)])
 
@@ -258,8 +271,9 @@ def readme_part(machines: Sequence[Machine]) -> str:
             names = {"ours_w4a4": "W4A4", "ours_w4a8": "W4A8"}
             lines = [[names[line[0]], *line[1:]] for line in lines]
             count = len(result["shapes"])
-            text.append(f"{machine.environment['cpu']}, {peers_title(result)[9:]}, "
-                        f"{count} shape{'s' * (count > 1)}, times the speed of the fastest:")
+            text.append(f"Linears on {machine.environment['cpu']}, {peers_title(result)[9:]}: "
+                        "our speed divided by that of the fastest peer of each kind, as the "
+                        f"geometric mean over {count} shape{'s' * (count > 1)}:")
             text.append(table(["", "against", *(f"m = {m}" for m in ms)], lines, 2))
         text += [quantize_sentence(result) for _, result in machine.of("quantize")]
     text.append("[Every figure, with the aims and the commands](docs/performance.md).")
@@ -271,10 +285,11 @@ def quantize_sentence(result: Mapping[str, Any]) -> str:
     before = [f"{number(r['value'])} {what}" for name, r in quantize_figures(result).items()
               for begin, what in (("calibration", "to calibrate"), ("solving", "to solve"))
               if name.startswith(begin) and name.endswith(": CPU")]
-    stages = [f"{number(r['CPU, s per 10^9'])} with `--weights {r['weights']}` in "
-              f"{r['peak memory, MB']:.0f} MB" for r in result["rows"] if "CPU, s per 10^9" in r]
-    return (f"10^9 weights in LLaMA-2-7B's shapes take these CPU seconds: {' and '.join(before)}; "
-            f"to quantize and write, {', '.join(stages)} of anonymous memory.")
+    stages = [f"{number(r['CPU, s per 10^9'])} CPU seconds and {r['peak memory, MB']:.0f} MB with "
+              f"`--weights {r['weights']}`" for r in result["rows"] if "CPU, s per 10^9" in r]
+    return (f"10^9 weights in the shapes of LLaMA-2-7B take these CPU seconds: "
+            f"{' and '.join(before)}. To quantize and write them takes {', '.join(stages)}. The MB "
+            "are anonymous memory.")
 
 
 def replace_part(readme: str, part: str) -> str:

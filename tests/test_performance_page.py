@@ -95,8 +95,8 @@ def test_readme_gets_the_table_between_its_marks(results):
     assert readme.endswith("<!-- performance:end -->\nafter\n")
     assert "old" not in readme
     assert "| W4A4 | best int4 | 2.24x | 2.62x |" in readme
-    assert ("CPU seconds: 22.5 to calibrate and 6.25 to solve; to quantize and write, 6.75 with "
-            "`--weights mse` in 120 MB of" in readme)
+    assert ("CPU seconds: 22.5 to calibrate and 6.25 to solve. To quantize and write them takes "
+            "6.75 CPU seconds and 120 MB with `--weights mse`." in readme)
 
 
 def test_readme_is_left_as_it_is_without_peers(results):

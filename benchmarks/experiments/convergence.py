@@ -242,18 +242,20 @@ def run_seconds(run: spinquant.Learned) -> dict[str, float]:
 
 
 def arithmetic(row: Mapping[str, Any], run: spinquant.Learned, repeats: int) -> str:
-    """The speedup over SpinQuant in one sentence, CPU and wall."""
+    """The speedup over SpinQuant in three or four sentences, CPU and wall."""
     steps, parts = run.settings["steps"], []
     for kind, per_step in (("CPU", run.cpu_seconds.mean()), ("wall", run.seconds.mean())):
         ours = row[f"{kind.lower()}_seconds"]
-        parts.append(f"{per_step:.4g} {kind} s per step x {steps} steps / {ours:.4g} s "
-                     f"= {per_step * steps / ours:.4g}x")
+        parts.append(f"In {kind} seconds: {per_step:.4g} per step x {steps} steps / {ours:.4g} "
+                     f"= {per_step * steps / ours:.4g}x.")
     alone = row.get("cpu_seconds_without_calibration")
     if alone is not None:
         ratio = run.cpu_seconds.mean() * steps / alone
-        parts.append(f"without the calibration / {alone:.4g} CPU s = {ratio:.4g}x")
-    return (f"{row['method']} ({row['weights']}), the whole of reading, calibrating, solving, "
-            f"quantizing and writing, median of {repeats}: {'; '.join(parts)}.")
+        parts.append(f"Without the calibration it takes {alone:.4g} CPU seconds, and the ratio is "
+                     f"{ratio:.4g}x.")
+    return (f"{row['method']} ({row['weights']}): the ratio is SpinQuant's time divided by the "
+            "time of the whole run (reading, calibrating, solving, quantizing and writing; median "
+            f"of {repeats}). {' '.join(parts)}")
 
 
 def say(line: str) -> None:
@@ -300,22 +302,22 @@ def notes_of(rows: Sequence[Mapping[str, Any]], run, repeats: int, threads: int)
     steps = run.settings["steps"]
     notes = [arithmetic(row, run, repeats) for row in rows if "spinquant_cpu_ratio" in row]
     if not run.finished:
-        notes.append(f"SpinQuant's run has {run.steps} of its {steps} steps; its seconds are "
+        notes.append(f"SpinQuant's run has {run.steps} of its {steps} steps. Its seconds are "
                      f"the mean of those, times {steps}.")
     notes += [
-        "CPU seconds are those of all threads of the process. They are what the ratios are read "
-        "from: other programs on the machine stretch wall time, a run of hours more than one of "
-        f"seconds. The closed forms ran on {threads} thread{'s' * (threads > 1)}.",
-        "SpinQuant's seconds are its steps alone (forward, backward, Cayley update), without "
-        "reading the model, tokenizing, the probes of the noise and quantizing afterwards; the "
-        "closed forms' include all they need.",
+        "CPU seconds are those of all threads of the process. Read the ratios from them. Other "
+        "programs on the machine stretch wall time, and they stretch a run of hours more than a "
+        f"run of seconds. The closed forms ran on {threads} thread{'s' * (threads > 1)}.",
+        "SpinQuant's seconds are those of its steps alone (forward, backward, Cayley update). They "
+        "leave out reading the model, tokenizing, the probes of the noise and quantizing "
+        "afterwards. The seconds of the closed forms include all that they need.",
     ]
     if len(run.probe_steps):
         notes.append(
-            f"Loss without noise (mean over turns of R1 by {spinquant.NOISE_ANGLE} rad): "
-            f"{run.smooth_losses[0]:.4f} at step {run.probe_steps[0]}, {run.smooth_losses[-1]:.4f} "
-            f"at step {run.probe_steps[-1]}; noise (standard deviation) {run.noise.mean():.4f} "
-            f"on average."
+            "The loss without noise is the mean over small rotations of R1 by "
+            f"{spinquant.NOISE_ANGLE} rad. It is {run.smooth_losses[0]:.4f} at step "
+            f"{run.probe_steps[0]} and {run.smooth_losses[-1]:.4f} at step {run.probe_steps[-1]}. "
+            f"The noise (standard deviation) is {run.noise.mean():.4f} on average."
         )
     return notes
 

@@ -34,11 +34,11 @@ from .command import names
 NAME = "latency"
 NOTES = (
     "The online transform is what a site does to its inputs before the integer product: rotation "
-    "and quantization to codes, timed alone on rows of the same shapes; its share is that time "
-    "over the whole step's. QuaRot and SpinQuant fuse the rotation in front of q, k, v, gate and "
-    "up into the weights: there they quantize only.",
+    "and quantization to codes. It is timed alone, on rows of the same shapes. Its share is that "
+    "time divided by the time of the whole step. QuaRot and SpinQuant fuse the rotation in front "
+    "of q, k, v, gate and up into the weights. At these sites they quantize only.",
     "Peak memory is the largest resident size of a fresh process that loads the model and runs the "
-    "prefill, less what the process held before; mapped weights count once they are touched.",
+    "prefill, minus what the process held before. Mapped weights count once they are touched.",
 )
 
 

@@ -34,19 +34,29 @@ OURS = "singlequant"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # kind -> heading and what the section is about, in the page's order
 SECTIONS = {
-    "compare": ("Methods side by side", "One calibration for all rows of a model. Rows of equal "
-                "weights and clip differ in the transformation alone; `(default)` is what "
-                "`singlequant quantize` does when nothing is asked."),
+    "compare": ("Methods side by side", "All rows of a model share one calibration. Rows of equal "
+                "weights and clip differ in the transformation alone. `(default)` is what "
+                "`singlequant quantize` does when no option is given."),
     "convergence": ("Baselines and speed", "SpinQuant learns its rotations by a thousand steps of "
-                    "Cayley SGD; closed forms take none."),
-    "ablation": ("Ablation", "What each part of the transformation contributes."),
-    "closed_forms": ("Closed forms", "What was tried for the transformation, by a forward in NumPy "
-                     "that rounds weights and activations; `balanced` is what won."),
-    "ranges": ("Activation range", "What was tried for the 4-bit activations, by the same forward, "
-               "with what each option adds to the inner loop."),
-    "sensitivity": ("Sensitivity", "How much thresholds, calibration and seeds matter."),
-    "signatures": ("Failure signatures", "Where 4-bit activations have been reported to fail."),
-    "latency": ("Latency", "Tokens per second from the package itself."),
+                    "Cayley SGD. The closed forms take no steps."),
+    "ablation": ("Ablation", "The tables show what each part of the transformation contributes. "
+                 "The column kl to hadamard is the KL divided by that of the Hadamard rotation."),
+    "closed_forms": ("Closed forms", "The tables list the transformations that were tried. A "
+                     "forward pass in NumPy rounds weights and activations. The method `balanced` "
+                     "was chosen from them. The ratio is the KL divided by that of the first row. "
+                     "The peak is the mean of (max / rms)^2 of the inputs that get 4 bits. The "
+                     "bits are those of the activations, as the mean over the inputs."),
+    "ranges": ("Activation range", "The tables list the ranges that were tried for the 4-bit "
+               "activations, with the same forward pass. Passes are how often the quantizer reads "
+               "a token's inputs. Roundings are how often it rounds each of them. Accumulations "
+               "are the scaled float sums per output. Corrections are the zero points that each "
+               "sum needs. The ratio is the KL divided by that of the first row."),
+    "sensitivity": ("Sensitivity", "The tables show how much the thresholds, the calibration and "
+                    "the seeds matter."),
+    "signatures": ("Failure signatures", "The tables cover cases in which 4-bit activations have "
+                   "been reported to fail."),
+    "latency": ("Latency", "The tables give the tokens per second that the package itself "
+                "reaches."),
 }
 # files by other names that belong to a kind's section
 FILES = {**{kind: kind for kind in SECTIONS},
@@ -324,7 +334,7 @@ def slower_to_quantize(result: Result) -> list[str]:
     rows = [row for row in result.values["rows"] if "cpu_seconds" in row]
     ours = next((row for row in rows if row["method"] == OURS), None)
     return [f"{result.model}: {row['method']} takes {cell(row['cpu_seconds'])} CPU s to quantize, "
-            f"`{OURS}` {cell(ours['cpu_seconds'])}."
+            f"`{OURS}` takes {cell(ours['cpu_seconds'])} CPU s."
             for row in rows if ours is not None and row["weights"] == ours["weights"]
             and row["cpu_seconds"] < ours["cpu_seconds"]]
 
@@ -343,8 +353,8 @@ def slower_to_run(result: Result) -> list[str]:
                       f"{row[key] / rival[key]:.2f}"
                       for key in ratios if rival and row[key] < rival[key]]
             if behind:
-                lines.append(f"{result.model}: {row['scheme']} {row['method']} has less than the "
-                             f"speed of {name} ({'; '.join(behind)}).")
+                lines.append(f"{result.model}: {row['scheme']} {row['method']} is slower than "
+                             f"{name} (its speed relative to that: {'; '.join(behind)}).")
     return lines
 
 
@@ -358,16 +368,17 @@ def lost(results: Sequence[Result]) -> str:
     beaten = len({(row["table"], row["model"], row["text"], row["scheme"], row["ours"])
                   for row in rows})
     parts = ["## Where SingleQuant loses",
-             f"Of {contests} rows of `{OURS}` (against every method at the same rounding) and of "
-             f"the default (against every row, whatever its rounding), {beaten} "
+             f"This section counts {contests} rows. A row of `{OURS}` is compared with every "
+             "method at the same rounding. A row of the default is compared with every row, "
+             f"whatever its rounding. Of these rows, {beaten} "
              f"{'has' if beaten == 1 else 'have'} a method of lower KL beside "
              f"{'it' if beaten == 1 else 'them'}{':' if rows else '.'}"]
     if rows:
         parts.append(table(rows))
     bits = bits_table(results)
     if bits:
-        parts += ["Four-bit activations cost quality whatever the rotation; the default's KL by "
-                  "scheme:", table(bits)]
+        parts += ["Activations with 4 bits lower the quality, whatever the rotation. The table "
+                  "gives the KL of the default recipe by scheme:", table(bits)]
     lines = slower(results)
     if lines:
         parts.append("\n".join(f"- {line}" for line in lines))
@@ -380,10 +391,11 @@ def lost(results: Sequence[Result]) -> str:
 def page(results: Sequence[Result], images: Path) -> str:
     """docs/results.md."""
     parts = ["# Results",
-             "Generated by `python -m benchmarks.experiments.results` from what the commands below "
-             "wrote; not edited by hand. KL is in nats per token, from the original to the "
-             "quantized model. Seconds of a shared machine mean little by themselves: compare "
-             "within a table."]
+             "`python -m benchmarks.experiments.results` makes this page from what the commands "
+             "below wrote. Do not edit it by hand. KL is in nats per token, from the original to "
+             "the quantized model. Seconds of a shared machine mean little by themselves: compare "
+             "them within a table only. The [glossary](glossary.md) defines the terms: site, "
+             "scheme, recipe, KL, top-1 agreement and the models."]
     for kind, (heading, about) in SECTIONS.items():
         chosen = [r for r in results if r.kind == kind]
         if chosen:
@@ -417,10 +429,12 @@ def head(results: Sequence[Result], link: str) -> str:
             ours = rows[OURS]
             parts.append(
                 f"SpinQuant's {steps} steps take {cell(spin['cpu_seconds'])} CPU s on "
-                f"{result.model or 'the same model'}, `{OURS}` from reading to writing "
-                f"{cell(ours['cpu_seconds'])}: {cell(ours['spinquant_cpu_ratio'])} times less."
+                f"{result.model or 'the same model'}. From reading the model to writing it, "
+                f"`{OURS}` takes {cell(ours['cpu_seconds'])} CPU s: "
+                f"{cell(ours['spinquant_cpu_ratio'])} times less."
             )
-    parts.append(f"[All results]({link}), with the commands, and where SingleQuant loses.")
+    parts.append(f"[All results]({link}) are on one page, with the commands and with the cases in "
+                 "which SingleQuant loses.")
     return "\n\n".join(parts)
 
 

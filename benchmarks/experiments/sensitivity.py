@@ -139,15 +139,16 @@ def thresholds(arguments: Namespace) -> None:
                ("KL", "kl_mean", ".5f"), ("top-1", "top1_agreement", ".3f"),
                *((task, key, ".3f") for task, key in scores)]
     count = found[ORIGINAL].results[0].predictions
-    notes = [f"Weights and activations to nearest, no clip; {count} predictions. median: of the "
-             "axis's signed extremes, by magnitude."]
+    notes = ["Weights and activations are rounded to nearest, without a clip. Each row has "
+             f"{count} predictions. The median is that of the axis's signed extremes, by "
+             "magnitude."]
     absent = [task for task, key in scores if key not in rows[0]]
     if absent:
         notes.append(f"{', '.join(absent)}: not run, lm_eval is not installed "
                      "(pip install 'singlequant[evaluation]').")
     for task, key in scores:
         if f"{key}_stderr" in rows[0]:
-            notes.append(f"{task}: standard error {rows[0][f'{key}_stderr']:.3f}.")
+            notes.append(f"{task}: the standard error is {rows[0][f'{key}_stderr']:.3f}.")
     report.Report("thresholds", title, columns, rows, notes).write(
         arguments, figure=draw_thresholds(rows, scores, title))
 
@@ -213,10 +214,11 @@ def tokens(arguments: Namespace) -> None:
     error = most["kl_mean_sd"] / len(TOKEN_SEEDS) ** 0.5 / most["kl_mean"]
     notes = [
         f"The smallest number whose KL is within {TOLERANCE:.0%} of that of "
-        f"{most['calibration_tokens']} tokens: **{fewest}**; from {lasting} on every number is.",
-        f"Standard error of the last line's mean: {error:.1%} of it"
-        + ("; more draws would be needed to tell 2 %." if error > TOLERANCE else "."),
-        f"Recipe: {describe(sq.QuantConfig(scheme=arguments.scheme))}, the default.",
+        f"{most['calibration_tokens']} tokens is **{fewest}**. From {lasting} on every number is "
+        "within it.",
+        f"The standard error of the last line's mean is {error:.1%} of it."
+        + (" More draws would be needed to tell 2 %." if error > TOLERANCE else ""),
+        f"The recipe is the default: {describe(sq.QuantConfig(scheme=arguments.scheme))}.",
     ]
     if short:
         notes.append(f"The calibration text has fewer than {short} tokens.")
@@ -367,10 +369,11 @@ def factors(arguments: Namespace) -> None:
                ("/ default's", "kl_to_default", ".3f"), ("perplexity", "perplexity", ".3f"),
                ("top-1", "top1_agreement", ".3f"), ("solve s", "solve_seconds", ".2f"),
                ("Hadamard's KL", "hadamard_kl", ".5f")]
-    notes = [f"Recipe: {describe(config)}; its own factor sizes are at k2 x 1. Hadamard's KL: "
-             "a Hadamard on both axes of the same sizes, with the same rounding.",
-             "k1 + k2: multiply-adds per input of a site to rotate it with dense factors, the mean "
-             "over sites weighted by their width.",
+    notes = [f"The recipe is {describe(config)}. Its own factor sizes are those at k2 x 1. "
+             "Hadamard's KL is that of a Hadamard on both axes of the same sizes, with the same "
+             "rounding.",
+             "k1 + k2 is the number of multiply-adds per input of a site that a rotation with "
+             "dense factors takes. It is the mean over the sites, weighted by their width.",
              f"Sweeps leave out factors above order {solve_stage.SWEEP_ORDER_MAX}."]
     report.Report("factors", title, columns, rows, notes).write(
         arguments, figure=draw_factors(rows, config.method, title))
@@ -428,8 +431,8 @@ def domain(arguments: Namespace) -> None:
                ("calibrated on", "calibrated_on", ""), ("KL", "kl_mean", ".5f"),
                ("/ own domain's", "to_own", ".3f"), ("perplexity", "perplexity", ".3f"),
                ("top-1", "top1_agreement", ".3f")]
-    notes = [f"default: {describe(default)}; the others round to nearest without a clip. hadamard "
-             "takes nothing from the calibration."]
+    notes = [f"The default is {describe(default)}. The others round to nearest without a clip. "
+             "The method hadamard takes nothing from the calibration."]
     report.Report("domain", title, columns, rows, notes).write(
         arguments, figure=draw_domain(rows, names, order, title))
 

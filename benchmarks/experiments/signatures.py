@@ -245,9 +245,9 @@ def report_quality(rows: list[dict], kinds: Sequence[command.Domain], arguments:
         if "parameters" in row:
             row["millions"] = row["parameters"] / 1e6
     notes = [*verdicts(rows),
-             f"Calibrated on {kinds[0].calibration.name} alone. default: {config.method}, weights "
-             f"{config.weights}, clip {config.activation_clip:g}; the others round weights and "
-             "activations to nearest without a clip."]
+             f"Every model was calibrated on {kinds[0].calibration.name} alone. The default is "
+             f"{config.method}, weights {config.weights}, clip {config.activation_clip:g}. The "
+             "others round weights and activations to nearest without a clip."]
     report.Report("signatures", title, columns, rows, notes).write(
         arguments, figure=draw_quality(rows, title))
 
@@ -264,9 +264,10 @@ def report_memory(rows: list[dict], arguments: Namespace) -> None:
         columns += [(f"{stage} MB", f"{stage}_mb", ".1f"), ("of disk", f"{stage}_share", ".2f")]
     columns.append(("1.5 layers + states, MB", "bound_mb", ".1f"))
     title = f"Peak anonymous memory by stage, default recipe, {arguments.scheme.upper()}"
-    notes = ["Above a process that has loaded the package alone; mapped files do not count. read: "
-             "the checkpoint's header, the tokenizer and the calibration text. 1.5 layers + states:"
-             " a layer in float32 and half of it again, and the calibration tokens' hidden states.",
+    notes = ["The figures are what a process takes beyond one that has only loaded the package. "
+             "Mapped files do not count. The stage read covers the checkpoint's header, the "
+             "tokenizer and the calibration text. 1.5 layers + states (bound) is the size of a "
+             "layer in float32, half of it again, and the calibration tokens' hidden states.",
              *(f"{row['model']}: {row['error']}" for row in rows if "error" in row)]
     report.Report("memory", title, columns, rows, notes).write(
         arguments, figure=draw_memory(whole, title) if whole else None)
