@@ -1,6 +1,7 @@
-"""The array functions by themselves: rotations, quantizers, packing and linears on NumPy arrays.
+"""The array functions: rotations, quantizers, packing and linears on NumPy arrays.
 
-Letters: m tokens (or rows), n outputs, k = k1 * k2 inputs, g group length along k. No model needed:
+They need no model. Letters: m is the number of tokens (or rows), n of outputs, k = k1 * k2 of
+inputs, and g is the length of a group along k.
 
 >>> import numpy as np
 >>> from singlequant import arrays
@@ -40,20 +41,23 @@ Chain = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 
 def hadamard(n: int) -> NDArray[np.float64]:
-    """Orthonormal [n, n] matrix with near-flat entries, for every n >= 1.
+    """An orthonormal [n, n] matrix whose entries have nearly the same size, for every n >= 1.
 
-    Sylvester, Paley or Hartley, and Kronecker products of them. ValueError for n < 1.
+    It is a Sylvester, Paley or Hartley matrix, or a Kronecker product of these. ValueError for
+    n < 1.
     """
     return _C.hadamard_matrix(n)
 
 
 def art(x: ArrayLike, max_steps: int | None = None) -> Chain:
-    """Alignment rotation for massive outliers, with each angle taken at the outlier's own token.
+    """The chain of the alignment rotation (ART), which lowers massive outliers.
 
-    x: [rows, n], a sample of activations along one axis. Repeats: pair the channel of largest
-    absolute value with the one whose largest absolute value is smallest, rotate their values in the
-    row of the peak to equal magnitude (`givens_angle`); stops when the peak no longer falls,
-    or after max_steps (default 2 n). Returns the chain: pairs [steps, 2] and angles [steps] (rad).
+    x: [rows, n], a sample of activations along one axis, one row per token. A step pairs two
+    channels: the one with the largest absolute value (the peak), and the one whose largest absolute
+    value is smallest. It takes their two values in the row of the peak and rotates the pair so that
+    both get the same magnitude (`givens_angle`). Steps end when the peak no longer falls, or after
+    max_steps (default 2 n). Returns the chain: pairs [steps, 2] and angles [steps] in radians.
+    ValueError if x does not have 2 dimensions.
     """
     x = np.asarray(x, np.float64)
     if x.ndim != 2:
@@ -62,20 +66,23 @@ def art(x: ArrayLike, max_steps: int | None = None) -> Chain:
 
 
 def urt(v: ArrayLike, u: ArrayLike | None = None) -> Chain:
-    """Uniformity rotation: the Givens chain of U = G_u^T G_v, which maps the vector v onto u.
+    """The chain of the uniformity rotation (URT), U = G_u^T G_v, which maps the vector v onto u.
 
-    v: [n] statistics of one axis. u: [n] target, rescaled to the norm of v; default flat, with the
-    signs of v. At most 2 (n - 1) rotations. Returns pairs [steps, 2] and angles [steps] in radians.
+    v: [n], statistics of one axis. u: [n], the target, which is rescaled to the norm of v. The
+    default target is flat, with the signs of v. The chain has at most 2 (n - 1) Givens rotations.
+    Returns pairs [steps, 2] and angles [steps] in radians.
     """
     v = np.asarray(v, np.float64)
     return _C.urt(v, np.where(v < 0, -1.0, 1.0) if u is None else u)
 
 
 def uniformity_sweep(x: ArrayLike, sweeps: int = 1) -> Chain:
-    """Rotate every pair of channels once per sweep so that the sum of fourth powers is least.
+    """The chain that rotates every pair of channels once per sweep to the least fourth powers.
 
-    x: [rows, n], a sample of activations along one axis. The angle of a pair (a, b) is closed-form,
-    theta = (pi - arg sum (a + i b)^4) / 4; with one row it is `givens_angle`. Returns the chain.
+    x: [rows, n], a sample of activations along one axis. The angle of a pair (a, b) minimizes the
+    sum of fourth powers over the rows. It has a closed form,
+    theta = (pi - arg sum (a + i b)^4) / 4, which for one row equals `givens_angle`. Returns pairs
+    [steps, 2] and angles [steps] in radians. ValueError if x does not have 2 dimensions.
     """
     x = np.asarray(x, np.float64)
     if x.ndim != 2:
@@ -85,7 +92,7 @@ def uniformity_sweep(x: ArrayLike, sweeps: int = 1) -> Chain:
 
 
 def apply_chain(chain: Chain, x: ArrayLike) -> NDArray[np.float64]:
-    """Apply a chain of Givens rotations along the last axis of x [..., n]; returns float64."""
+    """x [..., n] with a chain of Givens rotations applied along the last axis, in float64."""
     return _C.chain_apply(chain[0], chain[1], x)
 
 
@@ -107,13 +114,16 @@ def quantize(
     clip: float = 1.0,
     search: bool = False,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32] | None]:
-    """Quantize x [m, k] per row (group = 0) or per group of columns to 4 or 8 bits.
+    """Quantize x [m, k] to 4 or 8 bits, with one scale per row or per group of columns.
 
-    Symmetric: scale = clip * max|x| / (2^(bits-1) - 1), codes in [-2^(bits-1), 2^(bits-1) - 1].
-    Asymmetric: the range is widened to include 0, scale = clip * (max - min) / (2^bits - 1), and
-    x = scale * (code - zero) for code = codes.view(numpy.uint8): the bytes of codes are unsigned.
-    search=True takes, per row and group, the clip ratio of least squared error.
-    Returns codes [m, k], scales [m, k / group], zeros (None when symmetric). ValueError on NaN.
+    group: columns that share a scale; 0 means all of a row.
+    symmetric: scale = clip * max|x| / (2^(bits-1) - 1), and codes are in
+    [-2^(bits-1), 2^(bits-1) - 1]. If False, the range is widened to include 0, scale =
+    clip * (max - min) / (2^bits - 1), and x = scale * (code - zero). The bytes of codes are then
+    unsigned: code = codes.view(numpy.uint8).
+    search: whether to choose the clip ratio of least squared error for each row and group.
+    Returns codes [m, k], scales [m, k / group] and zeros (None when symmetric). ValueError if x
+    holds NaN.
     """
     return _C.quantize(x, bits, group, symmetric, clip, search)
 
@@ -121,12 +131,15 @@ def quantize(
 def dequantize(
     codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike | None = None
 ) -> NDArray[np.float32]:
-    """Values of codes [m, k] under scales [m, groups] (and zeros): float32 [m, k]."""
+    """The values that codes [m, k] stand for with scales [m, groups] and zeros: float32 [m, k]."""
     return _C.dequantize(codes, scales, zeros)
 
 
 def pack(codes: ArrayLike) -> NDArray[np.int32]:
-    """Pack int4 codes [n, k] in [-8, 7] into words [n, ceil(k / 8)], low nibble first, code + 8."""
+    """Pack int4 codes [n, k] in [-8, 7] into words [n, ceil(k / 8)].
+
+    A word is an int32 that holds code + 8 of 8 codes, the first in the lowest 4 bits.
+    """
     return _C.pack(codes)
 
 
@@ -135,7 +148,8 @@ def linear(
 ) -> NDArray[np.float32]:
     """y = quantize(x) W^T for x [..., k] and packed int4 weights: float32 [..., n].
 
-    bits: 4 or 8 for symmetric per-token activations (integer products, exact sums), 16 for float.
-    clip: ratio of a token's largest absolute value that the codes reach.
+    bits: 4 or 8 quantizes each token of x symmetrically, with integer products and exact sums.
+    16 leaves x in float32. clip: the share of a token's largest absolute value that the codes
+    reach.
     """
     return _C.linear(x, weight, bits, clip)

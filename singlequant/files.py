@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files that appear under their names only when whole, and checks before the work."""
+"""Writing result files whole or not at all, and checks of file names before long work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ __all__ = [
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Any]:
-    """A file to write that takes its name only after it was written and synced."""
+    """A binary file to write; it gets the name path only after it was written and synced.
+
+    If an error occurs, path stays as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -46,14 +49,14 @@ def whole_file(path: Path) -> Iterator[Any]:
 
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
-    """Write bytes, or a text as UTF-8; the file appears, or is replaced, only when whole."""
+    """Write bytes, or a text as UTF-8. The file appears, or is replaced, only when it is whole."""
     with whole_file(Path(path)) as file:
         file.write(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
 
 def save_figure(figure: Any, path: str | Path, dpi: int = 150) -> Path:
-    """Write a matplotlib Figure in the format of the name's suffix, only when whole."""
+    """Write a matplotlib Figure whole or not at all. The suffix of the name says the format."""
     whole = io.BytesIO()
     figure.savefig(whole, dpi=dpi, format=Path(path).suffix[1:].lower())
     return write_file(path, whole.getvalue())
@@ -65,7 +68,10 @@ def folder_bytes(folder: str | Path) -> int:
 
 
 def check_file(path: str | Path) -> None:
-    """ValueError, before long work is done for nothing, unless path can name a file."""
+    """Check that path can name a file, before long work whose result goes there.
+
+    ValueError if its folder does not exist, or if path is a folder.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: expected a file in an existing folder, found no {path.parent}")
@@ -74,7 +80,11 @@ def check_file(path: str | Path) -> None:
 
 
 def check_picture(path: str | Path) -> None:
-    """The same for a picture: ImportError without matplotlib, ValueError for a strange suffix."""
+    """Check that path can name a picture.
+
+    ValueError if `check_file` fails or matplotlib cannot write the suffix. ImportError without
+    matplotlib.
+    """
     check_file(path)
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -86,7 +96,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def require_matplotlib() -> None:
-    """ImportError that says what to install."""
+    """Raise an ImportError that says what to install, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -94,7 +104,10 @@ def require_matplotlib() -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in path. FormatError naming the file if it is missing or anything else."""
+    """The JSON object in path.
+
+    FormatError names the file if it is missing, too large, or holds anything but one JSON object.
+    """
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -111,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object hook: a key that stands twice is an error, not a silent overwrite."""
+    """A dict of pairs, for json's object_pairs_hook. ValueError if a key occurs twice."""
     unique = dict(pairs)
     if len(unique) != len(pairs):
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""The package's version and what it runs on."""
+"""The version of the package, and descriptions of the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __version__ = metadata.version("singlequant")
 
 
 def runtime_info() -> dict[str, object]:
-    """What matters in a bug report: kernels, and why better ones are off, threads, BLAS, versions.
+    """The facts that a bug report needs: versions, CPU, kernel tables, threads and BLAS.
 
-    Disabled kernels are those switched off through SINGLEQUANT_DISABLE_CPU.
+    "kernels" is the active table. "kernels not runnable" says which features the CPU or the
+    operating system lacks. "kernels disabled" are those that SINGLEQUANT_DISABLE_CPU switches off.
     """
     kernels = _C.kernels()
     return {
@@ -40,7 +41,7 @@ def runtime_info() -> dict[str, object]:
 
 
 def machine_info() -> dict[str, object]:
-    """What a reader needs to judge measured figures. The load is the machine's at this moment."""
+    """The facts that a reader needs to judge measured figures, among them the current load."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_name(),
@@ -57,7 +58,7 @@ def machine_info() -> dict[str, object]:
 
 
 def cpu_name() -> str:
-    """The CPU as /proc/cpuinfo names it; "unknown" elsewhere."""
+    """The name of the CPU in /proc/cpuinfo, or "unknown" if there is none."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
@@ -69,7 +70,7 @@ def cpu_name() -> str:
 
 
 def show_runtime() -> None:
-    """Print `runtime_info`, a line each."""
+    """Print each entry of `runtime_info` on a line of its own."""
     info = runtime_info()
     width = max(map(len, info))
     for key, value in info.items():

@@ -1,4 +1,4 @@
-"""Perplexity and divergence of anything that turns tokens into logits."""
+"""Perplexity of a model, and its divergence from a reference model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ HEAD_ROWS = 256  # rows of logits alive at once
 
 
 class Scorer(Protocol):
-    """What evaluation needs of a model."""
+    """The two methods that a model must have to be evaluated."""
 
     def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]: ...
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]: ...
 
 
 class CachedScorer:
-    """A reference that meets the same windows again and again: its layers run once for each.
+    """A reference model that computes the hidden states of each set of windows only once.
 
-    Keeps the final hidden states in float32, tokens * hidden * 4 bytes, and none of the logits:
-    those are made again, block by block.
+    It is for a reference with which many models are compared on the same windows. It keeps the
+    final hidden states in float32, tokens * hidden * 4 bytes. It keeps no logits: it computes
+    those anew, block by block.
     """
 
     def __init__(self, model: Scorer) -> None:
@@ -53,11 +54,13 @@ class CachedScorer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one evaluation; divergences are None without a reference model.
+    """Result of one evaluation. Without a reference model, the last four fields are None.
 
-    perplexity is exp of the mean negative log-likelihood (nats) over `predictions` predictions;
-    kl_mean and kl_p99 are nats per token from the reference to the model; top1_agreement is the
-    share of predictions whose most likely token is the same.
+    perplexity is exp of the mean negative log-likelihood (nats) over `predictions` predictions.
+    tokens is the number of tokens in all windows of seq_len tokens. seconds is the wall time.
+    kl_mean and kl_p99 are the mean and the 99th percentile of the Kullback-Leibler divergence from
+    the reference to the model, in nats per token. top1_agreement is the share of predictions at
+    which both models have the same most likely token.
     """
 
     perplexity: float
@@ -71,7 +74,7 @@ class Evaluation:
     reference_perplexity: float | None = None
 
     def to_json(self) -> dict[str, float | int]:
-        """The fields that were measured, ready for json.dumps."""
+        """The fields that are not None, as numbers that json.dumps accepts."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
     def __repr__(self) -> str:
@@ -87,7 +90,11 @@ def default_seq_len(model: Model) -> int:
 
 
 def split_windows(tokens: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
-    """Windows [count, seq_len] without overlap, the rest left out (as GPTQ and QuaRot do)."""
+    """Cut tokens into windows [count, seq_len] without overlap, as GPTQ and QuaRot do.
+
+    The tokens after the last whole window are left out. ValueError if there is no whole window, or
+    if seq_len is below 2.
+    """
     if seq_len < 2:
         raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
     count = len(tokens) // seq_len
@@ -104,9 +111,11 @@ def evaluate(
     reference: Scorer | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity over all whole windows of tokens [count]; with a reference also the divergences.
+    """The perplexity of a model on all whole windows of tokens [count].
 
-    progress(done, total) is called after each group of windows; an exception in it cancels.
+    seq_len: tokens of a window. reference: a model from which the divergences are measured.
+    progress(done, total) is called after each group of windows, with numbers of windows. An
+    exception in it ends the evaluation. ValueError if a model's logits are not finite.
     """
     start = time.perf_counter()
     windows = split_windows(tokens, seq_len)
