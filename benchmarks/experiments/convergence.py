@@ -145,7 +145,7 @@ class Bench:
     """A model, its calibration windows and the text it is judged on."""
 
     def __init__(self, checkpoint, windows, text: str, arguments, folder: Path) -> None:
-        limit = checkpoint.shape.max_position_embeddings
+        limit = checkpoint.spec.max_position_embeddings
         seq_len = min(SEQ_LEN, limit) if arguments.seq_len is None else arguments.seq_len
         if not 2 <= seq_len <= limit:
             raise ValueError(f"--seq-len: expected 2 to {limit}, found {seq_len}")
@@ -170,7 +170,7 @@ class Bench:
         config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
         view = spinquant_checkpoint(self.checkpoint, r1, r2)
         rotations = [online_rotations(view.shape, i, "spinquant")
-                     for i in range(view.shape.layers)]
+                     for i in range(view.spec.layers)]
         return self._packed(
             lambda out: sq.save(sq.quantize(view, rotations, config), out, view, config)
         )

@@ -64,7 +64,7 @@ def sweep(
         writers = [stack.enter_context(ModelWriter(out, checkpoint, trial.config))
                    for trial, out in zip(trials, outs, strict=True)]
         layers = sq.calibrate(checkpoint, windows, keep_inputs=keep)
-        for _ in range(checkpoint.shape.layers):
+        for _ in range(checkpoint.spec.layers):
             statistics = measure("calibrate", None, next, layers)
             for trial, writer in zip(trials, writers, strict=True):
                 rotations = measure("solve", trial, trial.solve, statistics)
@@ -137,7 +137,7 @@ class Laboratory:
             missing = list({self._name(keys[trial.name]): trial for trial in trials
                             if self._find(rows, keys[trial.name]) is None}.values())
             fresh_original = self._find(rows, keys[ORIGINAL]) is None
-            total = len(missing) * (self.checkpoint.shape.layers + 1) + fresh_original
+            total = len(missing) * (self.checkpoint.spec.layers + 1) + fresh_original
 
             def step(count: int) -> None:
                 nonlocal done

@@ -92,7 +92,7 @@ def transform(model: sq.Model, m: int) -> Callable[[], None]:
     checkpoint, config = model.checkpoint, model.checkpoint.quant_config
     rng, work = np.random.default_rng(0), []
     widths: dict[int, np.ndarray] = {}
-    for index in range(model.shape.layers):
+    for index in range(model.spec.layers):
         layer = checkpoint.layer(index)
         for site, roles in checkpoint.architecture.sites.items():
             k = layer.linears[roles[0]].weight.shape[1]
@@ -154,7 +154,7 @@ def measure(
     models: Mapping[tuple[str, str], sq.Model], arguments: argparse.Namespace
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Tokens per second, ratios and the transform's share of each model, phase by phase."""
-    vocab = next(iter(models.values())).shape.vocab
+    vocab = next(iter(models.values())).spec.vocab
     ids = np.random.default_rng(0).integers(0, vocab, (max(arguments.batches), arguments.context))
     prompt = np.random.default_rng(1).integers(0, vocab, arguments.prefill)
     found: dict[tuple[str, str], dict[str, Any]] = {key: {} for key in models}

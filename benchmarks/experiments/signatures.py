@@ -84,9 +84,9 @@ def parameter_count(model: Path) -> int:
     """Numbers in the embedding, the head and the layers' linears."""
     checkpoint = sq.load_checkpoint(model)
     count = checkpoint.embedding.size
-    if not checkpoint.shape.tie_word_embeddings:
+    if not checkpoint.spec.tied:
         count += checkpoint.head.size
-    return int(count + checkpoint.shape.layers * layer_size(checkpoint))
+    return int(count + checkpoint.spec.layers * layer_size(checkpoint))
 
 
 def layer_size(checkpoint: sq.Checkpoint) -> int:
@@ -156,7 +156,7 @@ def quantize_peaks(model: Path, out: Path, scheme: str, tokens: int | None,
     trial = Trial("default", config, lambda statistics: solve(view, statistics, config))
     sweep(view, windows, [trial], [out], measure)
     # What the sweep promises: a layer in float32, half of it again, and the calibration states.
-    states = windows.size * checkpoint.shape.hidden * 4
+    states = windows.size * checkpoint.spec.hidden * 4
     return {**peaks, "bound": int(1.5 * 4 * layer_size(checkpoint)) + states,
             "calibration_tokens": int(windows.size)}
 

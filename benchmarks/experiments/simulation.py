@@ -110,7 +110,7 @@ class Experiment:
     @cached_property
     def norms(self) -> list[tuple[Float32, Float32]]:
         """Both norms' weights of each layer."""
-        layers = range(self.checkpoint.shape.layers)
+        layers = range(self.checkpoint.spec.layers)
         return [tuple(_C.to_float32(n) for n in self.checkpoint.layer(i).norms) for i in layers]
 
     @cached_property
