@@ -3,6 +3,8 @@
  * that the blocks must agree on. */
 #include "python/py_layer.h"
 
+#include <limits.h>
+
 #include "core/sq_internal.h"
 #include "python/py_decoder.h"
 #include "python/py_fields.h"
@@ -54,15 +56,17 @@ check_tuple(PyObject *o, Py_ssize_t count, const char *name, const char *expecte
 static int
 take_site(DecoderLayer *self, PyObject *module, PyObject *o, const char *name, struct sq_site *s)
 {
-    long long k;
+    int64_t bits;
     PyObject *object;
     if (check_tuple(o, 4, name, "(k, rotation or None, bits, clip)") ||
-        !PyArg_ParseTuple(o, "LOif;expected (k, rotation or None, bits, clip)", &k, &object,
-                          &s->bits, &s->clip)) {
+        sq_py_integer(PyTuple_GET_ITEM(o, 0), name, "k", &s->k) ||
+        sq_py_integer(PyTuple_GET_ITEM(o, 2), name, "bits", &bits) ||
+        sq_py_number(PyTuple_GET_ITEM(o, 3), name, "clip", &s->clip)) {
         return -1;
     }
-    s->k = k;
-    const struct sq_rotation *rotation = sq_py_rotation(module, object, k, name);
+    s->bits = (int)sq_max_i64(INT_MIN, sq_min_i64(bits, INT_MAX));
+    object = PyTuple_GET_ITEM(o, 1);
+    const struct sq_rotation *rotation = sq_py_rotation(module, object, s->k, name);
     if (!rotation || PyList_Append(self->owned, object)) { /* keeps its arrays */
         return -1;
     }
@@ -205,19 +209,18 @@ add_offset(DecoderLayer *self, float offset, const float *weight, int64_t n)
 static int
 take_norm(DecoderLayer *self, PyObject *o, int64_t n, const char *name, struct sq_norm *norm)
 {
-    static const char expected[] = "(kind, eps, offset, weight, bias or None)";
-    PyObject *kind, *weight, *bias;
     float offset;
     char text[NAME_BYTES];
     if (!o || o == Py_None) {
         return 0;
     }
-    if (check_tuple(o, 5, name, expected) ||
-        !PyArg_ParseTuple(o, "OffOO;norm: expected (kind, eps, offset, weight, bias or None)",
-                          &kind, &norm->eps, &offset, &weight, &bias) ||
-        norm_kind(kind, name, &norm->kind)) {
+    if (check_tuple(o, 5, name, "(kind, eps, offset, weight, bias or None)") ||
+        norm_kind(PyTuple_GET_ITEM(o, 0), name, &norm->kind) ||
+        sq_py_number(PyTuple_GET_ITEM(o, 1), name, "eps", &norm->eps) ||
+        sq_py_number(PyTuple_GET_ITEM(o, 2), name, "offset", &offset)) {
         return -1;
     }
+    PyObject *weight = PyTuple_GET_ITEM(o, 3), *bias = PyTuple_GET_ITEM(o, 4);
     PyOS_snprintf(text, sizeof text, "%s: weight", name);
     norm->weight = take_vector(self, weight, n, text, NULL);
     if (norm->weight && offset != 0) {
@@ -260,16 +263,14 @@ take_norms(DecoderLayer *self, PyObject *dict)
 static int
 take_rotary(DecoderLayer *self, PyObject *o, struct sq_rotary *r)
 {
-    PyObject *inv_freq;
     if (o == Py_None) {
         return 0;
     }
     if (check_tuple(o, 2, "attention.rotary", "(inv_freq, scale) or None") ||
-        !PyArg_ParseTuple(o, "Of;attention.rotary: expected (inv_freq, scale)", &inv_freq,
-                          &r->scale)) {
+        sq_py_number(PyTuple_GET_ITEM(o, 1), "attention.rotary", "scale", &r->scale)) {
         return -1;
     }
-    r->inv_freq = take_vector(self, inv_freq, -1, "attention.rotary", &r->dim);
+    r->inv_freq = take_vector(self, PyTuple_GET_ITEM(o, 0), -1, "attention.rotary", &r->dim);
     if (r->inv_freq && r->dim == 0) {
         PyErr_SetString(PyExc_ValueError,
                         "attention.rotary: expected frequencies or None, got none");

@@ -15,8 +15,8 @@ name_type(const char *where, const char *key, const char *expected, PyObject *fo
     return -1;
 }
 
-static int
-take_integer(PyObject *o, const char *where, const char *key, int64_t *out)
+int
+sq_py_integer(PyObject *o, const char *where, const char *key, int64_t *out)
 {
     PyObject *integer = PyNumber_Index(o);
     int overflow = 0;
@@ -32,8 +32,8 @@ take_integer(PyObject *o, const char *where, const char *key, int64_t *out)
     return overflow || (*out == -1 && PyErr_Occurred()) ? -1 : 0;
 }
 
-static int
-take_number(PyObject *o, const char *where, const char *key, float *out)
+int
+sq_py_number(PyObject *o, const char *where, const char *key, float *out)
 {
     const double value = PyFloat_AsDouble(o);
     if (value == -1 && PyErr_Occurred()) {
@@ -52,9 +52,9 @@ take_field(PyObject *value, const char *where, const struct sq_py_field *field)
 {
     switch (field->kind) {
         case SQ_PY_INTEGER:
-            return take_integer(value, where, field->key, field->place);
+            return sq_py_integer(value, where, field->key, field->place);
         case SQ_PY_NUMBER:
-            return take_number(value, where, field->key, field->place);
+            return sq_py_number(value, where, field->key, field->place);
         default:
             *(PyObject **)field->place = value;
             return 0;

@@ -5,6 +5,13 @@
 
 #include "python/py_args.h"
 
+/* o as an integer of 64 bits, or as a finite float. 0, or -1 with TypeError or ValueError that
+ * starts with `where: key: expected`. */
+int
+sq_py_integer(PyObject *o, const char *where, const char *key, int64_t *out);
+int
+sq_py_number(PyObject *o, const char *where, const char *key, float *out);
+
 enum sq_py_field_kind {
     SQ_PY_INTEGER, /* int64_t */
     SQ_PY_NUMBER,  /* float, finite */

@@ -80,9 +80,15 @@ def new_cache(
     return _C.KVCache(layers, sequences, a.kv_heads, a.head_dim, capacity, bits, hadamard, limit)
 
 
-def flat_positions(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Sequence index and position of each token of concatenated sequences of these lengths."""
+def flat_positions(
+    lengths: NDArray[np.int64], starts: NDArray[np.int64] | int = 0
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Sequence index and position of each token of concatenated sequences of these lengths.
+
+    starts: the position of each sequence's first token.
+    """
     lengths = np.asarray(lengths, np.int64)
-    sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return sequence, np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)
+    ends = lengths.cumsum()
+    sequence = np.arange(len(lengths), dtype=np.int32).repeat(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return sequence, np.arange(total) + (starts + lengths - ends).repeat(lengths)

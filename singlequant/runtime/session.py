@@ -56,21 +56,19 @@ class Session:
         if len(chosen) != len(tokens):
             raise ValueError(f"sequences: expected {len(tokens)}, one for each of tokens, "
                              f"got {len(chosen)}")
-        if not 0 <= chosen.min() <= chosen.max() < len(self.lengths):
-            raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, "
-                             f"got {chosen.tolist()}")
-        if len(set(chosen.tolist())) < len(chosen):
-            raise ValueError(f"sequences: expected each once, got {chosen.tolist()}")
+        places = chosen.tolist()
+        if not 0 <= min(places) <= max(places) < len(self.lengths):
+            raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, got {places}")
+        if len(set(places)) < len(places):
+            raise ValueError(f"sequences: expected each once, got {places}")
         lengths = np.array([len(t) for t in tokens], np.int64)
-        if np.any(self.lengths[chosen] + lengths > self.capacity):
+        starts = self.lengths[chosen]
+        if (longest := int((starts + lengths).max())) > self.capacity:
             raise ValueError(
-                f"tokens: expected at most {self.capacity} in a sequence, "
-                f"got {int((self.lengths[chosen] + lengths).max())}"
+                f"tokens: expected at most {self.capacity} in a sequence, got {longest}"
             )
-        local, position = flat_positions(lengths)
-        sequence = chosen[local].astype(np.int32)
-        position += self.lengths[chosen][local]
+        local, position = flat_positions(lengths, starts)
         hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
-        self.model._decoder.forward(hidden, sequence, position, self._cache)
-        self.lengths[chosen] += lengths
+        self.model._decoder.forward(hidden, chosen[local], position, self._cache)
+        self.lengths[chosen] = starts + lengths
         return self.model._normalized(hidden)
