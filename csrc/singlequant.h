@@ -373,14 +373,14 @@ sq_unpack_int4(const int32_t *words, int64_t n, int64_t k, int8_t *codes);
 typedef struct sq_packed_t sq_packed_t;
 
 /* words [n][ceil(k / 8)], scales [n][k / g]; g = 0 means one scale per output channel, otherwise g
- * must be a multiple of SQ_K_ALIGN that divides k. high: leading inputs whose activations come with
- * 8 bits where the others have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none. Copies; the
- * copy is never written again and may be shared between threads. k <= SQ_PACKED_K_MAX, so that
- * integer sums fit 32 bits. */
+ * must be a multiple of SQ_K_ALIGN that divides k. int8_inputs: leading inputs whose activations
+ * come with 8 bits where the others have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none.
+ * Copies; the copy is never written again and may be shared between threads. k <= SQ_PACKED_K_MAX,
+ * so that integer sums fit 32 bits. */
 #define SQ_PACKED_K_MAX (1 << 20)
 sq_status
 sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
-                 int64_t n, int64_t k, int64_t g, int64_t high, sq_packed_t **out);
+                 int64_t n, int64_t k, int64_t g, int64_t int8_inputs, sq_packed_t **out);
 
 void
 sq_packed_destroy(sq_packed_t *w);
@@ -389,7 +389,7 @@ void
 sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g);
 
 int64_t
-sq_packed_high(const sq_packed_t *w);
+sq_packed_int8_inputs(const sq_packed_t *w);
 
 /* Memory held by w's panels and scales. */
 size_t
@@ -409,10 +409,10 @@ sq_packed_kernels(const sq_packed_t *w);
 struct sq_activations {
     int bits; /* 4, 8: codes; 16: values */
     int64_t m, k, ld;
-    int64_t high;  /* leading inputs with 8-bit codes and a scale of their own, where bits is 4 */
-    float *values; /* [m][ld] for 16 */
-    int8_t *codes; /* [m][ld] for 4 and 8 */
-    float *scales; /* [m] for 4 and 8; behind them [m] of the high inputs when there are any */
+    int64_t int8_inputs; /* leading ones with 8-bit codes and a scale of their own; bits is 4 */
+    float *values;       /* [m][ld] for 16 */
+    int8_t *codes;       /* [m][ld] for 4 and 8 */
+    float *scales; /* [m] for 4 and 8; behind them [m] of the int8_inputs when there are any */
     int32_t *sums; /* [m][ld / SQ_K_ALIGN + 1] for 4 and 8 */
 };
 
@@ -424,11 +424,11 @@ size_t
 sq_activations_workspace_bytes(int bits, int64_t m, int64_t k);
 
 /* Fills a from x [m][k], rotated on the way (rotation NULL or SQ_UNROTATED: as it is): symmetric
- * per token with the given clip, or a copy for 16 bits. The first high inputs get 8 bits over their
+ * per token with the given clip, or a copy for 16 bits. The first int8_inputs get 8 bits over their
  * own unclipped range (0 unless bits is 4). Memory comes from workspace; rotation_workspace is
  * sq_rotate_each's. NaN or Inf: SQ_ERR_NONFINITE. Parallel over tokens. */
 sq_status
-sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t int8_inputs,
                        const struct sq_rotation *rotation, const float *x, int64_t m, int64_t k,
                        void *rotation_workspace, void *workspace, struct sq_activations *a);
 

@@ -133,7 +133,7 @@ static const int sq_site_first[SQ_N_SITES + 1] = {SQ_Q, SQ_O, SQ_GATE, SQ_DOWN, 
 struct sq_packed_t {
     const struct sq_kernels *kernels;
     int64_t n, k, g;      /* g as given: 0 for one scale per output */
-    int64_t high;         /* leading inputs whose activations have 8 bits; panels of their own */
+    int64_t int8_inputs;  /* leading inputs whose activations have 8 bits; panels of their own */
     int64_t k_padded;     /* to SQ_K_ALIGN */
     int64_t group_length; /* g or k_padded */
     int64_t groups;       /* k_padded / group_length */

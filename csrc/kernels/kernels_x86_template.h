@@ -33,7 +33,8 @@ enum {
     CHAINS_MAX = TILE_BITS == 256 ? 2 : 4 /* of one row's sub-panel */
 };
 _Static_assert(NR <= SQ_NR_MAX, "the tail panel's buffer");
-_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
+_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0,
+               "the panel behind 8-bit inputs is aligned");
 
 #if TILE_BITS == 256
 typedef __m256i vec_i;

@@ -765,7 +765,7 @@ check_high(const DecoderLayer *self, int site)
     long long high = -1;
     for (int i = sq_site_first[site]; i < sq_site_first[site + 1]; i++) {
         const sq_packed_t *packed = self->layer.linears[i].packed;
-        const long long own = packed ? sq_packed_high(packed) : high;
+        const long long own = packed ? sq_packed_int8_inputs(packed) : high;
         if (own > 0 && self->layer.sites[site].bits != 4) {
             PyErr_Format(PyExc_ValueError,
                          "site %s: bits: expected 4, as linear %s has high inputs, got %d",

@@ -198,7 +198,7 @@ check_high(const struct sq_layer *layer, int site)
     int64_t high = -1;
     for (int i = sq_site_first[site]; i < sq_site_first[site + 1]; i++) {
         if (layer->linears[i].packed) {
-            const int64_t own = sq_packed_high(layer->linears[i].packed);
+            const int64_t own = sq_packed_int8_inputs(layer->linears[i].packed);
             if ((high >= 0 && own != high) || (own && layer->sites[site].bits != 4)) {
                 return SQ_ERR_SHAPE;
             }
@@ -282,7 +282,7 @@ enter_site(const struct sq_layer *layer, int site, const float *x, int64_t m,
         packed = layer->linears[i].packed;
     }
     return sq_activations_prepare(sq_packed_kernels(packed), rules->bits, rules->clip,
-                                  sq_packed_high(packed), &rules->rotation, x, m,
+                                  sq_packed_int8_inputs(packed), &rules->rotation, x, m,
                                   layer->linears[sq_site_first[site]].k, s->rotation,
                                   s->activations, &input->activations);
 }
