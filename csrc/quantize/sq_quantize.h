@@ -107,6 +107,11 @@ sq_status
 sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *permutation,
               const float *weights, int64_t n, int64_t k, int8_t *codes, float *scales);
 
+/* 1 if the diagonal of a factor [k][k] is finite and above the smallest normal number, so that it
+ * can be divided by. */
+int
+sq_gptq_factor_usable(const float *factor, int64_t k);
+
 /* ---- weights (quantize) -------------------------------------------------------------------
  * From a stored weight to the words of the file in one pass, a few rows at a time in cache. */
 
