@@ -50,9 +50,9 @@ def bench_width(k, tokens, seconds):
     one = _C.PackedWeight(words[:1], np.ones(1, np.float32), k)  # one output: next to nothing
     square = _C.PackedWeight(words, np.ones(k, np.float32), k)
     forms = {
-        "dense": (orthogonal(k1), orthogonal(k2)),
-        "hadamard": (chain(k1, 0), chain(k2, 0)),
-        "chain": (chain(k1, SWEEPS), chain(k2, SWEEPS)),
+        "dense": _C.Rotation(k, orthogonal(k1), orthogonal(k2)),
+        "hadamard": _C.Rotation(k, chain(k1, 0), chain(k2, 0)),
+        "chain": _C.Rotation(k, chain(k1, SWEEPS), chain(k2, SWEEPS)),
     }
     few = x[: max(1, tokens // 16)]  # chains take long
     functions = {

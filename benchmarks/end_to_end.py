@@ -213,7 +213,8 @@ def describe_transform(folder: Path) -> dict[str, str]:
         return f"dense {len(value)}" if dense else f"chain of order {value[0]}"
 
     return {site: f"{' x '.join(map(factor, layer.rotations[site].parts))}, "
-                  f"clip {layer.clips[site]:g}, {layer.high.get(site, 0)} inputs of 8 bits" for site in SITES}
+                  f"clip {layer.clips[site]:g}, {layer.high.get(site, 0)} inputs of 8 bits"
+            for site in SITES}
 
 
 # ---- agreement ----------------------------------------------------------------------------------

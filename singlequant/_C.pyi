@@ -120,11 +120,11 @@ def unpack(words: ArrayLike, k: int) -> Int8: ...
 
 class PackedWeight:
     def __init__(
-        self, words: ArrayLike, scales: ArrayLike, k: int, group: int = 0, high: int = 0
+        self, words: ArrayLike, scales: ArrayLike, k: int, group: int = 0, int8_inputs: int = 0
     ) -> None: ...
     shape: Final[tuple[int, int]]
     group: Final[int]
-    high: Final[int]
+    int8_inputs: Final[int]
     kernels: Final[str]
     nbytes: Final[int]
 

@@ -55,7 +55,7 @@ def test_transformed_linear_multiplies_by_the_given_weight(scheme, high, limit):
     for _ in range(4):  # every copy, and round
         y = linear(x.astype(np.float32))
         assert np.linalg.norm(y - expected) < limit * np.linalg.norm(expected)
-    assert linear.weights[0].high == (0 if high == 0 or scheme != "w4a4" else 128)
+    assert linear.weights[0].int8_inputs == (0 if high == 0 or scheme != "w4a4" else 128)
 
 
 def test_bench_reports_every_scheme_and_advises(tmp_path, capsys, monkeypatch):

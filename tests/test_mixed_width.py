@@ -58,7 +58,7 @@ def test_mixed_linear_is_the_sum_of_two_linears(table, k, high):
     left = _C.linear(x[:, :high], _C.PackedWeight(_C.pack(codes[:, :high]), scales, high), 8)
     right = _C.PackedWeight(_C.pack(codes[:, high:]), scales, k - high)
     expected = left + _C.linear(x[:, high:], right, 4, 0.8)
-    mixed = _C.PackedWeight(words, scales, k, high=high)
+    mixed = _C.PackedWeight(words, scales, k, int8_inputs=high)
     np.testing.assert_array_equal(_C.linear(x, mixed, 4, 0.8), expected)
 
 
@@ -72,7 +72,7 @@ def test_huge_high_inputs_do_not_coarsen_the_others(table):
     exact = x.astype(np.float64) @ (codes * scales.astype(float)).T
     error = {}
     for high in (0, 32):
-        weight = _C.PackedWeight(_C.pack(codes), scales, 256, high=high)
+        weight = _C.PackedWeight(_C.pack(codes), scales, 256, int8_inputs=high)
         error[high] = np.linalg.norm(_C.linear(x, weight) - exact) / np.linalg.norm(exact)
     assert error[0] == 1
     assert error[32] < 0.2
@@ -85,7 +85,7 @@ def test_mixed_worst_case_sums_are_exact(table, k, high, weight_code):
     for sign in (-1, 1):
         x = np.full((4, k), sign, np.float32)
         weight = _C.PackedWeight(pack_codes(np.full((17, k), weight_code)), np.ones(17), k,
-                                 high=high)
+                                 int8_inputs=high)
         low = -8 if sign < 0 else 7  # clipped at half the maximum: every code saturates
         rest = np.float32(0.5) / np.float32(7) * np.float32((k - high) * weight_code * low)
         left = np.float32(1) / np.float32(127) * np.float32(high * weight_code * sign * 127)
@@ -106,7 +106,7 @@ def test_mixed_tokens_do_not_depend_on_the_batch(table, n, k, group, high):
 
 def test_mixed_linear_does_not_depend_on_threads(table):
     x, words, scales = problem(9, 1100, 512, 0, 64)
-    weight, results = _C.PackedWeight(words, scales, 512, high=64), set()
+    weight, results = _C.PackedWeight(words, scales, 512, int8_inputs=64), set()
     for threads in (1, 2, 3):
         _C.set_num_threads(threads)
         results.add(_C.linear(x, weight).tobytes())
@@ -118,8 +118,8 @@ def test_mixed_weight_made_under_one_table_serves_under_another():
     expected = reference.packed_linear(x, words, scales, high=32)
     for made in TABLES:
         _C.use_kernels(made)
-        weight = _C.PackedWeight(words, scales, 128, high=32)
-        assert (weight.high, weight.kernels) == (32, made)
+        weight = _C.PackedWeight(words, scales, 128, int8_inputs=32)
+        assert (weight.int8_inputs, weight.kernels) == (32, made)
         for used in TABLES:
             _C.use_kernels(used)
             np.testing.assert_array_equal(_C.linear(x, weight), expected)
@@ -130,7 +130,7 @@ def test_mixed_zero_parts_are_zero(table):
     x[0, :32] = 0
     x[1, 32:] = 0
     x[2] = 0
-    found = _C.linear(x, _C.PackedWeight(words, scales, 70, high=32))
+    found = _C.linear(x, _C.PackedWeight(words, scales, 70, int8_inputs=32))
     np.testing.assert_array_equal(found, reference.packed_linear(x, words, scales, high=32))
     assert not found[2].any()
 
@@ -138,7 +138,7 @@ def test_mixed_zero_parts_are_zero(table):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_mixed_linear_rejects_nonfinite_in_either_part(table, bad):
     x, words, scales = problem(4, 9, 70, 0, 32)
-    weight = _C.PackedWeight(words, scales, 70, high=32)
+    weight = _C.PackedWeight(words, scales, 70, int8_inputs=32)
     for position in (0, 31, 32, 69):
         broken = x.copy()
         broken[2, position] = bad
@@ -154,7 +154,7 @@ def test_mixed_linear_rejects_nonfinite_in_either_part(table, bad):
 def test_high_that_is_no_whole_block_below_k_is_refused(k, group, high, step):
     _, words, scales = problem(1, 4, k, group)
     with pytest.raises(
-        ValueError, match=f"^high: expected a multiple of {step} below k = {k}, got {high}$"
+        ValueError, match=f"^int8_inputs: expected a multiple of {step} below k = {k}, got {high}$"
     ):
         _C.PackedWeight(words, scales, k, group, high)
 
@@ -162,7 +162,7 @@ def test_high_that_is_no_whole_block_below_k_is_refused(k, group, high, step):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_other_bits_with_high_inputs_are_refused(bits):
     x, words, scales = problem(2, 4, 96)
-    weight = _C.PackedWeight(words, scales, 96, high=32)
+    weight = _C.PackedWeight(words, scales, 96, int8_inputs=32)
     with pytest.raises(ValueError, match=f"bits: expected 4, as the weight has .*, got {bits}"):
         _C.linear(x, weight, bits)
 
@@ -178,7 +178,8 @@ def layer(highs, bits=4):
     rng = np.random.default_rng(0)
     linears = {
         role: (_C.PackedWeight(pack_codes(rng.integers(-8, 8, (n, k))),
-                               rng.uniform(0.01, 0.02, n).astype(np.float32), k, high=high), None)
+                               rng.uniform(0.01, 0.02, n).astype(np.float32), k,
+                               int8_inputs=high), None)
         for (role, (n, k)), high in zip(shapes(GEOMETRY).items(), highs, strict=True)
     }  # fmt: skip
     sites = dict.fromkeys(SITES, (None, bits, 0.9))

@@ -381,7 +381,7 @@ def test_quantize_weight_names_a_row_that_overflows():
 
 
 def test_quantize_weight_error_texts():
-    weight, eye = np.ones((3, 6), np.float32), np.eye(3, dtype=np.float32)
+    weight = np.ones((3, 6), np.float32)
     with pytest.raises(TypeError, match="weight: expected float32, float16 or bfloat16, got"):
         _C.quantize_weight(weight.astype(np.float64))
     with pytest.raises(ValueError, match="weight: expected 2 dimensions, got 1"):
@@ -394,16 +394,11 @@ def test_quantize_weight_error_texts():
         _C.quantize_weight(weight, columns=np.ones(5))
     with pytest.raises(ValueError, match=r"rows: expected shape\[0\] = 3, got 6"):
         _C.transform_weight(weight, rows=np.ones(6))
-    with pytest.raises(ValueError, match=r"rotation: expected orders .* = 6, got 3 \* 3"):
-        _C.quantize_weight(weight, rotation=(eye, eye))
-    text = r"rotation: expected None, .left, right. or .first.* got numpy\.ndarray$"
-    with pytest.raises(TypeError, match=text):
-        _C.quantize_weight(weight, rotation=eye)
-    with pytest.raises(ValueError, match="rotation: left factor: expected a square matrix"):
-        _C.transform_weight(weight, (np.ones((2, 3)), eye))
-    blocks = np.stack([eye, eye])
-    with pytest.raises(ValueError, match="permutation: "):
-        _C.quantize_weight(weight, rotation=(blocks, np.zeros(6, np.int32), blocks))
+    with pytest.raises(ValueError, match="rotation: expected one of k = 6 inputs, got 8"):
+        _C.quantize_weight(weight, rotation=_C.Rotation(8))
+    for other in (np.eye(3), (np.eye(3), np.eye(2))):
+        with pytest.raises(TypeError, match="rotation: expected a Rotation or None, got"):
+            _C.quantize_weight(weight, rotation=other)
     with pytest.raises(TypeError, match="array: expected a contiguous array"):
         _C.will_need(weight[:, ::2])
 
@@ -461,8 +456,8 @@ def test_quantize_weight_stays_inside_its_arrays(table, dtype, at_end):
         columns, rows = np.full(k, 1.5, np.float32), np.full(n, 0.5, np.float32)
         rotation = rotation_of("dense", k)
         expected = _C.quantize_weight(weight, 0, True, rotation, columns, rows)
-        place = [pages.place(a, at_end) for a in (weight, *rotation, columns, rows)]
-        found = _C.quantize_weight(place[0], 0, True, tuple(place[1:3]), *place[3:])
+        place = [pages.place(a, at_end) for a in (weight, columns, rows)]
+        found = _C.quantize_weight(place[0], 0, True, rotation, *place[1:])
         np.testing.assert_array_equal(found[0], expected[0])
 
 

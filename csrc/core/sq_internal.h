@@ -12,7 +12,6 @@
 
 #include "singlequant.h"
 
-#define SQ_RESTRICT restrict
 #define SQ_ALIGN_BYTES 64
 
 /* For inner loops whose bounds are constants once they are inlined. */
@@ -125,21 +124,5 @@ sq_alloc(size_t bytes)
 #endif
     return aligned_alloc(SQ_ALIGN_BYTES, bytes);
 }
-
-
-/* What sq_pack.c makes and sq_linear.c reads: immutable after sq_packed_create. */
-struct sq_packed_t {
-    const struct sq_kernels *kernels;
-    int64_t n, k, g;      /* g as given: 0 for one scale per output */
-    int64_t high;         /* leading inputs whose activations have 8 bits; panels of their own */
-    int64_t k_padded;     /* to SQ_K_ALIGN */
-    int64_t group_length; /* g or k_padded */
-    int64_t groups;       /* k_padded / group_length */
-    int64_t n_panels;     /* of nr outputs */
-    int64_t panel_bytes;  /* nr * k_padded / 2 */
-    int64_t panel_stride_bytes;
-    const uint8_t *panels; /* owned, [n_panels][panel_stride_bytes] */
-    const float *scales;   /* owned, [n_panels][groups][nr], zero padded */
-};
 
 #endif

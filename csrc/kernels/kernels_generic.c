@@ -440,4 +440,5 @@ const struct sq_kernels sq_kernels_generic = {
     .kv4_to_f32 = sq_kv4_to_f32__generic,
 };
 _Static_assert(NR <= SQ_NR_MAX, "the tail panel's buffer");
-_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
+_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0,
+               "the panel behind 8-bit inputs is aligned");

@@ -31,7 +31,8 @@ enum {
     VECS_MAX = NR / 4
 };
 _Static_assert(NR <= SQ_NR_MAX, "the tail panel's buffer");
-_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0, "the panel behind high inputs is aligned");
+_Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0,
+               "the panel behind 8-bit inputs is aligned");
 _Static_assert(SQ_K_ALIGN % (2 * BLOCK_K) == 0, "a group is whole pairs of blocks");
 
 /* Rows times outputs; tile is (args, row, rows, vecs, sub). */

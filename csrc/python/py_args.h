@@ -80,7 +80,8 @@ int
 sq_py_add_runtime_types(PyObject *module);
 
 /* Each binding file's functions; {NULL}-terminated. */
-extern PyMethodDef sq_py_rotate_methods[];
+extern PyMethodDef sq_py_transform_methods[];
+extern PyMethodDef sq_py_solve_methods[];
 extern PyMethodDef sq_py_rotation_methods[];
 extern PyMethodDef sq_py_statistics_methods[];
 extern PyMethodDef sq_py_duquant_methods[];

@@ -360,8 +360,9 @@ int
 sq_py_parse_layer(DecoderLayer *self, PyObject *module, const struct sq_py_blocks_of_layer *blocks)
 {
     struct sq_fault fault;
-    if (take_sites(self, module, blocks->sites) || take_attention(self, module, blocks->attention) ||
-        take_mlp(self, module, blocks->mlp) || take_norms(self, blocks->norms)) {
+    if (take_sites(self, module, blocks->sites) ||
+        take_attention(self, module, blocks->attention) || take_mlp(self, module, blocks->mlp) ||
+        take_norms(self, blocks->norms)) {
         return -1;
     }
     if (sq_layer_seal(&self->layer, &fault) == SQ_OK) {

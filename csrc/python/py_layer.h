@@ -7,10 +7,10 @@
 
 typedef struct {
     PyObject_HEAD struct sq_layer layer;
-    PyObject *owned;                  /* list of the arrays and weights that layer points into */
-    PyObject *names;                  /* tuple of the sites' names, in their order */
-    struct sq_site *sites;            /* owned, what layer.sites is */
-    int linears, packed;              /* how many there are, for repr */
+    PyObject *owned;       /* list of the arrays and weights that layer points into */
+    PyObject *names;       /* tuple of the sites' names, in their order */
+    struct sq_site *sites; /* owned, what layer.sites is */
+    int linears, packed;   /* how many there are, for repr */
 } DecoderLayer;
 
 /* What the constructor gets. Borrowed. */

@@ -192,7 +192,7 @@ convert_scales(PyObject *o, int64_t n, int64_t groups)
 
 /* 0 if the core will take k and group, otherwise -1 with ValueError. */
 static int
-check_group(long long k, long long group, long long high)
+check_group(long long k, long long group, long long int8_inputs)
 {
     if (k > SQ_PACKED_K_MAX) {
         PyErr_Format(PyExc_ValueError, "k: expected k <= %d, got %lld", SQ_PACKED_K_MAX, k);
@@ -205,9 +205,10 @@ check_group(long long k, long long group, long long high)
         return -1;
     }
     const long long step = group ? group : SQ_K_ALIGN;
-    if (high < 0 || high >= k || high % step) {
-        PyErr_Format(PyExc_ValueError, "high: expected a multiple of %lld below k = %lld, got %lld",
-                     step, k, high);
+    if (int8_inputs < 0 || int8_inputs >= k || int8_inputs % step) {
+        PyErr_Format(PyExc_ValueError,
+                     "int8_inputs: expected a multiple of %lld below k = %lld, got %lld", step, k,
+                     int8_inputs);
         return -1;
     }
     return 0;
@@ -216,18 +217,18 @@ check_group(long long k, long long group, long long high)
 static PyObject *
 packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"words", "scales", "k", "group", "high", NULL};
+    static char *names[] = {"words", "scales", "k", "group", "int8_inputs", NULL};
     PyObject *words_object, *scales_object;
     PyArrayObject *words = NULL, *scales = NULL;
     packed_object *self = NULL;
     sq_packed_t *packed = NULL;
-    long long k, group = 0, high = 0;
+    long long k, group = 0, int8_inputs = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|LL:PackedWeight", names, &words_object,
-                                     &scales_object, &k, &group, &high)) {
+                                     &scales_object, &k, &group, &int8_inputs)) {
         return NULL;
     }
     words = sq_py_bits_array(words_object, NPY_INT32, 2, "words");
-    if (!words || check_words(words, k) || check_group(k, group, high)) {
+    if (!words || check_words(words, k) || check_group(k, group, int8_inputs)) {
         goto done;
     }
     const int64_t n = PyArray_DIM(words, 0);
@@ -242,8 +243,8 @@ packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     sq_status status;
     const struct sq_kernels *kernels = sq_kernels_active();
     SQ_BEGIN_NOGIL(n * k);
-    status = sq_packed_create(kernels, PyArray_DATA(words), PyArray_DATA(scales), n, k, group, high,
-                              &packed);
+    status = sq_packed_create(kernels, PyArray_DATA(words), PyArray_DATA(scales), n, k, group,
+                              int8_inputs, &packed);
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(PyType_GetModule(type), status, "PackedWeight");
@@ -287,9 +288,9 @@ packed_group(PyObject *self, void *Py_UNUSED(closure))
 }
 
 static PyObject *
-packed_high(PyObject *self, void *Py_UNUSED(closure))
+packed_int8_inputs(PyObject *self, void *Py_UNUSED(closure))
 {
-    return PyLong_FromLongLong(sq_packed_high(((packed_object *)self)->packed));
+    return PyLong_FromLongLong(sq_packed_int8_inputs(((packed_object *)self)->packed));
 }
 
 static PyObject *
@@ -318,20 +319,22 @@ packed_repr(PyObject *self)
 static PyGetSetDef packed_getset[] = {
     {"shape", packed_shape, NULL, "(n, k)", NULL},
     {"group", packed_group, NULL, "Inputs that share a scale; 0: one scale per output.", NULL},
-    {"high", packed_high, NULL, "Leading inputs whose activations have 8 bits instead of 4.", NULL},
+    {"int8_inputs", packed_int8_inputs, NULL,
+     "Leading inputs whose activations have 8 bits instead of 4.", NULL},
     {"kernels", packed_kernels, NULL, "Name of the kernel table that made the panels.", NULL},
     {"nbytes", packed_nbytes, NULL, "Memory held by panels and scales.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(packed_doc,
-             "PackedWeight(words, scales, k, group=0, high=0)\n--\n\n"
-             "int4 weights [n, k] in the panels of the active kernel table. words [n, ceil(k / 8)] "
-             "int32 as pack\nmakes them, scales [n, k / group] float32 (or [n]); group = 0 is one "
-             "scale per output, otherwise a\nmultiple of 32 that divides k. high: leading inputs "
-             "whose activations get 8 bits "
-             "where the others\nget 4, a multiple of 32 and of group. Immutable; copies its "
-             "arguments. ValueError for shapes that do not\nagree and scales that are not finite.");
+PyDoc_STRVAR(
+    packed_doc,
+    "PackedWeight(words, scales, k, group=0, int8_inputs=0)\n--\n\n"
+    "int4 weights [n, k] in the panels of the active kernel table. words [n, ceil(k / 8)] "
+    "int32 as pack\nmakes them, scales [n, k / group] float32 (or [n]); group = 0 is one "
+    "scale per output, otherwise a\nmultiple of 32 that divides k. int8_inputs: leading inputs "
+    "whose activations get 8 bits "
+    "where the others\nget 4, a multiple of 32 and of group. Immutable; copies its "
+    "arguments. ValueError for shapes that do not\nagree and scales that are not finite.");
 
 static PyType_Slot packed_slots[] = {
     {Py_tp_doc, (void *)packed_doc}, {Py_tp_new, packed_new},       {Py_tp_dealloc, packed_dealloc},
@@ -372,7 +375,7 @@ PyDoc_STRVAR(
     "linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
     "x [..., k] float32 times a PackedWeight [n, k] transposed: [..., n] float32. bits 4 or 8 "
     "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range; the "
-    "weight's high "
+    "weight's 8-bit "
     "inputs get 8 bits\nover their own unclipped range); 16 "
     "leaves it in float32.\nA Rotation turns each token before.\nInteger sums are exact; a token's "
     "values do not depend on the "
@@ -380,7 +383,7 @@ PyDoc_STRVAR(
 
 /* 0 if the arguments go together, otherwise -1 with ValueError. */
 static int
-check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
+check_linear(PyArrayObject *x, int64_t k, int64_t int8_inputs, int bits, float clip)
 {
     const int ndim = PyArray_NDIM(x);
     if (ndim < 1) {
@@ -394,8 +397,8 @@ check_linear(PyArrayObject *x, int64_t k, int64_t high, int bits, float clip)
         PyErr_Format(PyExc_ValueError, "bits: expected 4, 8 or 16, got %d", bits);
         return -1;
     }
-    if (high && bits != 4) {
-        PyErr_Format(PyExc_ValueError, "bits: expected 4, as the weight has high inputs, got %d",
+    if (int8_inputs && bits != 4) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 4, as the weight has 8-bit inputs, got %d",
                      bits);
         return -1;
     }
@@ -428,7 +431,7 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
         goto done;
     }
     sq_packed_shape(weight, &n, &k, &g);
-    if (check_linear(x, k, sq_packed_high(weight), bits, clip) ||
+    if (check_linear(x, k, sq_packed_int8_inputs(weight), bits, clip) ||
         !(rotation = sq_py_rotation(module, rotation_object, k, "rotation"))) {
         goto done;
     }
@@ -452,7 +455,7 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
     const struct sq_kernels *kernels = sq_packed_kernels(weight);
     SQ_BEGIN_NOGIL(m * k + n * k);
     begin = seconds ? sq_clock() : 0;
-    status = sq_activations_prepare(kernels, bits, clip, sq_packed_high(weight), rotation,
+    status = sq_activations_prepare(kernels, bits, clip, sq_packed_int8_inputs(weight), rotation,
                                     PyArray_DATA(x), m, k, rotation_workspace, workspace, &a);
     prepared = seconds ? sq_clock() : 0;
     if (status == SQ_OK) {

@@ -162,8 +162,9 @@ take_angles(Rotation *self, PyArrayObject *angles, int side, struct sq_factor *f
     }
     for (int64_t t = 0; t < steps; t++) {
         if (!isfinite(theta[t])) {
-            PyErr_Format(PyExc_ValueError, "%s: expected finite angles, got NaN or Inf at step %lld", side_names[side],
-                         (long long)t);
+            PyErr_Format(PyExc_ValueError,
+                         "%s: expected finite angles, got NaN or Inf at step %lld",
+                         side_names[side], (long long)t);
             return -1;
         }
         cos_sin[2 * t] = (float)cos(theta[t]);

@@ -181,13 +181,13 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
     }
     for (int64_t p = begin; p < end; p++) {
         uint8_t *panel = job->panels + p * w->panel_stride_bytes;
-        if (w->high) { /* a panel of its own, so that another kernel can read it */
-            pad_rows(job, p, 0, w->high / CODES_PER_WORD, padded);
-            w->kernels->pack_panel(padded, w->high, panel);
+        if (w->int8_inputs) { /* a panel of its own, so that another kernel can read it */
+            pad_rows(job, p, 0, w->int8_inputs / CODES_PER_WORD, padded);
+            w->kernels->pack_panel(padded, w->int8_inputs, panel);
         }
-        const int64_t rest = w->k_padded - w->high;
-        pad_rows(job, p, w->high / CODES_PER_WORD, rest / CODES_PER_WORD, padded);
-        w->kernels->pack_panel(padded, rest, panel + w->high * nr / 2);
+        const int64_t rest = w->k_padded - w->int8_inputs;
+        pad_rows(job, p, w->int8_inputs / CODES_PER_WORD, rest / CODES_PER_WORD, padded);
+        w->kernels->pack_panel(padded, rest, panel + w->int8_inputs * nr / 2);
         for (int64_t g = 0; g < w->groups; g++) {
             for (int64_t j = 0; j < nr; j++) {
                 const int64_t row = p * nr + j;
@@ -201,10 +201,10 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
 
 /* Sizes of w from n, k, g and the table. */
 static sq_status
-set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t high)
+set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t int8_inputs)
 {
-    if (n < 1 || k < 1 || g < 0 || (g && (g % SQ_K_ALIGN || k % g)) || high < 0 || high >= k ||
-        high % (g ? g : SQ_K_ALIGN)) {
+    if (n < 1 || k < 1 || g < 0 || (g && (g % SQ_K_ALIGN || k % g)) || int8_inputs < 0 ||
+        int8_inputs >= k || int8_inputs % (g ? g : SQ_K_ALIGN)) {
         return SQ_ERR_SHAPE;
     }
     if (k > SQ_PACKED_K_MAX) {
@@ -213,7 +213,7 @@ set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t high)
     w->n = n;
     w->k = k;
     w->g = g;
-    w->high = high;
+    w->int8_inputs = int8_inputs;
     w->k_padded = sq_round_up(k, SQ_K_ALIGN);
     w->group_length = g ? g : w->k_padded;
     w->groups = w->k_padded / w->group_length;
@@ -230,14 +230,14 @@ set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t high)
 
 sq_status
 sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
-                 int64_t n, int64_t k, int64_t g, int64_t high, sq_packed_t **out)
+                 int64_t n, int64_t k, int64_t g, int64_t int8_inputs, sq_packed_t **out)
 {
     if (!kernels || !words || !scales || !out) {
         return SQ_ERR_NULL;
     }
     *out = NULL;
     sq_packed_t sizes = {.kernels = kernels};
-    SQ_TRY(set_sizes(&sizes, n, k, g, high));
+    SQ_TRY(set_sizes(&sizes, n, k, g, int8_inputs));
     const int64_t n_scales = sizes.n_panels * sizes.groups * kernels->nr;
     sq_packed_t *w = sq_alloc(sizeof *w);
     uint8_t *panels = sq_alloc((size_t)(sizes.n_panels * sizes.panel_stride_bytes));
@@ -281,9 +281,9 @@ sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g)
 }
 
 int64_t
-sq_packed_high(const sq_packed_t *w)
+sq_packed_int8_inputs(const sq_packed_t *w)
 {
-    return w->high;
+    return w->int8_inputs;
 }
 
 size_t

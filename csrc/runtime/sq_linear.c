@@ -77,12 +77,13 @@ static int
 quantize_token(const struct prepare_job *job, const float *x, int64_t i, int8_t *codes)
 {
     const struct sq_activations *a = job->a;
-    const int64_t high = a->high;
-    if (high && sq_quantize_row(job->kernels, 8, 1.0f, x, high, codes, a->scales + a->m + i)) {
+    const int64_t int8_inputs = a->int8_inputs;
+    if (int8_inputs &&
+        sq_quantize_row(job->kernels, 8, 1.0f, x, int8_inputs, codes, a->scales + a->m + i)) {
         return 0;
     }
-    return sq_quantize_row(job->kernels, a->bits, job->clip, x + high, a->k - high, codes + high,
-                           a->scales + i) == SQ_OK;
+    return sq_quantize_row(job->kernels, a->bits, job->clip, x + int8_inputs, a->k - int8_inputs,
+                           codes + int8_inputs, a->scales + i) == SQ_OK;
 }
 
 /* Tokens first .. first + rows - 1 from values [rows][k], rotated or as given. */
@@ -122,7 +123,7 @@ prepare_range(void *context, int64_t begin, int64_t end, int thread)
 }
 
 sq_status
-sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t high,
+sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, int64_t int8_inputs,
                        const struct sq_rotation *rotation, const float *x, int64_t m, int64_t k,
                        void *rotation_workspace, void *workspace, struct sq_activations *a)
 {
@@ -138,7 +139,8 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
     if (k < 1 || !sq_product(m, sq_activations_ld(k) * (int64_t)sizeof(float), &product)) {
         return SQ_ERR_SHAPE;
     }
-    if (high < 0 || high >= k || high % SQ_K_ALIGN || (high && bits != 4)) {
+    if (int8_inputs < 0 || int8_inputs >= k || int8_inputs % SQ_K_ALIGN ||
+        (int8_inputs && bits != 4)) {
         return SQ_ERR_RANGE;
     }
     if (rotated && rotation->k != k) {
@@ -147,7 +149,7 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
     const struct sections s = activation_sections(bits, m, k);
     char *memory = workspace;
     *a = (struct sq_activations){
-        .bits = bits, .m = m, .k = k, .ld = sq_activations_ld(k), .high = high};
+        .bits = bits, .m = m, .k = k, .ld = sq_activations_ld(k), .int8_inputs = int8_inputs};
     if (bits == 16) {
         a->values = workspace;
     }
@@ -181,14 +183,14 @@ enum { SERIAL_WORK = 1 << 19 };
 struct linear_job {
     const sq_packed_t *w;
     const struct sq_activations *a;
-    sq_panel_kernel kernel, high_kernel;
+    sq_panel_kernel kernel, int8_kernel;
     int64_t row_block;
     float *y;
     int64_t ld_y;
 };
 
 /* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
- * `end`, which are all, the high ones or the others, which are added to them. */
+ * `end`, which are all, those of 8 bits or the others, which are added to them. */
 static void
 panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, int64_t begin,
            int64_t end, float *y, int64_t ld_y)
@@ -216,12 +218,12 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
         job->kernel(&args);
         return;
     }
-    const int high = end <= a->high;
+    const int is_int8 = end <= a->int8_inputs;
     args.accumulate = begin > 0;
     args.a = a->codes + row * a->ld + begin;
-    args.a_scales = a->scales + (high ? a->m : 0) + row;
+    args.a_scales = a->scales + (is_int8 ? a->m : 0) + row;
     args.a_sums = a->sums + row * args.ld_sums + begin / SQ_K_ALIGN;
-    (high ? job->high_kernel : job->kernel)(&args);
+    (is_int8 ? job->int8_kernel : job->kernel)(&args);
 }
 
 /* Rows row .. row + rows - 1 against panel p, nr columns of y. */
@@ -229,11 +231,11 @@ static void
 panel_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, float *y,
            int64_t ld_y)
 {
-    const int64_t high = job->w->high;
-    if (high) { /* in the order of memory */
-        panel_part(job, p, row, rows, 0, high, y, ld_y);
+    const int64_t int8_inputs = job->w->int8_inputs;
+    if (int8_inputs) { /* in the order of memory */
+        panel_part(job, p, row, rows, 0, int8_inputs, y, ld_y);
     }
-    panel_part(job, p, row, rows, high, job->w->k_padded, y, ld_y);
+    panel_part(job, p, row, rows, int8_inputs, job->w->k_padded, y, ld_y);
 }
 
 /* The same for the last panel, by way of a buffer: only `columns` of y exist. */
@@ -298,7 +300,8 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
         return SQ_ERR_RANGE;
     }
     int64_t product;
-    if (a->k != w->k || a->high != w->high || ld_y < w->n || !sq_product(a->m, ld_y, &product)) {
+    if (a->k != w->k || a->int8_inputs != w->int8_inputs || ld_y < w->n ||
+        !sq_product(a->m, ld_y, &product)) {
         return SQ_ERR_SHAPE;
     }
     const int64_t mr = w->kernels->mr;
@@ -307,7 +310,7 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
         .w = w,
         .a = a,
         .kernel = kernel,
-        .high_kernel = w->kernels->gemm_a8w4,
+        .int8_kernel = w->kernels->gemm_a8w4,
         .row_block = sq_max_i64(mr, w->kernels->row_block_bytes / row_bytes / mr * mr),
         .y = y,
         .ld_y = ld_y};

@@ -42,7 +42,7 @@ sq_site_open(struct sq_site *sites, int n_sites, struct sq_fault *fault)
 static sq_status
 enter_packed(const struct sq_linear *l, const char *name, struct sq_site *s, struct sq_fault *fault)
 {
-    const int64_t own = sq_packed_high(l->packed);
+    const int64_t own = sq_packed_int8_inputs(l->packed);
     if (own && s->bits != 4) {
         return sq_refuse(fault, SQ_ERR_SHAPE, l->site,
                          "bits: expected 4, as %s has inputs of 8 bits, got %d", name, s->bits);

@@ -27,7 +27,7 @@ from ..checkpoint.folder import Checkpoint
 from ..config import QuantConfig
 from ..export.writer import ModelWriter
 from ..info import __version__
-from ..methods.solve import int8_step
+from ..methods.solve import config_int8_step
 from ..rotations import LayerRotations
 from ..statistics import LayerStatistics
 from ..weights import QuantizedLayer
@@ -176,7 +176,7 @@ class _Work:
     def solver_key(self) -> Any:
         """Equal for jobs whose rotations are equal."""
         config = self.job.config
-        return self.job.solve or (config.method, config.seed, int8_step(config))
+        return self.job.solve or (config.method, config.seed, config_int8_step(config))
 
     def attempt(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call and count as part of a stage; None when it failed."""
