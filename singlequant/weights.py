@@ -108,10 +108,10 @@ class QuantizedLayer:
     dense: Mapping[str, NDArray[Any]]  # by tensor: norms, biases, weights of ignored linears
     rotations: Mapping[str, SiteRotation | BlockRotation]  # by site; absent = not rotated
     clips: Mapping[str, float] = field(default_factory=dict)  # by site; absent = the config's
-    high: Mapping[str, int] = field(default_factory=dict)  # by site, inputs with 8 bits; absent = 0
+    int8_inputs: Mapping[str, int] = field(default_factory=dict)  # by site; absent = 0
 
     def __post_init__(self) -> None:
-        for name in ("rotations", "clips", "high"):
+        for name in ("rotations", "clips", "int8_inputs"):
             check_sites(name, getattr(self, name))
         for value in self.clips.values():
             check_clip(value)
@@ -124,12 +124,12 @@ class QuantizedLayer:
         )
 
 
-def high_problem(high: int, k: int, config: QuantConfig) -> str | None:
+def int8_problem(count: int, k: int, config: QuantConfig) -> str | None:
     """What a number of inputs with 8 bits among k is expected to be, if it is not; or None."""
-    if high and config.activation_bits != 4:
+    if count and config.activation_bits != 4:
         return f"expected 0 with {config.scheme}"
     step = config.group_size or INT8_STEP
-    if not 0 <= high < k or high % step:
+    if not 0 <= count < k or count % step:
         return f"expected a multiple of {step} below {k}"
     return None
 

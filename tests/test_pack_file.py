@@ -602,7 +602,7 @@ def test_high_inputs_survive_writing_and_zero_takes_no_tensor(source, out):
     layers = [random_layer(source, CONFIG, i)[0] for i in range(2)]
     high = {"qkv": 32, "o": 0, "down": 64}
     with ModelWriter(out, source, CONFIG) as writer:
-        writer.write_layer(dataclasses.replace(layers[0], high=high))
+        writer.write_layer(dataclasses.replace(layers[0], int8_inputs=high))
         writer.write_layer(layers[1])
         writer.finish()
     packed = load_checkpoint(out)
@@ -617,11 +617,11 @@ def test_high_inputs_survive_writing_and_zero_takes_no_tensor(source, out):
     ({"o": 64}, "layer 0: o: high: expected a multiple of 32 below 64, found 64"),
 ])
 def test_high_inputs_of_no_whole_block_are_not_written(source, out, high, message):
-    layer = dataclasses.replace(random_layer(source, CONFIG, 0)[0], high=high)
+    layer = dataclasses.replace(random_layer(source, CONFIG, 0)[0], int8_inputs=high)
     with ModelWriter(out, source, CONFIG) as writer, pytest.raises(ValueError, match=message):
         writer.write_layer(layer)
     with pytest.raises(ValueError, match="high: expected keys among qkv, .* found 'kv'"):
-        dataclasses.replace(layer, high={"kv": 32})
+        dataclasses.replace(layer, int8_inputs={"kv": 32})
 
 
 CHAIN = "model.layers.0.rotations.down.left"

@@ -6,7 +6,7 @@
 #include <limits.h>
 
 #include "core/sq_internal.h"
-#include "python/py_decoder.h"
+#include "python/py_dense.h"
 #include "python/py_fields.h"
 #include "python/py_rotation.h"
 

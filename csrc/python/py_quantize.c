@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the quantize stage. */
-#include "python/py_decoder.h"
+#include "python/py_dense.h"
 #include "python/py_rotation.h"
 
 PyDoc_STRVAR(

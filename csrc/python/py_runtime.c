@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the runtime stage: dense linears, conversions, sampling, figures; the types are in
  * py_cache.c and py_layer.c. */
-#include "python/py_decoder.h"
+#include "python/py_dense.h"
 
 #include <string.h>
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of what calibration measures: streaming statistics, axis Gram matrices, columns. */
 #include "python/py_args.h"
-#include "python/py_decoder.h"
+#include "python/py_dense.h"
 
 #include <string.h>
 

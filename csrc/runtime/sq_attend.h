@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Attention of queries over the keys and values of a cache. */
-#include "singlequant.h"
 #ifndef SQ_ATTEND_H
 #define SQ_ATTEND_H
 

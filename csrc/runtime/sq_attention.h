@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The attention block: q, k, v with their norms and rotary embedding, the cache, attention, o. */
-#include "singlequant.h"
 #ifndef SQ_ATTENTION_H
 #define SQ_ATTENTION_H
 

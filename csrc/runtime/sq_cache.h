@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The KV cache, and its pages as attention reads and writes them. */
-#include "singlequant.h"
 #ifndef SQ_CACHE_H
 #define SQ_CACHE_H
+
+#include "core/sq_types.h"
 
 /* ---- keys and values of every layer, in pages of SQ_PAGE_TOKENS positions of
  * one sequence and layer, taken when a position is first written and given back by _release. A

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Why a layer was refused, in words that name the part, the expected and the found. */
-#include "singlequant.h"
 #ifndef SQ_FAULT_H
 #define SQ_FAULT_H
+
+#include "core/sq_types.h"
 
 struct sq_fault {
     int site; /* the site that the text speaks of, or -1 */

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A decoder layer made of blocks. Fill it in, seal it once, then run it. */
-#include "singlequant.h"
 #ifndef SQ_LAYER_H
 #define SQ_LAYER_H
 

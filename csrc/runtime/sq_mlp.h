@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The feed-forward block: up, or gate and up, an activation, down. */
-#include "singlequant.h"
 #ifndef SQ_MLP_H
 #define SQ_MLP_H
 

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Norms of rows: RMSNorm and LayerNorm. */
-#include "singlequant.h"
 #ifndef SQ_NORM_H
 #define SQ_NORM_H
 

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Rotary embedding of the first channels of a head. */
-#include "singlequant.h"
 #ifndef SQ_ROTARY_H
 #define SQ_ROTARY_H
 

@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Sites and linears. A site is one value of a layer that linears read; a linear names its site. */
-#include "singlequant.h"
 #ifndef SQ_SITE_H
 #define SQ_SITE_H
+
+#include "quantize/sq_quantize.h"
+#include "runtime/sq_linear.h"
+#include "transform/sq_transform.h"
 
 #include "runtime/sq_fault.h"
 

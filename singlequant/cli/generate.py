@@ -27,7 +27,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """What the parsed command line asks for."""
-    from ..runtime.model import check_sampling, stream_text
+    from ..runtime.generate import check_sampling, stream_text
     from ..runtime.open import load
 
     sampling = {

@@ -19,7 +19,7 @@ from ..models.config_json import Fields
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
 from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor
 from ..tensors import TensorFiles, TensorInfo, check_tensor
-from ..weights import PackedLinear, QuantizedLayer, high_problem, packed_words
+from ..weights import PackedLinear, QuantizedLayer, int8_problem, packed_words
 
 QUANT_METHOD = "singlequant"  # quantization_config.quant_method
 FORMAT_VERSION = 2  # quantization_config.format_version of what is written
@@ -42,7 +42,7 @@ def clip_name(layer: int, site: str) -> str:
     return f"model.layers.{layer}.activations.{site}.clip"
 
 
-def high_name(layer: int, site: str) -> str:
+def int8_name(layer: int, site: str) -> str:
     """Tensor of the number of a site's leading inputs that keep 8 bits."""
     return f"model.layers.{layer}.activations.{site}.high"
 
@@ -109,9 +109,9 @@ def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArr
     for site, clip in layer.clips.items():
         if np.float32(clip) != np.float32(config.activation_clip):
             tensors[clip_name(layer.index, site)] = np.array([clip], np.float32)
-    for site, high in layer.high.items():
-        if high:
-            tensors[high_name(layer.index, site)] = np.array([high], np.int64)
+    for site, count in layer.int8_inputs.items():
+        if count:
+            tensors[int8_name(layer.index, site)] = np.array([count], np.int64)
     return tensors
 
 
@@ -220,7 +220,7 @@ class PackedReader:
         known: set[str] = set()
         for site in self._spec.layer(layer).sites.values():
             for name, dtype in ((clip_name(layer, site.name), "F32"),
-                                (high_name(layer, site.name), "I64")):
+                                (int8_name(layer, site.name), "I64")):
                 if name in self._infos:
                     self._check(name, dtype, (1,))
                     known.add(name)
@@ -313,7 +313,7 @@ class PackedReader:
     def int8_inputs(self, layer: int) -> dict[str, int]:
         """By site: how many leading inputs keep 8 bits."""
         sites = self._spec.layer(layer).sites.values()
-        return {site.name: self._high(layer, site.name, site.k) for site in sites}
+        return {site.name: self._int8(layer, site.name, site.k) for site in sites}
 
     def _rotation(self, layer: int, site: Site) -> _C.Rotation:
         """A site's rotation, whose tensors' shapes were checked; the core proves their contents."""
@@ -351,15 +351,15 @@ class PackedReader:
             raise self._error(name, "a number in (0, 1]", clip)
         return clip
 
-    def _high(self, layer: int, site: str, k: int) -> int:
-        name = high_name(layer, site)
+    def _int8(self, layer: int, site: str, k: int) -> int:
+        name = int8_name(layer, site)
         if name not in self._infos:
             return 0
-        high = int(self._files.view(name)[0])
-        problem = high_problem(high, k, self._config)
+        count = int(self._files.view(name)[0])
+        problem = int8_problem(count, k, self._config)
         if problem:
-            raise FormatError(f"{self._infos[name].path}: {name}: {problem}, found {high}")
-        return high
+            raise FormatError(f"{self._infos[name].path}: {name}: {problem}, found {count}")
+        return count
 
     def _error(self, name: str, expected: Any, found: Any) -> FormatError:
         """FormatError about the content of a tensor."""

@@ -27,7 +27,7 @@ from ..tensors import write_safetensors
 from ..weights import (
     PackedLinear,
     QuantizedLayer,
-    high_problem,
+    int8_problem,
     norm_tensors,
     packed_words,
     packing_problem,
@@ -324,10 +324,10 @@ def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantCon
     dense = {name: shape for name, shape in spec.layer_tensors(i)
              if name.removesuffix(".weight") not in packed or not name.endswith(".weight")}
     sites = spec.layer(i).sites
-    for site, high in layer.high.items():
-        problem = high_problem(high, sites[site].k, config)
+    for site, count in layer.int8_inputs.items():
+        problem = int8_problem(count, sites[site].k, config)
         if problem:
-            raise ValueError(f"layer {i}: {site}: high: {problem}, found {high}")
+            raise ValueError(f"layer {i}: {site}: int8_inputs: {problem}, found {count}")
     _check_shapes(f"layer {i}: packed", packed, layer.packed)
     _check_shapes(f"layer {i}: dense", dense, layer.dense)
     for name, array in layer.dense.items():

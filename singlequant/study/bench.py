@@ -181,7 +181,7 @@ class TransformedLinear:
     """A packed linear as a model runs it: float activations are rotated, quantized, multiplied.
 
     The rotation is a dense Kronecker product of random orthogonal factors, as large as the solved
-    ones, folded into the weights; scheme is one of SCHEMES. high: leading inputs at 8 bits under
+    ones, folded into the weights; scheme is one of SCHEMES. int8_inputs: leading inputs at 8 bits under
     w4a4 (default: as many as the default method keeps). copies: packings of the same weights that
     calls walk round, so that each finds its weights in memory instead of the cache.
     """
@@ -190,7 +190,7 @@ class TransformedLinear:
         self,
         weight: NDArray[np.float32],
         scheme: str,
-        high: int | None = None,
+        int8_inputs: int | None = None,
         copies: int = 1,
         rotated: bool = True,
     ) -> None:
@@ -204,11 +204,12 @@ class TransformedLinear:
             self.rotation = _C.Rotation(self.k, *(_C.random_orthogonal(order, seed)
                                                   for seed, order in enumerate((k1, k2))))
             weight = _C.rotate(weight, self.rotation)
-        if high is None:
-            high = recipe_high(k1, k2) if self.bits == 4 and rotated else 0
+        if int8_inputs is None:
+            int8_inputs = recipe_int8_inputs(k1, k2) if self.bits == 4 and rotated else 0
         codes, scales, _ = _C.quantize(weight)
         words = _C.pack(codes)
-        self.weights = [_C.PackedWeight(words, scales, self.k, 0, high) for _ in range(copies)]
+        self.weights = [_C.PackedWeight(words, scales, self.k, 0, int8_inputs)
+                        for _ in range(copies)]
         self.turn = 0
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -226,7 +227,7 @@ class TransformedLinear:
         return {"prepare": prepare, "multiply": multiply, "share": prepare / (prepare + multiply)}
 
 
-def recipe_high(k1: int, k2: int) -> int:
+def recipe_int8_inputs(k1: int, k2: int) -> int:
     """Leading inputs that the default method keeps at 8 bits under w4a4: whole rows of k2."""
     rows = round(INT8_SHARE * k1)
     return rows * k2 if k2 % INT8_STEP == 0 and 2 * rows <= k1 else 0

@@ -65,11 +65,11 @@ def round_inputs(
     bits = config.activation_bits
     if bits == 16:
         return x
-    high = 0 if rotation is None else high_inputs(rotation, config)
-    rest = _C.dequantize(*_C.quantize(x[:, high:], bits, 0, True, config.activation_clip))
-    if not high:
+    first = 0 if rotation is None else int8_inputs_of(rotation, config)
+    rest = _C.dequantize(*_C.quantize(x[:, first:], bits, 0, True, config.activation_clip))
+    if not first:
         return rest
-    return np.concatenate([_C.dequantize(*_C.quantize(x[:, :high], 8)), rest], axis=1)
+    return np.concatenate([_C.dequantize(*_C.quantize(x[:, :first], 8)), rest], axis=1)
 
 
 def gptq_factor(
@@ -197,7 +197,7 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
     dense: dict[str, NDArray] = {}
     for place, norm in weights.norms.items():
         dense |= norm_tensors(_scaled_norm(norm, spec.norms[place].offset, scales.get(place)))
-    packed, used, high = {}, {}, {}
+    packed, used, int8 = {}, {}, {}
     for site in spec.sites.values():
         rotation, gptq = rotations.sites.get(site.name), None
         if config.weights == "gptq" and any(packs[site.name]):
@@ -214,10 +214,10 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
                 linear.weight, rotation, config, linear.name, gptq, rows
             )
             if rotation is not None:
-                used[site.name], high[site.name] = rotation, high_inputs(rotation, config)
+                used[site.name], int8[site.name] = rotation, int8_inputs_of(rotation, config)
     for name, array in dense.items():
         require_finite(array, name)
-    return QuantizedLayer(index, packed, dense, used, high=high)
+    return QuantizedLayer(index, packed, dense, used, int8_inputs=int8)
 
 
 def _scaled_norm(norm: Norm, offset: float, scale: NDArray[np.float32] | None) -> Norm:
@@ -241,7 +241,7 @@ def _ignored_weight(linear: Linear, rotation: Rotation | None, rows: NDArray | N
     return scaled(_C.to_float32(linear.weight), balance, rows)
 
 
-def high_inputs(rotation: Rotation, config: QuantConfig) -> int:
+def int8_inputs_of(rotation: Rotation, config: QuantConfig) -> int:
     """Inputs that keep 8 bits under config: whole weight groups of them, none but in W4A4.
 
     Rotations that were solved for config have whole groups.

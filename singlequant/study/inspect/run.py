@@ -21,7 +21,7 @@ from ...methods.solve import solve_layer
 from ...rotations import SiteRotation
 from ...statistics import LayerStatistics, SiteStatistics
 from ...sweep.calibrate import SAMPLE_ROWS, calibrate
-from ...sweep.layer import high_inputs, round_inputs
+from ...sweep.layer import int8_inputs_of, round_inputs
 from ...sweep.texts import calibration_windows
 from ...weights import PackedLinear, packing_problem
 from .measures import MASSIVE, NORMAL, NORMAL_SHARE, Sample, check_thresholds, measure
@@ -175,7 +175,7 @@ class _Inspector:
                 figures = measure(inputs, self.config.activation_bits, clip, *self.thresholds)
                 int8_inputs = 0
                 if final and isinstance(rotation, SiteRotation):
-                    int8_inputs = high_inputs(rotation, self.config)
+                    int8_inputs = int8_inputs_of(rotation, self.config)
                 if int8_inputs:
                     rounded = round_inputs(inputs, rotation, self.config)
                     error = float(np.sum((rounded - inputs) ** 2) / np.sum(inputs**2))

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What the two binding files of the runtime stage share. */
-#ifndef SQ_PY_DECODER_H
-#define SQ_PY_DECODER_H
+#ifndef SQ_PY_DENSE_H
+#define SQ_PY_DENSE_H
 
 #include "python/py_args.h"
 
