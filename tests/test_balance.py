@@ -167,7 +167,7 @@ def test_queries_of_a_value_head_share_their_factors(make_checkpoint, tmp_path, 
     np.testing.assert_array_equal(heads, np.broadcast_to(heads[:, :1], heads.shape))
     assert np.ptp(heads) > 0
     np.testing.assert_array_equal(
-        producer_scales(checkpoint, rotations)["v"], (1 / heads[:, 0]).reshape(-1)
+        producer_scales(checkpoint.spec.layer(0), rotations)["v"], (1 / heads[:, 0]).reshape(-1)
     )
 
 

@@ -607,9 +607,8 @@ def test_pictures_without_matplotlib_say_what_to_install(model, text, capsys, mo
 
 
 def test_command_rejects_an_unknown_site(model, capsys):
-    with pytest.raises(SystemExit):
-        main(["inspect", str(model), "--site", "v"])
-    assert "invalid choice: 'v'" in capsys.readouterr().err
+    assert main(["inspect", str(model), "--site", "v"]) == 2
+    assert "site: expected one of qkv, o, gate_up, down, found 'v'" in capsys.readouterr().err
 
 
 # ---- the reference model ------------------------------------------------------------------------

@@ -613,8 +613,8 @@ def test_high_inputs_survive_writing_and_zero_takes_no_tensor(source, out):
 
 
 @pytest.mark.parametrize(("high", "message"), [
-    ({"qkv": 16}, "layer 0: qkv: high: expected a multiple of 32 below 64, found 16"),
-    ({"o": 64}, "layer 0: o: high: expected a multiple of 32 below 64, found 64"),
+    ({"qkv": 16}, "layer 0: qkv: int8_inputs: expected a multiple of 32 below 64, found 16"),
+    ({"o": 64}, "layer 0: o: int8_inputs: expected a multiple of 32 below 64, found 64"),
 ])
 def test_high_inputs_of_no_whole_block_are_not_written(source, out, high, message):
     layer = dataclasses.replace(random_layer(source, CONFIG, 0)[0], int8_inputs=high)

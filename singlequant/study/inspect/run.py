@@ -132,7 +132,7 @@ def _original(
         raise ValueError(f"original: expected an unquantized model, found a packed one: {original}")
     recipe = opened.path / RECIPE_FILE
     source = read_json(recipe).get("source_sha256") if recipe.is_file() else None
-    if checkpoint.shape != opened.shape or source not in (None, checkpoint.fingerprint):
+    if checkpoint.spec.separate() != opened.spec.separate() or source not in (None, checkpoint.fingerprint):
         raise ValueError(f"original: expected the model that {opened.path} was made of, found "
                          f"another: {original}")
     return checkpoint, opened
