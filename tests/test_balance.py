@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blocks import SITES
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.config import SITES
 from singlequant.methods.registry import METHODS
 from singlequant.methods.solve import solve_site
 from singlequant.rotations import BlockRotation, Factor, LayerRotations, SiteRotation

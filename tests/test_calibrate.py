@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from blocks import SITES
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.config import SITES
 from singlequant.sweep.calibrate import FACTS
 from singlequant.sweep.texts import choose_windows
 

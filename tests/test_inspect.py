@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blocks import SITES
 from conftest import random_factor
 
 import singlequant as sq
 from singlequant import _C, _reference, files
 from singlequant.cli.main import main
-from singlequant.config import SITES, QuantConfig
+from singlequant.config import QuantConfig
 from singlequant.methods.registry import METHODS as ALL_METHODS
 from singlequant.methods.solve import solve_site
 from singlequant.rotations import SiteRotation
