@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra")
 
 import singlequant as sq  # noqa: E402
 from singlequant.cli.main import main  # noqa: E402
