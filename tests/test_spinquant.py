@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra")
 
 from singlequant import _C  # noqa: E402
 from singlequant._C import FormatError  # noqa: E402
@@ -14,7 +15,10 @@ from singlequant.checkpoint.folder import load_checkpoint  # noqa: E402
 from singlequant.checkpoint.views import RandomizedHadamard  # noqa: E402
 from singlequant.config import QuantConfig  # noqa: E402
 from singlequant.methods import spinquant, spinquant_learn, spinquant_network  # noqa: E402
+from singlequant.methods.quarot import quarot_checkpoint  # noqa: E402
 from singlequant.methods.spinquant import online_rotations, spinquant_checkpoint  # noqa: E402
+from singlequant.models.families import FAMILIES  # noqa: E402
+from singlequant.models.family import Stored  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
 from singlequant.runtime.open import load  # noqa: E402
 from singlequant.study.evaluate import perplexity  # noqa: E402
@@ -77,6 +81,43 @@ def test_sliding_window_is_the_runtimes(tmp_path, make_checkpoint):
     found = torch_logits(windowed, tokens, *random_rotations(windowed.spec))
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert np.abs(found - Model(plain).forward(tokens)).max() > 0.1
+
+
+def test_linears_that_share_a_tensor_are_the_runtimes(tmp_path, monkeypatch):
+    """Phi-3's q, k and v are rows of one tensor, its gate and up of another."""
+    row = dataclasses.replace(
+        FAMILIES["LlamaForCausalLM"], name="Phi3ForCausalLM",
+        fused=(Stored("model.layers.{i}.self_attn.qkv_proj", ("q", "k", "v")),
+               Stored("model.layers.{i}.mlp.gate_up_proj", ("gate", "up"))),
+        ignored_keys=("original_max_position_embeddings",),
+    )  # fmt: skip
+    monkeypatch.setitem(FAMILIES, row.name, row)
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(tmp_path / "m")
+    checkpoint = load_checkpoint(tmp_path / "m")
+    tokens = tokens_of(checkpoint)
+    found = torch_logits(checkpoint, tokens, *random_rotations(checkpoint.spec))
+    for ours in (checkpoint, quarot_checkpoint(checkpoint)):
+        np.testing.assert_allclose(found, Model(ours).forward(tokens), atol=1e-3)
+
+
+def test_norms_that_no_rotation_passes_are_refused(model):
+    checkpoint = load_checkpoint(model)
+    (kind,) = checkpoint.spec.kinds
+    norms = {place: dataclasses.replace(norm, kind="layer") for place, norm in kind.norms.items()}
+    kinds = (dataclasses.replace(kind, norms=norms),)
+    other = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, kinds=kinds))
+    with pytest.raises(ValueError, match="expected RMSNorms in front of attention and MLP alone"):
+        spinquant_network.Network(other)
 
 
 # Loss and norms of the gradients of R1 and R2 that an independent decoder in plain torch gave, by

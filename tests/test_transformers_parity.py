@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra")
 
 from singlequant import _C  # noqa: E402
 from singlequant.models.families import FAMILIES  # noqa: E402

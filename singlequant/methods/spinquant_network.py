@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import _C
 from ..checkpoint.views import require_commuting
-from ..models.spec import LayerSpec, LinearSpec, Site, tensor_name
+from ..models.spec import LayerSpec, Site, tensor_name
 from .quarot import online_hadamard
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class Network:
     transformers computes. Here the norms' weights are folded into the linears that read them, each
     linear gets another forward, and the inputs of linears are rounded. A linear that reads the MLP
     holds the transpose of the online Hadamard. Embedding and head are not rounded, as in the packed
-    format. ValueError when a weight of the checkpoint holds NaN or Inf, when a norm does not
-    commute with R1 and when a tensor holds several linears.
+    format. ValueError when a weight of the checkpoint holds NaN or Inf, and when a norm does not
+    commute with R1.
     """
 
     def __init__(self, checkpoint) -> None:
@@ -118,23 +118,28 @@ class Network:
 
     def _layer(self, model, i: int) -> list[_RotatedLinear]:
         """A layer's linears, their norms folded and their forwards replaced."""
-        layer, linears = self.spec.layer(i), []
+        layer, by_module = self.spec.layer(i), {}
         norms = {place: model.get_submodule(tensor_name(norm.name, i))
                  for place, norm in layer.norms.items()}
         values = _value_roles(layer)
         for site in layer.sites.values():
-            for role in site.roles:
-                module = model.get_submodule(_module_name(layer.linears[role], i))
-                weight = module.weight
+            for role in sorted(site.roles, key=lambda role: layer.linears[role].first_row):
+                row = layer.linears[role]
+                module = model.get_submodule(tensor_name(row.stored or row.name, i))
+                weight = module.weight[row.first_row : row.first_row + row.n]
                 if site.reads == "residual":
                     weight = weight * norms[site.producer].weight
-                linear = _RotatedLinear(self, site, role in values, weight, module.bias)
-                module.weight, module.forward = None, linear.forward
-                linears.append(linear)
+                bias = module.bias
+                if bias is not None:
+                    bias = bias[row.first_row : row.first_row + row.n]
+                linear = _RotatedLinear(self, site, role in values, weight, bias)
+                by_module.setdefault(module, []).append(linear)
+        for module, linears in by_module.items():
+            module.weight, module.forward = None, _joined(linears)
         for norm in norms.values():
             norm.weight.fill_(1)
             norm.register_forward_hook(lambda module, inputs, output: self.rounded(output))
-        return linears
+        return [linear for linears in by_module.values() for linear in linears]
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs of a linear after their rounding."""
@@ -233,13 +238,13 @@ def _value_roles(layer: LayerSpec) -> set[str]:
             for role in (site.producer, *site.roles)}
 
 
-def _module_name(linear: LinearSpec, layer: int) -> str:
-    """The name of a linear's module. ValueError when its tensor holds other linears as well."""
-    name = tensor_name(linear.name, layer)
-    if linear.stored is not None:
-        raise ValueError(f"checkpoint: expected a tensor for {name} alone, found one of several "
-                         f"linears: {tensor_name(linear.stored, layer)}")
-    return name
+def _joined(linears: list[_RotatedLinear]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a module that holds the rows of these linears one after the other."""
+    import torch
+
+    if len(linears) == 1:
+        return linears[0].forward
+    return lambda x: torch.cat([linear.forward(x) for linear in linears], dim=-1)
 
 
 @functools.cache
