@@ -217,7 +217,7 @@ def two_levels(budget: float, clip: float, weighted: bool) -> Callable[[Transfor
 
 def solvers() -> dict[str, Solver]:
     """Every transformation by name."""
-    arrange, balanced = partial(singlequant.build, art="no"), 0.5
+    arrange, balanced = singlequant.build, 0.5
     mixed = hadamard.build
     found = {"hadamard": named("hadamard"), "singlequant": named("singlequant")}
     for power in (0.25, 0.5, 0.75, 1.0):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,7 @@ def blocks() -> dict[tuple[str, str], Ranges]:
 
 def recipes() -> list[Recipe]:
     """All rows, those of one transformation together."""
-    plain = built(partial(singlequant.build, art="no"), power=0.5)
+    plain = built(singlequant.build, power=0.5)
     rows = [table.BASELINE]
     rows += [Recipe(name, "balanced, no block", plain, "gptq", r) for name, r in options().items()]
     for share, value in INT8_SHARES.items():
