@@ -35,8 +35,8 @@ ROWS = [
 def bits_per_number(model):
     """Stored bits of a key's or value's number, scales and minima included."""
     cache = model.new_cache(1, 64, layers=1)
-    shape = model.shape
-    return cache.page_bytes * 8 / (2 * cache.page_tokens * shape.kv_heads * shape.head_dim)
+    a = model.spec.attention
+    return cache.page_bytes * 8 / (2 * cache.page_tokens * a.kv_heads * a.head_dim)
 
 
 def parse(argv):

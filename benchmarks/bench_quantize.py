@@ -41,7 +41,8 @@ from singlequant.sweep.layer import (
     round_inputs,
     transform_inputs,
 )
-from singlequant.sweep.run import PeakMemory, calibration_tokens
+from singlequant.sweep.measure import PeakMemory
+from singlequant.sweep.texts import calibration_windows
 
 from . import common
 from .made_model import LLAMA_2_7B, write_checkpoint
@@ -92,7 +93,7 @@ class RotationSpeed:
 
     def __init__(self, k: int) -> None:
         self.sizes = _C.factor_sizes(k)
-        self.factors = [_C.random_orthogonal(n, n).astype(np.float32) for n in self.sizes]
+        self.rotation = _C.Rotation(k, *(_C.random_orthogonal(n, n) for n in self.sizes))
         self.x = np.random.default_rng(k).standard_normal((self.ROWS, k), np.float32)
 
     def best(self) -> float:
@@ -102,7 +103,7 @@ class RotationSpeed:
         for _ in range(9):
             start = time.perf_counter()
             for _ in range(4):
-                _C.rotate(self.x, *self.factors)
+                _C.rotate(self.x, self.rotation)
             seconds = time.perf_counter() - start
             best = max(best, 4 * 2 * self.x.size * sum(self.sizes) / seconds / 1e9)
         _C.set_num_threads(threads)
@@ -184,12 +185,12 @@ def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: P
     """
     checkpoint, prices = load_checkpoint(source), {}
     layer = checkpoint.layer(0)
-    for site, roles in checkpoint.architecture.sites.items():
-        rotation = rotations.sites[site]
+    for name, site in checkpoint.spec.layer(0).sites.items():
+        rotation = rotations.sites[name]
         gptq = None
         if config.weights == "gptq":
-            gptq = _profile_factor(prices, rotations.statistics.sites[site], rotation, config)
-        for role in roles:
+            gptq = _profile_factor(prices, rotations.statistics.sites[name], rotation, config)
+        for role in site.roles:
             weight = layer.linears[role].weight
             for first in range(0, len(weight), ROWS_PER_BLOCK):
                 block = weight[first : first + ROWS_PER_BLOCK]
@@ -223,7 +224,7 @@ def _profile_rows(
     gptq: GptqFactor | None,
 ) -> None:
     """One block of a weight's rows."""
-    transform, columns, group = rotation.arrays, rotation.balance, config.group_size
+    transform, columns, group = rotation.core, rotation.balance, config.group_size
     if columns is None:
         columns = np.ones(rotation.k, np.float32)
     if gptq is not None:
@@ -285,7 +286,7 @@ def report_rotations(rows: Figures, source: Path, config: QuantConfig, keep: boo
                      ) -> LayerRotations:
     """Calibrate and solve the layer; keep: with the inputs, as GPTQ wants them."""
     checkpoint = load_checkpoint(source)
-    windows = calibration_tokens(checkpoint, config)
+    windows = calibration_windows(checkpoint, config)
     with Meter() as meter:
         statistics = next(calibrate(checkpoint, windows, keep_inputs=keep))
     rows.report_seconds(f"calibration, {windows.size} tokens", meter)

@@ -18,8 +18,11 @@ import numpy as np
 
 import singlequant as sq
 from singlequant import arrays
-from singlequant.methods import solve as solve_stage
+from singlequant.methods import singlequant
+from singlequant.methods.solve import solve_site
 from singlequant.rotations import LayerRotations
+from singlequant.rows import rotate_rows
+from singlequant.sweep.texts import choose_windows
 
 from . import common, tables
 
@@ -41,7 +44,7 @@ ARRANGED = {
     "2 sweeps of both, no H": {"art": "no", "rounds": 2, "hadamard": False},
 }
 for _name, _options in ARRANGED.items():
-    VARIANTS[_name] = lambda site, options=_options: solve_stage.arrange(site, **options)
+    VARIANTS[_name] = lambda site, options=_options: singlequant.build(site, **options)
 CLIPS = (0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 ROUNDINGS = {"rtn": {"weights": "rtn", "clip": 1.0}, "mse": {"weights": "mse"}}
 
@@ -53,17 +56,17 @@ class Bench:
         self.checkpoint = sq.load_checkpoint(folder)
         self.original = sq.load(folder)
         config = sq.QuantConfig()
-        windows = sq.calibration_tokens(self.checkpoint, config, arguments.calibration)
+        windows = sq.calibration_windows(self.checkpoint, config, arguments.calibration)
         self.statistics = list(sq.calibrate(self.checkpoint, windows, keep_inputs=False))
         tokens = self.original.encode(arguments.text.read_text())
         self.tokens = tokens[: arguments.windows * arguments.seq_len]
         self.seq_len = arguments.seq_len
-        held = sq.calibration_windows(self.tokens, 1024)
+        held = choose_windows(self.tokens, 1024)
         self.held = list(sq.calibrate(self.checkpoint, held, keep_inputs=False))
 
     def solve(self, variant) -> list[LayerRotations]:
         return [
-            LayerRotations(layer.index, {n: solve_stage.solve_site(s, variant)
+            LayerRotations(layer.index, {n: solve_site(s, variant)
                                          for n, s in layer.sites.items()})
             for layer in self.statistics
         ]
@@ -73,13 +76,12 @@ class Bench:
         errors = []
         for layer, held in zip(rotations, self.held, strict=True):
             weights = self.checkpoint.layer(layer.layer)
-            for site, roles in self.checkpoint.architecture.sites.items():
-                x, rotation = held.sites[site].sample, layer.sites[site]
-                sides = rotation.left.runtime(), rotation.right.runtime()
-                x_q = rounded(arrays.rotate(x, *sides), clip=config.activation_clip)
-                for role in roles:
+            for name, site in self.checkpoint.spec.layer(layer.layer).sites.items():
+                x, rotation = held.sites[name].sample, layer.sites[name]
+                x_q = rounded(rotate_rows(x, rotation), clip=config.activation_clip)
+                for role in site.roles:
                     w = weights.linears[role].weight.astype(np.float32)
-                    w_q = rounded(arrays.rotate(w, *sides), search=config.weights == "mse")
+                    w_q = rounded(rotate_rows(w, rotation), search=config.weights == "mse")
                     y = x @ w.T
                     errors.append(((x_q @ w_q.T - y) ** 2).sum() / (y**2).sum())
         return float(np.mean(errors))

@@ -38,7 +38,6 @@ from typing import Any
 import numpy as np
 
 from singlequant import _C, QuantConfig, load_checkpoint, quantize_folder
-from singlequant.config import SITES
 
 from . import common
 from .made_model import LLAMA_2_7B, TOY, Widths, write_checkpoint
@@ -196,8 +195,8 @@ def require_transform(folder: Path) -> None:
     mixed = checkpoint.quant_config.activation_bits == 4
     for index in range(checkpoint.spec.layers):
         layer = checkpoint.layer(index)
-        absent = [site for site in SITES
-                  if site not in layer.rotations or mixed and not layer.high.get(site)]
+        absent = [site for site in checkpoint.spec.layer(index).sites
+                  if site not in layer.rotations or mixed and not layer.int8_inputs.get(site)]
         if absent:
             raise ValueError(f"{folder}: layer {index}: expected every site rotated"
                              f"{', some inputs of 8 bits' if mixed else ''}, "
@@ -206,15 +205,16 @@ def require_transform(folder: Path) -> None:
 
 def describe_transform(folder: Path) -> dict[str, str]:
     """Site -> what its input goes through, in the first layer of a packed folder."""
-    layer = load_checkpoint(folder).layer(0)
+    checkpoint = load_checkpoint(folder)
+    layer = checkpoint.layer(0)
 
     def factor(value: Any) -> str:
         dense = isinstance(value, np.ndarray)
         return f"dense {len(value)}" if dense else f"chain of order {value[0]}"
 
     return {site: f"{' x '.join(map(factor, layer.rotations[site].parts))}, "
-                  f"clip {layer.clips[site]:g}, {layer.high.get(site, 0)} inputs of 8 bits"
-            for site in SITES}
+                  f"clip {layer.clips[site]:g}, {layer.int8_inputs.get(site, 0)} inputs of 8 bits"
+            for site in checkpoint.spec.layer(0).sites}
 
 
 # ---- agreement ----------------------------------------------------------------------------------

@@ -45,17 +45,18 @@ def module(name):
 # ---- singlequant bench --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "high", "limit"), [
+@pytest.mark.parametrize(("scheme", "int8_inputs", "limit"), [
     ("w4a4", None, 0.3), ("w4a4", 0, 0.3), ("w4a8", None, 0.15), ("w4a16", None, 0.15)])
-def test_transformed_linear_multiplies_by_the_given_weight(scheme, high, limit):
+def test_transformed_linear_multiplies_by_the_given_weight(scheme, int8_inputs, limit):
     rng = np.random.default_rng(0)
     weight, x = rng.standard_normal((96, 1024)), rng.standard_normal((5, 1024))
-    linear = bench.TransformedLinear(weight.astype(np.float32), scheme, high, copies=3)
+    linear = bench.TransformedLinear(weight.astype(np.float32), scheme, int8_inputs, copies=3)
     expected = x @ weight.T
     for _ in range(4):  # every copy, and round
         y = linear(x.astype(np.float32))
         assert np.linalg.norm(y - expected) < limit * np.linalg.norm(expected)
-    assert linear.weights[0].int8_inputs == (0 if high == 0 or scheme != "w4a4" else 128)
+    mixed = scheme == "w4a4" and int8_inputs is None
+    assert linear.weights[0].int8_inputs == (128 if mixed else 0)
 
 
 def test_bench_reports_every_scheme_and_advises(tmp_path, capsys, monkeypatch):

@@ -45,7 +45,7 @@ def a_run(model, text, steps=2, of=4, **settings):
         np.full(steps, 3.0), np.full(steps, 2.0), np.zeros(1, np.int64), np.full((1, 5), 5.0),
         settings,
     )
-    r1, r2 = convergence.start_of(empty, checkpoint.shape)
+    r1, r2 = convergence.start_of(empty, checkpoint.spec)
     return spinquant.Learned(r1, r2, *(getattr(empty, name) for name in (
         "losses", "step_sizes", "seconds", "cpu_seconds", "probe_steps", "probe_losses")), settings)
 

@@ -15,8 +15,8 @@ from benchmarks.experiments import closed_forms, ranges, recipes, simulation
 from benchmarks.experiments.rounding import Range, round_inputs, round_transformed
 from benchmarks.experiments.transforms import built, kronecker, named, principal
 from singlequant import _C
-from singlequant.methods import solve as solve_stage
-from singlequant.sweep.run import bundled_model, bundled_text
+from singlequant.methods.balanced import INT8_SHARE
+from singlequant.sweep.texts import bundled_model, bundled_text
 
 WINDOWS, SEQ_LEN = 4, 128
 # Sums of another order and precision move a few codes by a step.
@@ -35,7 +35,7 @@ def recipe(solver, rounding="rtn", of=None, name="a row"):
 
 BALANCED = {
     "named": named("balanced"),
-    "built": built(principal(solve_stage.HIGH_SHARE), power=0.5),
+    "built": built(principal(INT8_SHARE), power=0.5),
 }
 
 
@@ -73,8 +73,8 @@ def test_rounded_model_without_rounding_is_the_original(experiment):
 def test_principal_of_the_packages_share_is_method_balanced(experiment):
     for site in experiment.sites.values():
         a, b = (solve(site) for solve in BALANCED.values())
-        assert a.high == b.high
-        assert a.high > 0
+        assert a.int8_inputs == b.int8_inputs
+        assert a.int8_inputs > 0
         for field in ("balance", "left", "right", "left_w", "right_w"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
 
@@ -152,9 +152,9 @@ def test_cost_counts_sums_and_products(experiment):
     assert (cost["passes"], cost["roundings"]) == (3, 4)
     sums = outputs = 0
     for key, site in experiment.sites.items():
-        k, high = site.heldout.shape[1], found.transforms[key].high
+        k, leading = site.heldout.shape[1], found.transforms[key].int8_inputs
         for w in site.weights:
-            sums, outputs = sums + len(w) * (1 + math.ceil((k - high) / 64)), outputs + len(w)
+            sums, outputs = sums + len(w) * (1 + math.ceil((k - leading) / 64)), outputs + len(w)
     assert cost["accumulations"] == pytest.approx(sums / outputs)
     assert 0.1 < cost["products_8bit"] < 0.2
 

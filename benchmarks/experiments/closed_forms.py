@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singlequant import _C
-from singlequant.methods import solve as solve_stage
+from singlequant.methods import hadamard, singlequant
+from singlequant.methods.axes import SWEEP_ROUNDS
 from singlequant.statistics import SiteStatistics
 
 from . import recipes as table, simulation
@@ -87,7 +88,7 @@ def _geometric_mean(a: Matrix, b: Matrix) -> Matrix:
     return root @ _roots(inverse @ b @ inverse)[0] @ root
 
 
-# ---- builds of both axes: functions of rotate's site, as `solve_site` takes them ----------------
+# ---- builds of both axes: functions of an `axes.Site`, as `solve_site` takes them --------------
 
 
 def urt_principal(site: Any, before: bool) -> None:
@@ -99,7 +100,7 @@ def urt_principal(site: Any, before: bool) -> None:
         columns = site.columns(axis)
         direction = _C.principal_directions(columns @ columns.T)[0]
         chain = _C.urt(direction, np.where(direction < 0, -1.0, 1.0))
-        site.urt_steps += site.apply_chain(axis, *chain)
+        site.apply_chain("URT", axis, *chain)
     if before:
         _hadamard_last(site)
 
@@ -123,7 +124,7 @@ def _hadamard_first(site: Any) -> None:
 def _hadamard_last(site: Any) -> None:
     """A factor's own Hadamard comes first: behind a chain it is a chain itself."""
     for axis, order in enumerate((site.k1, site.k2)):
-        site.apply_matrix(axis, _C.hadamard_matrix(order))
+        site.apply_matrix("Hadamard", axis, _C.hadamard_matrix(order))
 
 
 def sweeps(
@@ -132,7 +133,7 @@ def sweeps(
     """Hadamard and two rounds of sweeps: axes in that order, of so many tokens.
 
     share: of the weight rows in the sum of fourth powers, the tokens' being 1. tokens None: as
-    many as `arrange` takes.
+    many as method `singlequant` takes.
     """
     if tokens is None:
         site.normalize(share)
@@ -144,7 +145,7 @@ def sweeps(
             parts.append(_unit_rms(rows) * (share * len(inputs) / len(rows)) ** 0.25)
         site.sample = np.concatenate(parts).reshape(-1, site.k1, site.k2)
     _hadamard_first(site)
-    for _ in range(solve_stage.SWEEP_ROUNDS):
+    for _ in range(SWEEP_ROUNDS):
         for axis in order:
             site.sweep(axis)
 
@@ -216,8 +217,8 @@ def two_levels(budget: float, clip: float, weighted: bool) -> Callable[[Transfor
 
 def solvers() -> dict[str, Solver]:
     """Every transformation by name."""
-    arrange, balanced = solve_stage.arrange, 0.5
-    mixed = solve_stage.METHODS["hadamard"].build
+    arrange, balanced = singlequant.build, 0.5
+    mixed = hadamard.build
     found = {"hadamard": named("hadamard"), "singlequant": named("singlequant")}
     for power in (0.25, 0.5, 0.75, 1.0):
         found[f"balance {power:g}, H"] = built(mixed, power)

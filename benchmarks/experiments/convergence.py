@@ -29,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant.checkpoint.views import online_rotations, spinquant_checkpoint
 from singlequant.methods import spinquant
 
 from .. import common
@@ -129,12 +128,12 @@ def check_run(run: spinquant.Learned, file: Path, checkpoint, windows: NDArray):
     return run
 
 
-def start_of(run: spinquant.Learned, shape) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def start_of(run: spinquant.Learned, spec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """R1 and R2 before the run's first step: randomized Hadamards."""
     seed = run.settings["seed"]
-    r1 = spinquant.randomized_hadamard(shape.hidden, [seed, 0])
-    r2 = [spinquant.randomized_hadamard(shape.head_dim, [seed, i + 1])
-          for i in range(shape.layers)]
+    r1 = spinquant.randomized_hadamard(spec.hidden, [seed, 0])
+    r2 = [spinquant.randomized_hadamard(spec.attention.head_dim, [seed, i + 1])
+          for i in range(spec.layers)]
     return r1, np.stack(r2)
 
 
@@ -168,9 +167,8 @@ class Bench:
     def residual(self, r1: NDArray, r2: NDArray, clip: float) -> dict[str, Any]:
         """The model with r1 and r2 fused, down_proj's Hadamard online, rounded to nearest."""
         config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
-        view = spinquant_checkpoint(self.checkpoint, r1, r2)
-        rotations = [online_rotations(view.shape, i, "spinquant")
-                     for i in range(view.spec.layers)]
+        view = spinquant.spinquant_checkpoint(self.checkpoint, r1, r2)
+        rotations = [spinquant.online_rotations(view.spec, i) for i in range(view.spec.layers)]
         return self._packed(
             lambda out: sq.save(sq.quantize(view, rotations, config), out, view, config)
         )
@@ -277,7 +275,7 @@ def rows_of(bench: Bench, run: spinquant.Learned, repeats: int) -> list[dict[str
     equal = {"weights": "rtn", "clip": clip}
     whole = run_seconds(run)
     learned = {
-        "spinquant, 0 steps": (start_of(run, bench.checkpoint.shape), {}),
+        "spinquant, 0 steps": (start_of(run, bench.checkpoint.spec), {}),
         f"spinquant, {run.steps} steps": ((run.R1, run.R2), whole),
     }
     for name, (rotations, seconds) in learned.items():
@@ -381,7 +379,7 @@ def run_experiment(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--repeats: expected at least 1, found {arguments.repeats}")
     checkpoint = sq.load_checkpoint(arguments.model)
     config = sq.QuantConfig(calibration_tokens=arguments.calibration_tokens)
-    windows = sq.calibration_tokens(checkpoint, config, arguments.calibration)
+    windows = sq.calibration_windows(checkpoint, config, arguments.calibration)
     text = command.evaluation_text(arguments.text)
     sq.set_num_threads(arguments.threads)
     environment = common.environment(arguments.argv)

@@ -1,19 +1,17 @@
-"""The laboratory of the experiments: one model, its tokens, one sweep, one judge.
+"""The laboratory of the experiments: one model, its tokens, one judge.
 
-A `Trial` is a way to quantize. `sweep` makes the packed folders of many trials from one run over
-the calibration tokens; it is the only loop over layers here. `Laboratory.judge` gives any model's
-divergence from the original. `Laboratory.run` does both and keeps finished rows.
+A `Trial` is a way to quantize. `Laboratory.run` hands all trials to the package's sweep, which
+makes their packed folders from one run over the calibration tokens, judges each folder, and keeps
+finished rows. `Laboratory.judge` gives any model's divergence from the original.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,60 +21,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant.export.writer import ModelWriter
 from singlequant.harness import evaluate_tasks
-from singlequant.rotations import LayerRotations
 from singlequant.runtime.model import Model
-from singlequant.statistics import LayerStatistics
 from singlequant.study.compare import Row, RowsFile
-from singlequant.study.evaluate import CachedScorer, Scorer, split_windows
-from singlequant.sweep.layer import quantize_layer
-from singlequant.sweep.run import View, default_seq_len
+from singlequant.study.evaluate import CachedScorer, Scorer, default_seq_len, split_windows
+from singlequant.sweep.sweep import Job, Solve, sweep
+from singlequant.sweep.texts import token_digest
 
 ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A way to solve a layer. facts: JSON values that, with config, say all that solve does."""
+    """A way to quantize the model.
+
+    solve(statistics) replaces the solver of config.method. facts: JSON values that, with config,
+    say all that solve does.
+    """
 
     name: str
     config: sq.QuantConfig
-    solve: Callable[[LayerStatistics], LayerRotations]
+    solve: Solve | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-Measure = Callable[..., Any]  # (stage, trial or None, function, *arguments) -> function's value
-
-
-def sweep(
-    checkpoint: View, windows: NDArray[np.int64], trials: Sequence[Trial], outs: Sequence[Path],
-    measure: Measure, step: Callable[[], None] = lambda: None,
-) -> None:
-    """Write the packed folder of each trial, one layer in memory at a time.
-
-    checkpoint: the model, or a view of it that the trials' method prepared. measure calls what it
-    is given; stages are calibrate (of no trial), solve and quantize. step follows each layer of
-    each trial.
-    """
-    keep = any(trial.config.weights == "gptq" for trial in trials)
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(ModelWriter(out, checkpoint, trial.config))
-                   for trial, out in zip(trials, outs, strict=True)]
-        layers = sq.calibrate(checkpoint, windows, keep_inputs=keep)
-        for _ in range(checkpoint.spec.layers):
-            statistics = measure("calibrate", None, next, layers)
-            for trial, writer in zip(trials, writers, strict=True):
-                rotations = measure("solve", trial, trial.solve, statistics)
-                rotations = replace(rotations, statistics=statistics)
-                layer = measure("quantize", trial, quantize_layer, checkpoint, rotations,
-                                trial.config)
-                measure("quantize", trial, writer.write_layer, layer)
-                del rotations, layer
-                step()
-            del statistics  # with its inputs, before the next layer's
-        for trial, writer in zip(trials, writers, strict=True):
-            measure("quantize", trial, writer.finish)
 
 
 class Laboratory:
@@ -109,7 +75,7 @@ class Laboratory:
 
     def calibration_windows(self, config: sq.QuantConfig) -> NDArray[np.int64]:
         """Calibration tokens [count, length] as config asks for them."""
-        return sq.calibration_tokens(self.checkpoint, config, self._calibration)
+        return sq.calibration_windows(self.checkpoint, config, self._calibration)
 
     @property
     def scores_tasks(self) -> bool:
@@ -137,23 +103,24 @@ class Laboratory:
             missing = list({self._name(keys[trial.name]): trial for trial in trials
                             if self._find(rows, keys[trial.name]) is None}.values())
             fresh_original = self._find(rows, keys[ORIGINAL]) is None
-            total = len(missing) * (self.checkpoint.spec.layers + 1) + fresh_original
+            layers = self.checkpoint.spec.layers if missing else 0
+            total = layers + len(missing) + fresh_original
 
-            def step(count: int) -> None:
+            def step(*_: int) -> None:
                 nonlocal done
-                done += count
+                done += 1
                 if progress:
                     progress(done, total)
 
             if fresh_original:
                 row = self._row(self.original.model, Row(None))
                 rows.add(self._name(keys[ORIGINAL]), "row", row.to_json())
-                step(1)
+                step()
             with tempfile.TemporaryDirectory(prefix="singlequant-") as folder:
                 for trial, row, out in self._build(missing, windows, Path(folder), step):
                     row = self._row(sq.load(out), row)
                     rows.add(self._name(keys[trial.name]), "row", row.to_json())
-                    step(1)
+                    step()
             return {name: Row.from_json(self._find(rows, key)) for name, key in keys.items()}
 
     # A row with task scores serves a run that cannot make them; never the other way round.
@@ -170,8 +137,8 @@ class Laboratory:
         """The key of a row with and without the scores of tasks."""
         whole = {
             "model": self.checkpoint.fingerprint, "version": sq.__version__,
-            "seq_len": self.seq_len, "text": _digest(self.tokens),
-            "calibration": None if windows is None else _digest(windows),
+            "seq_len": self.seq_len, "text": token_digest(self.tokens),
+            "calibration": None if windows is None else token_digest(windows),
             "config": config, "facts": dict(facts),
         }
         return {scored: hashlib.sha256(json.dumps(
@@ -180,23 +147,14 @@ class Laboratory:
 
     def _build(
         self, trials: Sequence[Trial], windows: NDArray[np.int64], folder: Path,
-        step: Callable[[int], None],
+        step: Callable[[int, int], None],
     ) -> Iterator[tuple[Trial, Row, Path]]:
-        """Quantize the model in all ways, then yield each."""
-        seconds: dict[str, Counter] = {trial.name: Counter() for trial in trials}
-
-        def measure(stage: str, trial: Trial | None, function: Callable, *given: Any) -> Any:
-            start = time.perf_counter()
-            value = function(*given)
-            if trial is not None:
-                seconds[trial.name][stage] += time.perf_counter() - start
-            return value
-
-        outs = [folder / str(i) for i in range(len(trials))]
-        if trials:
-            sweep(self.checkpoint, windows, trials, outs, measure, lambda: step(1))
-        for trial, out in zip(trials, outs, strict=True):
-            yield trial, Row(trial.config, seconds=dict(seconds[trial.name])), out
+        """Quantize the model in all ways at once, then yield each trial, its row and its folder."""
+        jobs = [Job(trial.config, folder / str(i), scratch=True, solve=trial.solve)
+                for i, trial in enumerate(trials)]
+        outcomes = sweep(self.checkpoint, windows, jobs, progress=step) if jobs else ()
+        for trial, job, outcome in zip(trials, jobs, outcomes, strict=True):
+            yield trial, Row(trial.config, seconds=outcome.seconds), job.out
 
     def judge(self, model: Scorer) -> sq.Evaluation:
         """Perplexity on the laboratory's tokens, and the divergence from the original."""
@@ -212,7 +170,3 @@ class Laboratory:
                      for task, values in tasks.items()}
         return replace(row, results=(result,), tasks=tasks,
                        seconds={**row.seconds, "evaluate": time.perf_counter() - start})
-
-
-def _digest(tokens: NDArray[np.int64]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()

@@ -25,7 +25,8 @@ import numpy as np
 import singlequant as sq
 from singlequant import _C
 from singlequant.config import SCHEMES
-from singlequant.sweep.run import folder_bytes
+from singlequant.files import folder_bytes
+from singlequant.models.spec import ModelSpec
 
 from .. import common
 from . import command, report
@@ -94,17 +95,15 @@ def transform(model: sq.Model, m: int) -> Callable[[], None]:
     widths: dict[int, np.ndarray] = {}
     for index in range(model.spec.layers):
         layer = checkpoint.layer(index)
-        for site, roles in checkpoint.architecture.sites.items():
-            k = layer.linears[roles[0]].weight.shape[1]
-            if k not in widths:
-                widths[k] = rng.standard_normal((m, k)).astype(np.float32)
-            rotation = layer.rotations.get(site)
-            work.append((widths[k], rotation, layer.clips[site]))
+        for name, site in model.spec.layer(index).sites.items():
+            if site.k not in widths:
+                widths[site.k] = rng.standard_normal((m, site.k)).astype(np.float32)
+            work.append((widths[site.k], layer.rotations.get(name), layer.clips[name]))
 
     def run() -> None:
         for x, rotation, clip in work:
             if rotation is not None:
-                x = (_C.rotate if len(rotation) == 2 else _C.rotate_blocks)(x, *rotation)
+                x = _C.rotate(x, rotation)
             if config.activation_bits < 16:
                 _C.quantize(x, config.activation_bits, 0, True, clip, False)
 
@@ -183,9 +182,9 @@ def measure(
     return found
 
 
-def check(arguments: argparse.Namespace, shape) -> None:
+def check(arguments: argparse.Namespace, spec: ModelSpec) -> None:
     """ValueError names the option that does not suit the model."""
-    limit = shape.max_position_embeddings
+    limit = spec.max_position_embeddings
     decoded = arguments.context + arguments.decode * (arguments.repeats + 1)
     for name, value in (("repeats", arguments.repeats), ("context", arguments.context),
                         ("decode", arguments.decode), ("prefill", arguments.prefill),
@@ -238,7 +237,7 @@ def run_experiment(arguments: argparse.Namespace) -> None:
     """Build, load, measure, write."""
     checkpoint = sq.load_checkpoint(arguments.model)
     checkpoint.require_unquantized()
-    check(arguments, checkpoint.shape)
+    check(arguments, checkpoint.spec)
     if arguments.threads is not None:
         sq.set_num_threads(arguments.threads)
     environment = common.environment(arguments.argv)

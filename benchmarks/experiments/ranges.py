@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from singlequant import _C
-from singlequant.methods import solve as solve_stage
+from singlequant.methods import singlequant
 
 from . import recipes as table, simulation
 from .rounding import Range, round_transformed
@@ -34,7 +34,7 @@ NAME, TITLE = "ranges", "Ranges of 4-bit activations"
 STATIC_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 SEARCHES = {3: (0.9, 0.8, 0.7), 4: (0.95, 0.85, 0.75, 0.65),
             9: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)}
-HIGH_SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4}
+INT8_SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4}
 SAMPLE_TOKENS = 128  # of the calibration sample, for the clip of a site
 
 
@@ -51,7 +51,7 @@ def static_clips(base: Range):
             y = transform.inputs(sample[:: max(1, len(sample) // SAMPLE_TOKENS)])
             weights, errors = np.concatenate(found.float_weights(key)), []
             for clip in STATIC_CLIPS:
-                rounded = round_transformed(y, transform.high, replace(base, clip=clip))
+                rounded = round_transformed(y, transform.int8_inputs, replace(base, clip=clip))
                 errors.append(np.sum(_C.linear_dense(rounded - y, weights) ** 2))
             chosen[key] = replace(base, clip=STATIC_CLIPS[int(np.argmin(errors))])
         return chosen
@@ -79,7 +79,7 @@ def options() -> dict[str, Ranges]:
 def blocks() -> dict[tuple[str, str], Ranges]:
     """Ranges beside a block of 8 bits, by the block's share and the range's name."""
     every, found = options(), {}
-    for share in HIGH_SHARES:
+    for share in INT8_SHARES:
         found[share, "clip 0.8"] = every["clip 0.8"]
     for name in ("clip 0.75", "clip 0.85", "2.5 rms", "search of 3", "search of 9",
                  "asymmetric, clip 0.85", "clip per site", "groups of 64, clip 0.9"):
@@ -90,10 +90,10 @@ def blocks() -> dict[tuple[str, str], Ranges]:
 
 def recipes() -> list[Recipe]:
     """All rows, those of one transformation together."""
-    plain = built(solve_stage.arrange, power=0.5)
+    plain = built(singlequant.build, power=0.5)
     rows = [table.BASELINE]
     rows += [Recipe(name, "balanced, no block", plain, "gptq", r) for name, r in options().items()]
-    for share, value in HIGH_SHARES.items():
+    for share, value in INT8_SHARES.items():
         solver = built(principal(value), power=0.5)
         rows += [Recipe(f"{share} at 8 bits, {name}", f"balanced, {share}", solver, "gptq", r)
                  for (of, name), r in blocks().items() if of == share]

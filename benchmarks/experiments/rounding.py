@@ -39,7 +39,7 @@ class Range:
         return 1 + len(self.search)
 
 
-HIGH = Range(bits=8)  # of the block of inputs that keep 8 bits, as in the kernels
+INT8 = Range(bits=8)  # of the block of inputs that keep 8 bits, as in the kernels
 
 
 def round_inputs(x: Float32, r: Range) -> Float32:
@@ -82,9 +82,9 @@ def _round_to_rms(x: Float32, r: Range) -> Float32:
     return codes * scale
 
 
-def round_transformed(y: Float32, high: int, r: Range) -> Float32:
-    """Transformed inputs y [m, k], the leading `high` at 8 bits and the others by r."""
-    if not high:
+def round_transformed(y: Float32, int8_inputs: int, r: Range) -> Float32:
+    """Transformed inputs y [m, k], the leading int8_inputs at 8 bits and the others by r."""
+    if not int8_inputs:
         return round_inputs(y, r)
-    head, rest = (np.ascontiguousarray(part) for part in (y[:, :high], y[:, high:]))
-    return np.concatenate([round_inputs(head, HIGH), round_inputs(rest, r)], axis=1)
+    head, rest = np.ascontiguousarray(y[:, :int8_inputs]), np.ascontiguousarray(y[:, int8_inputs:])
+    return np.concatenate([round_inputs(head, INT8), round_inputs(rest, r)], axis=1)

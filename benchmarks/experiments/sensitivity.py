@@ -26,8 +26,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import singlequant as sq
-from singlequant import _C
-from singlequant.methods import solve as solve_stage
+from singlequant.methods import paper
+from singlequant.methods.axes import SWEEP_ORDER_MAX
+from singlequant.methods.solve import solve_layer, solve_site
 from singlequant.rotations import LayerRotations
 from singlequant.statistics import LayerStatistics, SiteStatistics
 from singlequant.study.compare import ROWS_FILE, Row
@@ -43,9 +44,9 @@ THRESHOLDS = {
     "urt_threshold": ("URT: normal above x median", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
 }
 PAPER = {
-    "art_threshold": solve_stage.PAPER_ART_THRESHOLD,
-    "art_share": solve_stage.PAPER_ART_SHARE,
-    "urt_threshold": solve_stage.PAPER_URT_THRESHOLD,
+    "art_threshold": paper.ART_THRESHOLD,
+    "art_share": paper.ART_SHARE,
+    "urt_threshold": paper.URT_THRESHOLD,
 }
 TOKENS = tuple(16 << i for i in range(9))  # 16 ... 4096
 TOKEN_SEEDS, SEEDS = (1, 2, 3), (1, 2, 3, 4, 5)  # 0 would take the text's first tokens
@@ -94,7 +95,7 @@ def threshold_trials(config: sq.QuantConfig, quick: bool) -> list[Trial]:
     """The paper's method with one threshold moved, and the Hadamard beside it."""
 
     def solve(layer: LayerStatistics, build: Callable) -> LayerRotations:
-        sites = {name: solve_stage.solve_site(site, build, config.seed, name)
+        sites = {name: solve_site(site, build, config.seed)
                  for name, site in layer.sites.items()}
         return LayerRotations(layer.index, sites)
 
@@ -103,13 +104,11 @@ def threshold_trials(config: sq.QuantConfig, quick: bool) -> list[Trial]:
         few = sorted({*values[::3], PAPER[name]})
         for value in few if quick else values:
             facts = {**PAPER, name: value}
-            build = functools.partial(solve_stage.paper, **facts)
+            build = functools.partial(paper.build, **facts)
             trials[f"{name} {value:g}"] = Trial(
                 f"{name} {value:g}", config, functools.partial(solve, build=build), facts)
     hadamard = replace(config, method="hadamard")
-    trials["hadamard"] = Trial(
-        "hadamard", hadamard,
-        lambda layer: solve_stage.solve_layer(layer, "hadamard", config.seed))
+    trials["hadamard"] = Trial("hadamard", hadamard)
     return list(trials.values())
 
 
@@ -188,7 +187,7 @@ def tokens(arguments: Namespace) -> None:
     rows, short = [], None
     for count in TOKENS[::4] if arguments.quick else TOKENS:
         config = sq.QuantConfig(calibration_tokens=count, seed=1)
-        if sq.calibration_tokens(checkpoint, config, arguments.calibration).size < count:
+        if sq.calibration_windows(checkpoint, config, arguments.calibration).size < count:
             short = count
             break
         found = compare(arguments, what=f"{count} tokens", calibration_tokens=count,
@@ -304,10 +303,7 @@ def seeds(arguments: Namespace) -> None:
 
 
 def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
-    """The site with the second factor's order times `scale`, as far as that divides.
-
-    The axes' Gram matrices are those of the kept sample.
-    """
+    """The site with the second factor's order times `scale`, as far as that divides."""
     k = site.k1 * site.k2
     while scale != 1:
         k2 = site.k2 * scale
@@ -317,8 +313,7 @@ def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
     if scale == 1:
         return site
     k2 = int(site.k2 * scale)
-    *_, gram1, gram2 = _C.statistics_update(site.sample, k // k2, k2)
-    return replace(site, k1=k // k2, k2=k2, gram1=gram1, gram2=gram2)
+    return replace(site, k1=k // k2, k2=k2)
 
 
 def factors(arguments: Namespace) -> None:
@@ -326,9 +321,9 @@ def factors(arguments: Namespace) -> None:
     lab = laboratory(arguments)
     sizes: dict[str, dict[str, tuple[int, int]]] = {}
 
-    def solve(layer: LayerStatistics, scale: Fraction, method: str) -> LayerRotations:
+    def solve(layer: LayerStatistics, scale: Fraction, of: sq.QuantConfig) -> LayerRotations:
         sites = {name: resized(site, scale) for name, site in layer.sites.items()}
-        return solve_stage.solve_layer(replace(layer, sites=sites), method, config.seed)
+        return solve_layer(replace(layer, sites=sites), of)
 
     first = next(iter(sq.calibrate(
         lab.checkpoint, lab.calibration_windows(config))))
@@ -339,10 +334,9 @@ def factors(arguments: Namespace) -> None:
         if new not in sizes.values():
             sizes[str(scale)] = new
             trials += [
-                Trial(f"{method} {scale}", replace(config, method=method),
-                      functools.partial(solve, scale=scale, method=method),
+                Trial(f"{of.method} {scale}", of, functools.partial(solve, scale=scale, of=of),
                       {"factor_scale": str(scale)})
-                for method in dict.fromkeys((config.method, "hadamard"))
+                for of in dict.fromkeys((config, replace(config, method="hadamard")))
             ]
     del first
     with command.progress("factors") as progress:
@@ -374,7 +368,7 @@ def factors(arguments: Namespace) -> None:
              "rounding.",
              "k1 + k2 is the number of multiply-adds per input of a site that a rotation with "
              "dense factors takes. It is the mean over the sites, weighted by their width.",
-             f"Sweeps leave out factors above order {solve_stage.SWEEP_ORDER_MAX}."]
+             f"Sweeps leave out factors above order {SWEEP_ORDER_MAX}."]
     report.Report("factors", title, columns, rows, notes).write(
         arguments, figure=draw_factors(rows, config.method, title))
 

@@ -21,20 +21,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from numpy.typing import NDArray
+
 import singlequant as sq
 from singlequant._C import FormatError
-from singlequant.sweep.run import (
-    PeakMemory,
-    default_seq_len,
-    folder_bytes,
-    prepare,
-    read_text,
-    solve,
-)
+from singlequant.files import folder_bytes
+from singlequant.study.evaluate import default_seq_len
+from singlequant.sweep.measure import PeakMemory, anonymous_bytes, measure, reason
+from singlequant.sweep.prepare import prepare
+from singlequant.sweep.sweep import Job, sweep
+from singlequant.sweep.texts import read_text
 
 from . import command, report
 from .kept import KeptRows
-from .laboratory import Trial, sweep
 
 NAME, YARDSTICK = "signatures", "hadamard"
 STAGES = ("read", "calibrate", "solve", "quantize", "evaluate")
@@ -51,7 +50,7 @@ def quality(model: Path, kinds: Sequence[command.Domain], arguments: Namespace) 
     try:
         with command.progress(model.name) as progress:
             found = sq.compare(
-                model, methods, texts=[kind.text for kind in kinds], progress=progress,
+                model, methods=methods, texts=[kind.text for kind in kinds], progress=progress,
                 calibration=kinds[0].calibration, defaults=True,
                 **command.comparison_options(arguments),
             )
@@ -74,10 +73,6 @@ def quality(model: Path, kinds: Sequence[command.Domain], arguments: Namespace) 
                     line["kl_ratio"] = result.kl_mean / yardstick.results[t].kl_mean
             rows.append(line)
     return rows
-
-
-def reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def parameter_count(model: Path) -> int:
@@ -140,25 +135,23 @@ def quantize_peaks(model: Path, out: Path, scheme: str, tokens: int | None,
     """Quantize by the default recipe; the peak of each stage above this process's start, bytes."""
     options = {} if tokens is None else {"calibration_tokens": tokens}
     config = sq.QuantConfig(scheme=scheme, **options)
-    peaks = dict.fromkeys(STAGES[:-1], 0)
-    with PeakMemory() as memory:
-        start = memory.start
-
-    def measure(stage: str, trial: Trial | None, function: Callable[..., Any], *given: Any) -> Any:
-        with PeakMemory() as memory:
-            value = function(*given)
-        peaks[stage] = max(peaks[stage], memory.peak - start)
-        return value
-
-    checkpoint = measure("read", None, sq.load_checkpoint, model)
-    windows = measure("read", None, sq.calibration_tokens, checkpoint, config, calibration)
-    view = measure("solve", None, prepare, checkpoint, config, windows)
-    trial = Trial("default", config, lambda statistics: solve(view, statistics, config))
-    sweep(view, windows, [trial], [out], measure)
+    start = anonymous_bytes()
+    read = measure(_read, model, config, calibration)
+    checkpoint, windows = read.value
+    prepared = measure(prepare, checkpoint, config, windows)
+    (outcome,) = sweep(prepared.value, windows, [Job(config, out)])
+    peaks = {"read": read.peak_memory, **outcome.peaks}
+    peaks["solve"] = max(peaks["solve"], prepared.peak_memory)
     # What the sweep promises: a layer in float32, half of it again, and the calibration states.
     states = windows.size * checkpoint.spec.hidden * 4
-    return {**peaks, "bound": int(1.5 * 4 * layer_size(checkpoint)) + states,
+    return {**{stage: peak - start for stage, peak in peaks.items()},
+            "bound": int(1.5 * 4 * layer_size(checkpoint)) + states,
             "calibration_tokens": int(windows.size)}
+
+
+def _read(model: Path, config: sq.QuantConfig, calibration: Path) -> tuple[sq.Checkpoint, NDArray]:
+    checkpoint = sq.load_checkpoint(model)
+    return checkpoint, sq.calibration_windows(checkpoint, config, calibration)
 
 
 def evaluate_peak(out: Path, text: Path, seq_len: int | None, windows: int | None) -> int:

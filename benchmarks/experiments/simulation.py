@@ -17,16 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import singlequant as sq
-from singlequant import _C
+from singlequant import _C, methods
 from singlequant._reference import runtime as twin
-from singlequant.config import SITES
-from singlequant.methods import solve as solve_stage
-from singlequant.runtime.layers import architecture_row, flat_positions
+from singlequant.models.spec import NormSpec
+from singlequant.runtime.layers import flat_positions, layer_blocks
+from singlequant.weights import Norm
 
 from .laboratory import Laboratory
 from .rounding import Float32, Range, round_transformed
@@ -102,31 +103,32 @@ class Experiment:
         state = hashlib.sha256(self.checkpoint.fingerprint.encode())
         for array in (self.calibration, self.windows):
             state.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-        here = Path(__file__).parent
-        for source in (*sorted(here.glob("*.py")), Path(solve_stage.__file__)):
-            state.update(source.read_bytes())
+        for folder in (Path(__file__).parent, Path(methods.__file__).parent):
+            for source in sorted(folder.glob("*.py")):
+                state.update(source.read_bytes())
         return state.hexdigest()[:16]
 
     @cached_property
-    def norms(self) -> list[tuple[Float32, Float32]]:
-        """Both norms' weights of each layer."""
-        layers = range(self.checkpoint.spec.layers)
-        return [tuple(_C.to_float32(n) for n in self.checkpoint.layer(i).norms) for i in layers]
+    def norms(self) -> list[dict[str, Norm]]:
+        """Each layer's norms by place, in float32."""
+        return [{place: _widened(norm) for place, norm in self.checkpoint.layer(i).norms.items()}
+                for i in range(self.checkpoint.spec.layers)]
 
     @cached_property
-    def final_norm(self) -> Float32:
-        return _C.to_float32(self.checkpoint.final_norm)
+    def final_norm(self) -> Norm:
+        """The norm in front of the head, in float32."""
+        return _widened(self.checkpoint.final_norm)
 
     @cached_property
     def sites(self) -> dict[Key, Site]:
         """All sites by layer and name, from one run over each text."""
-        found, roles = {}, self.checkpoint.architecture.sites
+        found = {}
         runs = zip(sq.calibrate(self.checkpoint, self.calibration, keep_inputs=True),
                    sq.calibrate(self.checkpoint, self.windows, HELDOUT_TOKENS), strict=True)
         for known, held in runs:
             linears = self.checkpoint.layer(known.index).linears
-            for name in SITES:
-                own = [linears[role] for role in roles[name]]
+            for name, site in self.checkpoint.spec.layer(known.index).sites.items():
+                own = [linears[role] for role in site.roles]
                 found[known.index, name] = Site(
                     known.index, name, known.sites[name],
                     tuple(_C.to_float32(np.ascontiguousarray(w.weight)) for w in own),
@@ -156,6 +158,11 @@ class Experiment:
         return self.laboratory.judge(model)
 
 
+def _widened(norm: Norm) -> Norm:
+    bias = None if norm.bias is None else _C.to_float32(norm.bias)
+    return Norm(norm.name, _C.to_float32(norm.weight), bias)
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 
@@ -169,22 +176,22 @@ class RoundedModel:
         self, experiment: Experiment, transforms: Mapping[Key, Transform],
         weights: Mapping[Key, Sequence[Float32]], ranges: Mapping[Key, Range],
     ) -> None:
-        self.experiment, self.shape = experiment, experiment.checkpoint.shape
+        self.experiment, self.spec = experiment, experiment.checkpoint.spec
         self.transforms, self.weights, self.ranges = transforms, weights, ranges
 
     def hidden_states(self, windows: NDArray[np.int64]) -> Float32:
         """Final hidden states [count, length, hidden], after the last norm."""
-        shape, e = self.shape, self.experiment
+        spec, e = self.spec, self.experiment
         count, length = windows.shape
         sequence, position = flat_positions(np.full(count, length))
         hidden = _C.gather_rows(e.checkpoint.embedding, windows.reshape(-1)).astype(np.float64)
         for i, norms in enumerate(e.norms):
-            linears = [linear for site in SITES for linear in self._linears(i, site)]
-            layer = twin.DecoderLayer(architecture_row(shape), norms, linears, None)
-            cache = twin.KVCache(1, count, shape.kv_heads, shape.head_dim, length)
+            layer = twin.DecoderLayer(**layer_blocks(spec.layer(i), norms, self._linears(i), {}))
+            heads = spec.layer(i).attention
+            cache = twin.KVCache(1, count, heads.kv_heads, heads.head_dim, length)
             layer.forward(hidden, sequence, position, cache, 0)
-        final = _C.rms_norm(hidden.astype(np.float32), e.final_norm, shape.rms_eps)
-        return final.reshape(count, length, shape.hidden)
+        final = twin.norm(hidden, _rule(spec.final_norm, e.final_norm))
+        return final.astype(np.float32).reshape(count, length, spec.hidden)
 
     def logits(self, hidden: Float32) -> Float32:
         """Logits [..., vocab] of hidden states [..., hidden]; the head is the original's."""
@@ -193,20 +200,36 @@ class RoundedModel:
     def site_inputs(self, key: Key, x: Float32) -> Float32:
         """A site's inputs [m, k], transformed and rounded; what a test may replace."""
         transform = self.transforms[key]
-        return round_transformed(transform.inputs(x), transform.high, self.ranges[key])
+        return round_transformed(transform.inputs(x), transform.int8_inputs, self.ranges[key])
 
-    def _linears(self, layer: int, site: str) -> list[Callable[[NDArray], NDArray]]:
-        """The site's linears as functions of its float64 inputs [m, k]; the first one rounds."""
-        key, rounded = (layer, site), {}
+    def _linears(self, layer: int) -> dict[str, tuple[str, Callable[[NDArray], NDArray], Any]]:
+        """The layer's linears as the twin takes them: (site, weight, bias) by role.
 
-        def linear(x: NDArray, weight: Float32, bias: Float32 | None) -> NDArray:
-            if rounded.get("of") is not x:  # the linears of a site read one array
-                rounded.update(of=x, y=self.site_inputs(key, x.astype(np.float32)))
-            y = _C.linear_dense(rounded["y"], weight)
-            return y if bias is None else y + bias
+        A weight is a function of its site's float64 inputs [m, k]. The first one of a site rounds.
+        """
+        found = {}
+        for name, site in self.spec.layer(layer).sites.items():
+            products = self._products((layer, name))
+            biases = self.experiment.sites[layer, name].biases
+            for role, product, bias in zip(site.roles, products, biases, strict=True):
+                found[role] = name, product, bias
+        return found
 
-        pairs = zip(self.weights[key], self.experiment.sites[key].biases, strict=True)
-        return [partial(linear, weight=weight, bias=bias) for weight, bias in pairs]
+    def _products(self, key: Key) -> list[Callable[[NDArray], NDArray]]:
+        """A site's linears without their biases, as functions of its float64 inputs [m, k]."""
+        last: dict[str, NDArray] = {}
+
+        def product(x: NDArray, weight: Float32) -> NDArray:
+            if last.get("x") is not x:  # the linears of a site read one array
+                last.update(x=x, rounded=self.site_inputs(key, x.astype(np.float32)))
+            return _C.linear_dense(last["rounded"], weight)
+
+        return [partial(product, weight=weight) for weight in self.weights[key]]
+
+
+def _rule(spec: NormSpec, norm: Norm) -> tuple[str, float, float, Float32, Float32 | None]:
+    """A norm as the twin takes it."""
+    return spec.kind, spec.eps, spec.offset, norm.weight, norm.bias
 
 
 # ---- what a recipe costs ------------------------------------------------------------------------
@@ -224,16 +247,17 @@ def site_measures(experiment: Experiment, recipe: Recipe) -> dict[str, float | N
         transform = found.transforms[key]
         y = transform.inputs(site.heldout)
         if ranges[key].bits == 4:
-            rest = y[:, transform.high :]
+            rest = y[:, transform.int8_inputs :]
             square = np.mean(rest**2, axis=1)
             live = square > 0
             peaks.append(np.mean(np.max(rest**2, axis=1)[live] / square[live]))
-        y = round_transformed(y, transform.high, ranges[key])
+        y = round_transformed(y, transform.int8_inputs, ranges[key])
         for w, exact in zip(weights[key], site.outputs, strict=True):
             error = np.sum((_C.linear_dense(y, w) - exact) ** 2)
             errors.append(float(error / np.sum(exact**2)))
     return {"peak": float(np.mean(peaks)) if peaks else None,
             "output_error": float(np.mean(errors))}
+
 
 def cost(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
     """What the recipe asks of the inner loop and of the quantizer, from the model's shapes.
@@ -245,20 +269,20 @@ def cost(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
     bits: mean of the activations' bits over all inputs.
     """
     found, ranges = experiment.transformed(recipe), experiment.ranges(recipe)
-    outputs = sums = products = high_products = inputs = bits = 0
+    outputs = sums = products = int8_products = inputs = bits = 0
     for key, site in experiment.sites.items():
-        r, high, k = ranges[key], found.transforms[key].high, site.heldout.shape[1]
+        r, leading, k = ranges[key], found.transforms[key].int8_inputs, site.heldout.shape[1]
         n = sum(len(w) for w in site.weights)
-        at8 = k if r.bits == 8 else high
-        outputs, sums = outputs + n, sums + n * (bool(high) + r.segments(k - high))
-        products, high_products = products + n * k, high_products + n * at8
+        at8 = k if r.bits == 8 else leading
+        outputs, sums = outputs + n, sums + n * (bool(leading) + r.segments(k - leading))
+        products, int8_products = products + n * k, int8_products + n * at8
         inputs, bits = inputs + k, bits + 4 * k + 4 * at8
     used = ranges.values()
     return {
         "passes": float(np.mean([r.passes for r in used])),
         "roundings": float(np.mean([r.roundings for r in used])),
         "accumulations": sums / outputs,
-        "products_8bit": high_products / products,
+        "products_8bit": int8_products / products,
         "corrections": float(np.mean([r.asymmetric for r in used])),
         "bits": bits / inputs,
     }

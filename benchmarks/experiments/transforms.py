@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singlequant import _C
-from singlequant.config import HIGH_STEP
-from singlequant.methods import solve as solve_stage
+from singlequant.config import INT8_STEP
+from singlequant.methods import axes as method_axes
+from singlequant.methods.balance import rms_balance
+from singlequant.methods.solve import solve_site
 from singlequant.rotations import FACTOR_DENSE_MAX, SiteRotation
 from singlequant.statistics import SiteStatistics
 
@@ -43,7 +45,7 @@ class Transform:
     right: Float32  # [k2, k2]
     left_w: Float32
     right_w: Float32
-    high: int = 0  # leading inputs, after the transformation, that keep 8 bits
+    int8_inputs: int = 0  # leading inputs, after the transformation, that keep 8 bits
 
     def inputs(self, x: Float32) -> Float32:
         """Tokens x [m, k] as they meet the quantizer."""
@@ -67,7 +69,8 @@ class Transform:
         a = axes or AxisBalance(*(np.eye(n) for n in (*rotation.sizes, *rotation.sizes)))
         sides = (left @ a.left, right @ a.right, left @ a.left_w, right @ a.right_w)
         return Transform(np.asarray(balance, np.float32),
-                         *(np.ascontiguousarray(s, np.float32) for s in sides), rotation.high)
+                         *(np.ascontiguousarray(s, np.float32) for s in sides),
+                         rotation.int8_inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +106,14 @@ Solver = Callable[[Site], Transform]
 def named(method: str) -> Solver:
     """The transformation of one of the package's methods."""
     def solve(site: Site) -> Transform:
-        return Transform.of(solve_stage.solve_site(site.statistics, method, 0, site.name))
+        return Transform.of(solve_site(site.statistics, method))
 
     return solve
 
 
 def balance_of(site: Site, power: float) -> Float32:
     """[k] (rms_x / rms_W)^power, geometric mean 1; 0.5 is method `balanced`'s."""
-    half = solve_stage.METHODS["balanced"].balance(site.statistics)
+    half = rms_balance(site.statistics)
     return (half ** (2 * power)).astype(np.float32)
 
 
@@ -137,41 +140,40 @@ def built(
                      for a in (found.left, found.right, found.left_w, found.right_w)]
             statistics = replace(statistics, sample=kronecker(statistics.sample, *sides[:2]),
                                  weights=kronecker(statistics.weights, *sides[2:]))
-        rotation = solve_stage.solve_site(statistics, build)
+        rotation = solve_site(statistics, build)
         return Transform.of(replace(rotation, balance=balance), found)
 
     return solve
 
 
-def high_count(k1: int, k2: int, share: float) -> int:
-    """Directions of the first axis in so large a block of 8 bits: whole ones of HIGH_STEP inputs.
+def int8_directions(k1: int, k2: int, share: float) -> int:
+    """Directions of the first axis in so large a block of 8 bits: whole ones of INT8_STEP inputs.
 
     ValueError when there is no such block in the first half.
     """
-    step = int(np.lcm(k2, HIGH_STEP)) // k2
+    step = int(np.lcm(k2, INT8_STEP)) // k2
     count = max(1, round(share * k1 / step)) * step
     if 2 * count > k1:
         raise ValueError(f"share: expected room for {count} of {k1} directions in the first half")
     return count
 
 
-def principal(share: float, rounds: int = solve_stage.SWEEP_ROUNDS) -> Callable[[Any], None]:
+def principal(share: float, rounds: int = method_axes.SWEEP_ROUNDS) -> Callable[[Any], None]:
     """Build of method `balanced` with another share of the directions at 8 bits."""
 
     def build(site: Any) -> None:
-        count = high_count(site.k1, site.k2, share)
-        state = _C.statistics_update(site.statistics.sample, site.k1, site.k2)
-        gram = state[solve_stage.GRAM1]
+        count = int8_directions(site.k1, site.k2, share)
+        gram = _C.axis_gram(site.statistics.sample, site.k1, site.k2)
         directions = _C.principal_directions(gram)
         parts = ((0, count), (count, site.k1))
-        site.normalize(solve_stage.WEIGHT_SHARE)
+        site.normalize(method_axes.WEIGHT_SHARE)
         mixed = [_C.hadamard_transform(directions[a:b].T).T for a, b in parts]
-        site.apply_matrix(0, np.concatenate(mixed))
+        site.apply_matrix("principal directions", 0, np.concatenate(mixed))
         site.apply_hadamard(1)
         for _ in range(rounds):
             for part in parts:
                 site.sweep(0, *part)
             site.sweep(1)
-        site.high = count * site.k2
+        site.int8_inputs = count * site.k2
 
     return build

@@ -10,8 +10,8 @@ import numpy as np
 import singlequant as sq
 from singlequant import _C
 from singlequant.models.spec import ROLES, LayerSpec, layer_sizes
+from singlequant.runtime.generate import _prefill
 from singlequant.runtime.layers import flat_positions, layer_blocks
-from singlequant.runtime.model import _prefill
 from singlequant.weights import Norm
 
 from .e2e_worker import serve

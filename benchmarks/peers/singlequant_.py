@@ -13,7 +13,7 @@ from .base import Peer, Turn
 
 class Ours(Peer):
     kind, avx2 = "ours", {}
-    scheme, high, rotated = "w4a4", None, True
+    scheme, int8_inputs, rotated = "w4a4", None, True
 
     def __init__(self, threads):
         super().__init__(threads)
@@ -26,7 +26,7 @@ class Ours(Peer):
         return n * k // 2 + 4 * n
 
     def prepare(self, weight, copies):
-        self.linear = TransformedLinear(weight, self.scheme, self.high, copies, self.rotated)
+        self.linear = TransformedLinear(weight, self.scheme, self.int8_inputs, copies, self.rotated)
 
     def load(self, x):
         self.x = x
@@ -43,11 +43,11 @@ class W4A4(Ours):
 
 
 class W4A4Singlequant(Ours):
-    name, activations, high = "ours_w4a4_singlequant", "rotated, int4 per token, timed", 0
+    name, activations, int8_inputs = "ours_w4a4_singlequant", "rotated, int4 per token, timed", 0
 
 
 class W4A4None(Ours):
-    name, activations, high, rotated = "ours_w4a4_none", "int4 per token, timed", 0, False
+    name, activations, int8_inputs, rotated = "ours_w4a4_none", "int4 per token, timed", 0, False
 
 
 class W4A8(Ours):
@@ -61,7 +61,7 @@ class W4A16(Ours):
 class Bare(Ours):
     """The multiplication alone, of prepared activations."""
 
-    kind, activations, high, rotated = "bound", "prepared beforehand", 0, False
+    kind, activations, int8_inputs, rotated = "bound", "prepared beforehand", 0, False
 
     def load(self, x):
         self.x, self.weights = x, Turn(self.linear.weights)
