@@ -1,7 +1,7 @@
-"""docs/performance.md and the README's table of speed from the JSON in results/.
+"""docs/performance.md and the summary's table of speed from the JSON in results/.
 
     python -m benchmarks.performance [--from benchmarks/results] [--out docs/performance.md] \
-        [--readme README.md]
+        [--summary docs/summary.md]
 
 A folder of results is a machine; of several files of one name the newest counts. The text around
 the figures is performance.template.md's, and a machine's notes.md (where an aim is out of reach:
@@ -224,7 +224,7 @@ def attention_section(result: Mapping[str, Any]) -> str:
               lines)])
 
 
-# ---- the page and the README --------------------------------------------------------------------
+# ---- the page and the summary --------------------------------------------------------------------
 
 
 def machine_section(machine: Machine) -> str:
@@ -254,13 +254,13 @@ def page(machines: Sequence[Machine]) -> str:
     return template.replace(GENERATED, "\n\n".join(machine_section(m) for m in machines))
 
 
-def readme_part(machines: Sequence[Machine]) -> str:
+def summary_part(machines: Sequence[Machine]) -> str:
     """Ours over the best of each kind at three numbers of rows, machine by machine; quantizing.
 
     ValueError when no machine has results of peers: nothing to put in place of the table.
     """
     if not any(machine.of("peers") for machine in machines):
-        raise ValueError("the README is left as it is: expected a file of peers among the results")
+        raise ValueError("the summary is left as it is: expected a file of peers among the results")
     text = []
     for machine in machines:
         for _, result in machine.of("peers"):
@@ -276,7 +276,7 @@ def readme_part(machines: Sequence[Machine]) -> str:
                         f"geometric mean over {count} shape{'s' * (count > 1)}:")
             text.append(table(["", "against", *(f"m = {m}" for m in ms)], lines, 2))
         text += [quantize_sentence(result) for _, result in machine.of("quantize")]
-    text.append("[Every figure, with the aims and the commands](docs/performance.md).")
+    text.append("[Every figure, with the aims and the commands](performance.md).")
     return "\n\n".join(text)
 
 
@@ -292,11 +292,11 @@ def quantize_sentence(result: Mapping[str, Any]) -> str:
             "are anonymous memory.")
 
 
-def replace_part(readme: str, part: str) -> str:
-    """The README with what stands between the marks replaced. ValueError without the marks."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README: expected {BEGIN} and {END} once each")
-    before, rest = readme.split(BEGIN)
+def replace_part(summary: str, part: str) -> str:
+    """The summary with what stands between the marks replaced. ValueError without the marks."""
+    if summary.count(BEGIN) != 1 or summary.count(END) != 1:
+        raise ValueError(f"summary: expected {BEGIN} and {END} once each")
+    before, rest = summary.split(BEGIN)
     return f"{before}{BEGIN}\n{part}\n{END}{rest.split(END)[1]}"
 
 
@@ -306,14 +306,13 @@ def main(argv: Sequence[str]) -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--from", dest="folder", type=Path, default=FOLDER / "results", metavar="DIR")
     p.add_argument("--out", type=Path, default=root / "docs" / "performance.md", metavar="FILE")
-    p.add_argument("--readme", type=Path, default=root / "README.md", metavar="FILE")
+    p.add_argument("--summary", type=Path, default=root / "docs" / "summary.md", metavar="FILE")
     arguments = p.parse_args(argv)
     try:
         machines = read_machines(arguments.folder)
-        readme = replace_part(arguments.readme.read_text("utf-8"), "")  # are there marks?
+        summary = replace_part(arguments.summary.read_text("utf-8"), "")  # are there marks?
         files.write_file(arguments.out, page(machines).rstrip() + "\n")
-        readme = replace_part(readme, readme_part(machines))
-        files.write_file(arguments.readme, readme)
+        files.write_file(arguments.summary, replace_part(summary, summary_part(machines)))
     except (ValueError, OSError) as error:
         sys.exit(f"performance: {error}")
 

@@ -316,9 +316,9 @@ def test_quick_runs_say_that_they_are_quick_and_the_page_refuses_them(tmp_path, 
     done = run("performance", "--from", path.parents[1], "--out", tmp_path / "page.md", expect=1)
     assert "a quick run" in done.stderr
     path.write_text(json.dumps({**result, "quick": False}))
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    run("performance", "--from", path.parents[1], "--out", tmp_path / "page.md", "--readme",
-        tmp_path / "README.md", expect=1)  # for want of peers
+    (tmp_path / "summary.md").write_text((ROOT / "docs" / "summary.md").read_text())
+    run("performance", "--from", path.parents[1], "--out", tmp_path / "page.md", "--summary",
+        tmp_path / "summary.md", expect=1)  # for want of peers
     page = (tmp_path / "page.md").read_text()
     assert f"benchmarks.{script} --quick" in page
     assert str(tmp_path) not in page

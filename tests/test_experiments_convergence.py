@@ -40,14 +40,11 @@ def a_run(model, text, steps=2, of=4, **settings):
         "weight_bits": 4, "activation_bits": 4, "clip": 1.0, "noise": True, **settings,
     }
     losses = np.linspace(5, 4, steps)
-    empty = spinquant.Learned(
-        np.eye(1, dtype=np.float32), np.eye(1, dtype=np.float32)[None], losses, losses,
+    return spinquant.Learned(
+        *spinquant.starting_rotations(checkpoint.spec, settings["seed"]), losses, losses,
         np.full(steps, 3.0), np.full(steps, 2.0), np.zeros(1, np.int64), np.full((1, 5), 5.0),
         settings,
     )
-    r1, r2 = convergence.start_of(empty, checkpoint.spec)
-    return spinquant.Learned(r1, r2, *(getattr(empty, name) for name in (
-        "losses", "step_sizes", "seconds", "cpu_seconds", "probe_steps", "probe_losses")), settings)
 
 
 def read(folder, name):
@@ -368,21 +365,21 @@ def test_what_is_no_result_is_refused(tmp_path, name, values, message):
     assert not page.exists()
 
 
-def test_the_readmes_head_stands_between_the_marks(model, text, tmp_path):
-    folder, readme = tmp_path / "in", tmp_path / "README.md"
+def test_the_summarys_head_stands_between_the_marks(model, text, tmp_path):
+    folder, summary = tmp_path / "in", tmp_path / "summary.md"
     curves = {"settings": {"steps": 5}}
     write_json(folder, "convergence", experiment(CONVERGENCE, model="m", curves=curves))
     found = sq.compare(model, methods=["none"], schemes=["w4a4"], texts=[text], seq_len=64,
                        windows=2, calibration_tokens=128, calibration=text)
     found.to_json(folder / "compare.json")
     arguments = ["--from", str(folder), "--out", str(tmp_path / "docs" / "results.md"),
-                 "--readme", str(readme)]
-    readme.write_text("no marks")
-    with pytest.raises(SystemExit, match="README.md: expected <!-- results:begin -->"):
+                 "--summary", str(summary)]
+    summary.write_text("no marks")
+    with pytest.raises(SystemExit, match="summary.md: expected <!-- results:begin -->"):
         results.main(arguments)
-    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    summary.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
     results.main(arguments)
-    once = readme.read_text()
+    once = summary.read_text()
     assert once.startswith(f"before\n{results.BEGIN}\n")
     assert once.endswith(f"{results.END}\nafter\n")
     assert "old" not in once
@@ -391,9 +388,9 @@ def test_the_readmes_head_stands_between_the_marks(model, text, tmp_path):
     assert "45.00 times less" in once
     assert "(docs/results.md)" in once
     results.main(arguments)
-    assert readme.read_text() == once
+    assert summary.read_text() == once
 
 
-def test_the_readmes_of_this_repository_has_no_marks_or_one_pair():
-    text = (ROOT / "README.md").read_text()
-    assert text.count(results.BEGIN) == text.count(results.END) <= 1
+def test_the_repositorys_summary_has_one_pair_of_marks():
+    text = (ROOT / "docs" / "summary.md").read_text()
+    assert text.count(results.BEGIN) == text.count(results.END) == 1

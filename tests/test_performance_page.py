@@ -1,4 +1,4 @@
-"""docs/performance.md and the README's table hold the figures of the kept results alone."""
+"""docs/performance.md and the summary's table hold the figures of the kept results alone."""
 
 import json
 
@@ -30,16 +30,16 @@ def results(tmp_path):
                         ("2025-01-02-attention", made_attention())):
         (folder / f"{name}.json").write_text(json.dumps(value))
     (folder / "notes.md").write_text("The profile says why.\n")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- performance:begin -->\nold\n<!-- performance:end -->\nafter\n")
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n<!-- performance:begin -->\nold\n<!-- performance:end -->\nafter\n")
     return folder.parent
 
 
 def generate(results, expect=0):
     base = results.parent
-    done = run("performance", "--from", results, "--out", base / "page.md", "--readme",
-               base / "README.md", expect=expect)
-    return done if expect else ((base / "page.md").read_text(), (base / "README.md").read_text())
+    done = run("performance", "--from", results, "--out", base / "page.md", "--summary",
+               base / "summary.md", expect=expect)
+    return done if expect else ((base / "page.md").read_text(), (base / "summary.md").read_text())
 
 
 def test_page_holds_the_figures_of_the_newest_files(results):
@@ -89,22 +89,22 @@ def test_each_section_names_its_command_commit_and_load(results):
     assert "/here" not in page
 
 
-def test_readme_gets_the_table_between_its_marks(results):
-    _, readme = generate(results)
-    assert readme.startswith("before\n<!-- performance:begin -->\n")
-    assert readme.endswith("<!-- performance:end -->\nafter\n")
-    assert "old" not in readme
-    assert "| W4A4 | best int4 | 2.24x | 2.62x |" in readme
+def test_summary_gets_the_table_between_its_marks(results):
+    _, summary = generate(results)
+    assert summary.startswith("before\n<!-- performance:begin -->\n")
+    assert summary.endswith("<!-- performance:end -->\nafter\n")
+    assert "old" not in summary
+    assert "| W4A4 | best int4 | 2.24x | 2.62x |" in summary
     assert ("CPU seconds: 22.5 to calibrate and 6.25 to solve. To quantize and write them takes "
-            "6.75 CPU seconds and 120 MB with `--weights mse`." in readme)
+            "6.75 CPU seconds and 120 MB with `--weights mse`." in summary)
 
 
-def test_readme_is_left_as_it_is_without_peers(results):
+def test_summary_is_left_as_it_is_without_peers(results):
     for path in (results / "made-up").glob("*peers*"):
         path.unlink()
-    before = (results.parent / "README.md").read_text()
+    before = (results.parent / "summary.md").read_text()
     assert "expected a file of peers" in generate(results, expect=1).stderr
-    assert (results.parent / "README.md").read_text() == before
+    assert (results.parent / "summary.md").read_text() == before
     assert "### Kernel ladder" in (results.parent / "page.md").read_text()
 
 
@@ -131,11 +131,11 @@ def test_generator_refuses_strange_files_and_keeps_the_page(results):
             path.unlink()
         else:
             path.write_text(before)
-    (results.parent / "README.md").write_text("no marks")
+    (results.parent / "summary.md").write_text("no marks")
     assert "performance:begin" in generate(results, expect=1).stderr
     assert (results.parent / "page.md").read_text() == "as it was"
 
 
-def test_the_repositorys_readme_has_the_marks():
-    text = (ROOT / "README.md").read_text()
+def test_the_repositorys_summary_has_the_marks():
+    text = (ROOT / "docs" / "summary.md").read_text()
     assert text.index("<!-- performance:begin -->") < text.index("<!-- performance:end -->")

@@ -128,15 +128,6 @@ def check_run(run: spinquant.Learned, file: Path, checkpoint, windows: NDArray):
     return run
 
 
-def start_of(run: spinquant.Learned, spec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """R1 and R2 before the run's first step: randomized Hadamards."""
-    seed = run.settings["seed"]
-    r1 = spinquant.randomized_hadamard(spec.hidden, [seed, 0])
-    r2 = [spinquant.randomized_hadamard(spec.attention.head_dim, [seed, i + 1])
-          for i in range(spec.layers)]
-    return r1, np.stack(r2)
-
-
 # ---- quality ------------------------------------------------------------------------------------
 
 
@@ -274,8 +265,9 @@ def rows_of(bench: Bench, run: spinquant.Learned, repeats: int) -> list[dict[str
     rows: list[dict[str, Any]] = [{"method": "original", **bench.judge(bench.original)}]
     equal = {"weights": "rtn", "clip": clip}
     whole = run_seconds(run)
+    start = spinquant.starting_rotations(bench.checkpoint.spec, run.settings["seed"])
     learned = {
-        "spinquant, 0 steps": (start_of(run, bench.checkpoint.spec), {}),
+        "spinquant, 0 steps": (start, {}),
         f"spinquant, {run.steps} steps": ((run.R1, run.R2), whole),
     }
     for name, (rotations, seconds) in learned.items():

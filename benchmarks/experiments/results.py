@@ -1,11 +1,12 @@
 """docs/results.md from the JSON of the experiments and of `singlequant compare --json`.
 
-    python -m benchmarks.experiments.results --from DIR [--out docs/results.md] [--readme README.md]
+    python -m benchmarks.experiments.results --from DIR [--out docs/results.md]
+                                             [--summary docs/summary.md]
 
 DIR is searched with its subfolders. A file named after an experiment (convergence.json,
 ablation-NAME.json, ...) or a comparison is a section, anything else an error. Figures that lie
 beside a file are copied to images/ beside the page; a comparison's is drawn. Where SingleQuant
-loses is computed from the same rows. --readme puts the head of it between the marks
+loses is computed from the same rows. --summary puts the head of it between the marks
 <!-- results:begin --> and <!-- results:end -->.
 """
 
@@ -404,7 +405,7 @@ def page(results: Sequence[Result], images: Path) -> str:
 
 
 def head(results: Sequence[Result], link: str) -> str:
-    """The README's table: the first comparison's first text, and the speedup over SpinQuant."""
+    """The summary's table: the first comparison's first text, and the speedup over SpinQuant."""
     parts = []
     for result in [r for r in results if r.kind == "compare"][:1]:
         found = result.comparison()
@@ -450,16 +451,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = options.bare_parser(__doc__, NAME)
     p.add_argument("--from", dest="folder", metavar="DIR", type=Path, required=True)
     p.add_argument("--out", metavar="FILE", type=Path, default=ROOT / "docs" / "results.md")
-    p.add_argument("--readme", metavar="FILE", type=Path)
+    p.add_argument("--summary", metavar="FILE", type=Path)
     arguments = p.parse_args(argv)
     with options.errors_of(NAME):
         results = read_results(arguments.folder)
         text = page(results, arguments.out.parent / "images")
-        if arguments.readme is not None:
-            link = os.path.relpath(arguments.out.resolve(), arguments.readme.resolve().parent)
-            readme = replace_marked(arguments.readme.read_text("utf-8"), head(results, link),
-                                    str(arguments.readme))
-            write_file(arguments.readme, readme)
+        if arguments.summary is not None:
+            link = os.path.relpath(arguments.out.resolve(), arguments.summary.resolve().parent)
+            summary = replace_marked(arguments.summary.read_text("utf-8"), head(results, link),
+                                     str(arguments.summary))
+            write_file(arguments.summary, summary)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_file(arguments.out, text)
     print(f"{arguments.out}: {len(results)} tables")

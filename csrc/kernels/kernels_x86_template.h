@@ -219,8 +219,40 @@ sum_blocks(const int8_t *a, int64_t ld_a, const uint8_t *w, int64_t sub_bytes, i
     }
 }
 
-/* One tile of rows x (LANES vecs) outputs. chains: sums that take the blocks of k in turn. An odd
- * block left over goes to the first of them, which then has as many as the second would have; more
+/* acc[c] = the sums of every chains-th block of k from the c-th on; a block left over goes to the
+ * first of them. */
+static ALWAYS_INLINE void
+sum_chains(const int rows, const int vecs, const int chains, const int8_t *a, int64_t ld_a,
+           const uint8_t *w, int64_t sub_bytes, int64_t blocks,
+           vec_i acc[CHAINS_MAX][TILE_MR][VECS_MAX])
+{
+    UNROLL
+    for (int c = 0; c < chains; c++) {
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                acc[c][r][v] = VEC_ZERO();
+            }
+        }
+    }
+    int64_t b = 0;
+    for (; b + chains <= blocks; b += chains) {
+        UNROLL
+        for (int c = 0; c < chains; c++) {
+            multiply_block(rows, vecs, a, ld_a, w, sub_bytes, acc[c]);
+            a += BLOCK_K;
+            w += SUB_BLOCK_BYTES;
+        }
+    }
+    for (; b < blocks; b++) {
+        multiply_block(rows, vecs, a, ld_a, w, sub_bytes, acc[0]);
+        a += BLOCK_K;
+        w += SUB_BLOCK_BYTES;
+    }
+}
+
+/* One tile of rows x (LANES vecs) outputs. chains: sums that take the blocks of k in turn. More
  * chains than two are for 32-bit sums. blocks_max is the number of blocks of a chain between two
  * widenings. */
 static ALWAYS_INLINE void
@@ -254,35 +286,12 @@ tile_chains(const struct sq_panel_args *args, int64_t row, const int rows, const
             vec_i acc[CHAINS_MAX][TILE_MR][VECS_MAX];
             if (rows == TILE_MR && blocks_max > BLOCKS_A8 && blocks >= CALL_BLOCKS) {
                 sum_blocks(a, args->ld_a, w, sub_bytes, blocks, acc[0]);
-                a += blocks * BLOCK_K;
-                w += blocks * SUB_BLOCK_BYTES;
             }
             else {
-                UNROLL
-                for (int c = 0; c < chains; c++) {
-                    UNROLL
-                    for (int r = 0; r < rows; r++) {
-                        UNROLL
-                        for (int v = 0; v < vecs; v++) {
-                            acc[c][r][v] = VEC_ZERO();
-                        }
-                    }
-                }
-                int64_t b = 0;
-                for (; b + chains <= blocks; b += chains) {
-                    UNROLL
-                    for (int c = 0; c < chains; c++) {
-                        multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[c]);
-                        a += BLOCK_K;
-                        w += SUB_BLOCK_BYTES;
-                    }
-                }
-                for (; b < blocks; b++) {
-                    multiply_block(rows, vecs, a, args->ld_a, w, sub_bytes, acc[0]);
-                    a += BLOCK_K;
-                    w += SUB_BLOCK_BYTES;
-                }
+                sum_chains(rows, vecs, chains, a, args->ld_a, w, sub_bytes, blocks, acc);
             }
+            a += blocks * BLOCK_K;
+            w += blocks * SUB_BLOCK_BYTES;
             UNROLL
             for (int c = 0; c < chains; c++) {
                 UNROLL

@@ -47,14 +47,9 @@ quantize(PyObject *module, PyObject *args, PyObject *kwargs)
     npy_intp dims[2] = {m, group ? k / group : 1};
     codes = sq_py_empty(2, PyArray_DIMS(x), NPY_INT8);
     scales = sq_py_empty(2, dims, NPY_FLOAT32);
-    if (!codes || !scales) {
+    zeros = q.symmetric ? NULL : sq_py_empty(2, dims, NPY_INT32);
+    if (!codes || !scales || (!q.symmetric && !zeros)) {
         goto done;
-    }
-    if (!q.symmetric) {
-        zeros = sq_py_empty(2, dims, NPY_INT32);
-        if (!zeros) {
-            goto done;
-        }
     }
     sq_status status;
     SQ_BEGIN_NOGIL(m * k);
