@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ WEIGHTS = ("rtn", "mse", "gptq")
 
 GPTQ_INPUTS = ("float", "quantized")
 
-SITES = ("qkv", "o", "gate_up", "down")
 
 DEFAULT_CLIP = {"w4a4": 0.8, "w4a8": 1.0, "w4a16": 1.0}
 
@@ -145,9 +144,3 @@ def _check_damping(value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0.0 <= value <= 1.0:
         raise ValueError(f"gptq_damping: expected a number in [0, 1], found {value!r}")
-
-
-def check_sites(name: str, sites: Iterable[str]) -> None:
-    unknown = [site for site in sites if site not in SITES]
-    if unknown:
-        raise ValueError(f"{name}: expected keys among {', '.join(SITES)}, found {unknown[0]!r}")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from .config import INT8_STEP, check_sites
+from .config import INT8_STEP
 from .statistics import LayerStatistics
 
 FACTOR_DENSE_MAX = _C.FACTOR_DENSE_MAX  # larger factors stay chains
@@ -260,9 +260,6 @@ class LayerRotations:
     layer: int
     sites: Mapping[str, SiteRotation | BlockRotation]
     statistics: LayerStatistics | None = None  # what they were solved from, for weights "gptq"
-
-    def __post_init__(self) -> None:
-        check_sites("sites", self.sites)
 
 
 def _checked_balance(balance: Any, k: int) -> NDArray[np.float32]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import check_sites
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteStatistics:
@@ -44,6 +42,3 @@ class LayerStatistics:
 
     index: int
     sites: Mapping[str, SiteStatistics]
-
-    def __post_init__(self) -> None:
-        check_sites("sites", self.sites)

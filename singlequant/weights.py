@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import INT8_STEP, QuantConfig, check_clip, check_sites
+from .config import INT8_STEP, QuantConfig, check_clip
 from .rotations import BlockRotation, SiteRotation
 
 
@@ -111,8 +111,6 @@ class QuantizedLayer:
     int8_inputs: Mapping[str, int] = field(default_factory=dict)  # by site; absent = 0
 
     def __post_init__(self) -> None:
-        for name in ("rotations", "clips", "int8_inputs"):
-            check_sites(name, getattr(self, name))
         for value in self.clips.values():
             check_clip(value)
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blocks import SITES
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.config import SITES
 from singlequant.methods.registry import METHODS
 from singlequant.methods.solve import solve_site
 from singlequant.rotations import BlockRotation, Factor, LayerRotations, SiteRotation
@@ -167,7 +167,7 @@ def test_queries_of_a_value_head_share_their_factors(make_checkpoint, tmp_path, 
     np.testing.assert_array_equal(heads, np.broadcast_to(heads[:, :1], heads.shape))
     assert np.ptp(heads) > 0
     np.testing.assert_array_equal(
-        producer_scales(checkpoint, rotations)["v"], (1 / heads[:, 0]).reshape(-1)
+        producer_scales(checkpoint.spec.layer(0), rotations)["v"], (1 / heads[:, 0]).reshape(-1)
     )
 
 

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from blocks import SITES
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.config import SITES
 from singlequant.sweep.calibrate import FACTS
 from singlequant.sweep.texts import choose_windows
 
@@ -197,7 +197,7 @@ def test_statistics_header_that_lies_is_refused(saved, header, message):
     ("o.foldable", 1, "o: expected .* foldable true or false, found 'attention' and 1"),
     ("qkv.count", None, "expected qkv.count, found no such entry"),
     ("o.min", None, "expected o.min, found no such entry"),
-    ("o.min", np.zeros(3), r"o.max: expected float64 \(3,\), found float64 \(64,\)"),
+    ("o.min", np.zeros(3), r"o.min: expected float64 \(64,\), found float64 \(3,\)"),
     ("o.sample", np.zeros((2, 64)), r"o.sample: expected float32 \(2, 64\), found float64"),
     ("o.max", np.array(1.0), r"o.max: expected float64 \(64,\), found float64 \(\)"),
     ("o.weight_max", None, "expected o.weight_max, found no such entry"),

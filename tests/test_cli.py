@@ -7,11 +7,11 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from blocks import SITES
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant.cli.main import main
-from singlequant.config import SITES
 
 
 def quantize(model, out, text, *options):

@@ -374,7 +374,7 @@ def test_options_that_need_another_are_refused(model, text, tmp_path):
 
 
 def test_options_are_one_object_that_keywords_change(model, text):
-    given = sq.CompareOptions(methods=METHODS, schemes=("w4a4",), texts=text, seq_len=32,
+    given = sq.CompareOptions(methods=COMPARED, schemes=("w4a4",), texts=text, seq_len=32,
                               windows=2, calibration=text, calibration_tokens=64, defaults=False)
     assert given.texts == (text,)
     assert figures(sq.compare(model, given)) == figures(compare(model, text))

@@ -341,7 +341,8 @@ def test_layer_is_shared_by_threads_while_their_number_changes(rng):
 
 
 def test_layer_gives_its_references_back(rng):
-    parts, _ = packed_parts(rng, PACKED["gqa"], 4, "chain")
+    parts, twin_parts = packed_parts(rng, PACKED["gqa"], 4, "chain")
+    del twin_parts  # it holds the rotations too
     dense = np.zeros((32, 96), np.float32)
     parts["attention"]["v"] = ("qkv", dense, None)
     rotation = parts["sites"]["qkv"][1]
@@ -363,8 +364,8 @@ def test_layer_gives_its_references_back(rng):
             decoder.forward(hidden, sequence, sequence + 64, cache)
     assert [sys.getrefcount(x) for x in (hidden, sequence, cache, layer, decoder)] == arguments
     del layer, decoder
-    k, rotation, _, clip = parts["sites"]["down"]
-    parts["sites"]["down"] = k, rotation, 3, clip
+    k, turn, _bits, clip = parts["sites"]["down"]
+    parts["sites"]["down"] = k, turn, 3, clip
     with pytest.raises(ValueError, match="site down: bits"):
         _C.DecoderLayer(**parts)
     assert [sys.getrefcount(x) for x in watched] == before

@@ -1,9 +1,10 @@
-"""Files that every later version must read: packed folders of format version 1 and their logits.
+"""Files that every later version must read: packed folders of each format version, their logits.
 
 Made once, as data/golden/README.md says, and kept for ever: a change that breaks this breaks
 users' files.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -21,7 +22,11 @@ CONFIGS = {
     # A folded balance (norms and the ignored linear in F32) and 32 inputs of each site at 8 bits.
     "v1-balanced": sq.QuantConfig(method="balanced", weights="rtn", clip=0.875,
                                   ignore=("*.up_proj",), calibration_tokens=64),
+    # The model is described by the folder: biases at q, k and v alone, as Qwen2 has them.
+    "v2-qwen2": sq.QuantConfig(scheme="w4a8", method="balanced", weights="mse", clip=1.0,
+                               calibration_tokens=64),
 }  # fmt: skip
+VERSIONS = {name: int(name[1]) for name in CONFIGS}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -46,6 +51,21 @@ def test_golden_folder_says_what_it_is(name):
     assert recipe.calibration_tokens == 64
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden_folder_is_of_its_version(name):
+    config = json.loads((GOLDEN / name / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == VERSIONS[name]
+    assert ("model" in config["quantization_config"]) == (VERSIONS[name] > 1)
+
+
+def test_golden_folder_of_version_2_needs_no_family(monkeypatch):
+    monkeypatch.setattr("singlequant.models.families.FAMILIES", {})
+    spec = sq.load_checkpoint(GOLDEN / "v2-qwen2" / "packed").spec
+    assert [role for role, linear in spec.layer(0).linears.items() if linear.bias] == [*"qkv"]
+    with pytest.raises(sq.FormatError, match="architectures: expected one of"):
+        sq.load_checkpoint(GOLDEN / "v1" / "packed")
+
+
 def test_golden_balanced_folder_has_what_it_is_kept_for():
     checkpoint = sq.load_checkpoint(GOLDEN / "v1-balanced" / "packed")
     layer = checkpoint.layer(0)
@@ -64,8 +84,9 @@ def make(name: str, tokens: int) -> None:
 
     config = CONFIGS[name]
     with tempfile.TemporaryDirectory() as folder:
+        architecture = "Qwen2ForCausalLM" if name == "v2-qwen2" else "LlamaForCausalLM"
         source = make_checkpoint(Path(folder) / "source", hidden=64, intermediate=96, layers=1,
-                                 vocab=258, bias=name != "v1")
+                                 vocab=258, bias=name == "v1-balanced", architecture=architecture)
         checkpoint = sq.load_checkpoint(source)
         statistics = sq.calibrate(checkpoint, np.arange(64).reshape(2, 32))
         rotations = sq.solve_rotations(statistics, config.method)

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blocks import SITES
 
 import singlequant as sq
 from singlequant import _C, _reference as reference
 from singlequant.cli.main import main
-from singlequant.config import GPTQ_INPUTS, SITES
+from singlequant.config import GPTQ_INPUTS
 from singlequant.methods.solve import solve_layer
 from singlequant.sweep.calibrate import load_statistics, save_statistics
 from singlequant.sweep.estimate import dry_run

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blocks import SITES
 from conftest import random_factor
 
 import singlequant as sq
 from singlequant import _C, _reference, files
 from singlequant.cli.main import main
-from singlequant.config import SITES, QuantConfig
+from singlequant.config import QuantConfig
 from singlequant.methods.registry import METHODS as ALL_METHODS
 from singlequant.methods.solve import solve_site
 from singlequant.rotations import SiteRotation
@@ -607,9 +608,8 @@ def test_pictures_without_matplotlib_say_what_to_install(model, text, capsys, mo
 
 
 def test_command_rejects_an_unknown_site(model, capsys):
-    with pytest.raises(SystemExit):
-        main(["inspect", str(model), "--site", "v"])
-    assert "invalid choice: 'v'" in capsys.readouterr().err
+    assert main(["inspect", str(model), "--site", "v"]) == 2
+    assert "site: expected one of qkv, o, gate_up, down, found 'v'" in capsys.readouterr().err
 
 
 # ---- the reference model ------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def folder(request, make_checkpoint, tmp_path, text):
 def test_balanced_folder_has_high_inputs_everywhere(folder):
     layers = [sq.load_checkpoint(folder).layer(i) for i in range(2)]
     for weights in layers:
-        assert weights.high == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
+        assert weights.int8_inputs == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
 
 
 def test_prefill_equals_decode_bit_for_bit_with_high_inputs(table, folder):

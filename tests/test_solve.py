@@ -16,7 +16,7 @@ from singlequant.rotations import Factor, SiteRotation
 from singlequant.rows import rotate_rows
 from singlequant.statistics import SiteStatistics
 from singlequant.sweep.calibrate import site_statistics
-from singlequant.sweep.layer import high_inputs
+from singlequant.sweep.layer import int8_inputs_of
 
 ONLINE = [name for name, row in METHODS.items() if not row.residual]
 KRONECKER = [method for method in ONLINE if method != "duquant"]
@@ -127,7 +127,7 @@ def low_rank_statistics(k: int, rank: int = 3) -> SiteStatistics:
 
 
 @pytest.mark.parametrize("k", [64, 172, 256, 289, 768])
-def test_high_inputs_hold_the_most_energy_an_orthogonal_factor_can_give_them(k):
+def test_int8_inputs_of_hold_the_most_energy_an_orthogonal_factor_can_give_them(k):
     site = low_rank_statistics(k)
     rotation = solve_site(site, "balanced")
     assert rotation.int8_inputs > 0
@@ -146,7 +146,7 @@ def test_high_inputs_hold_the_most_energy_an_orthogonal_factor_can_give_them(k):
 
 
 @pytest.mark.parametrize("k", [64, 96, 128, 172, 256, 1000, 1408, 4096])
-def test_high_inputs_are_whole_blocks_of_both_the_axis_and_the_kernels(k):
+def test_int8_inputs_of_are_whole_blocks_of_both_the_axis_and_the_kernels(k):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 40, k)).astype(np.float32)
     site = site_statistics(x, [w])
@@ -158,7 +158,7 @@ def test_high_inputs_are_whole_blocks_of_both_the_axis_and_the_kernels(k):
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 31, 32, 40, 521, 1042])
-def test_sites_too_small_or_prime_get_no_high_inputs_and_the_plain_arrangement(k):
+def test_sites_too_small_or_prime_get_no_int8_inputs_of_and_the_plain_arrangement(k):
     site = statistics(k)
     rotation = solve_site(site, "balanced")
     assert rotation.int8_inputs == 0
@@ -175,15 +175,15 @@ def test_sites_too_small_or_prime_get_no_high_inputs_and_the_plain_arrangement(k
     (0, 96, 96), (32, 96, 96), (64, 96, 64), (96, 96, 96), (128, 96, 0), (128, 384, 384),
     (256, 384, 256), (64, 0, 0),
 ])  # fmt: skip
-def test_high_inputs_are_cut_to_whole_weight_groups(group, high, expected):
+def test_int8_inputs_of_are_cut_to_whole_weight_groups(group, high, expected):
     rotation = SiteRotation(Factor.identity(24), Factor.identity(32), int8_inputs=high)
-    assert high_inputs(rotation, QuantConfig(group_size=group)) == expected
+    assert int8_inputs_of(rotation, QuantConfig(group_size=group)) == expected
     for scheme in ("w4a8", "w4a16"):  # nothing to raise
-        assert high_inputs(rotation, QuantConfig(scheme=scheme, group_size=group)) == 0
+        assert int8_inputs_of(rotation, QuantConfig(scheme=scheme, group_size=group)) == 0
 
 
 @pytest.mark.parametrize("high", [-32, 16, 64, 96])
-def test_rotation_refuses_high_inputs_of_no_whole_block(high):
+def test_rotation_refuses_int8_inputs_of_of_no_whole_block(high):
     message = f"int8_inputs: expected a multiple of 32 below 64, found {high}"
     with pytest.raises(ValueError, match=message):
         SiteRotation(Factor.identity(8), Factor.identity(8), int8_inputs=high)
@@ -193,7 +193,7 @@ def test_rotation_refuses_high_inputs_of_no_whole_block(high):
     ({}, 4), ({"group_size": 32}, 4), ({"group_size": 128}, 0), ({"scheme": "w4a8"}, 0),
     ({"scheme": "w4a16"}, 0), ({"ignore": ("*.mlp.*",)}, 2), ({"method": "singlequant"}, 0),
 ])  # fmt: skip
-def test_folder_stores_high_inputs_where_they_count(make_checkpoint, tmp_path, options, stored):
+def test_folder_stores_int8_inputs_of_where_they_count(make_checkpoint, tmp_path, options, stored):
     path = make_checkpoint(tmp_path / "m", hidden=128, intermediate=256, layers=1)
     checkpoint = sq.load_checkpoint(path)
     config = QuantConfig(**{"method": "balanced", **options})
@@ -202,7 +202,7 @@ def test_folder_stores_high_inputs_where_they_count(make_checkpoint, tmp_path, o
     out = sq.save(sq.quantize(checkpoint, rotations, config), tmp_path / "out", checkpoint, config)
     packed = sq.load_checkpoint(out)
     assert sum(name.endswith(".high") for name in packed.tensors) == stored
-    assert sum(high > 0 for high in packed.layer(0).high.values()) == stored
+    assert sum(high > 0 for high in packed.layer(0).int8_inputs.values()) == stored
     assert np.isfinite(sq.load(out).forward(np.arange(9)[None])).all()
 
 

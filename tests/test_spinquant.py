@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra")
 
 from singlequant import _C  # noqa: E402
 from singlequant._C import FormatError  # noqa: E402
@@ -14,7 +15,10 @@ from singlequant.checkpoint.folder import load_checkpoint  # noqa: E402
 from singlequant.checkpoint.views import RandomizedHadamard  # noqa: E402
 from singlequant.config import QuantConfig  # noqa: E402
 from singlequant.methods import spinquant, spinquant_learn, spinquant_network  # noqa: E402
+from singlequant.methods.quarot import quarot_checkpoint  # noqa: E402
 from singlequant.methods.spinquant import online_rotations, spinquant_checkpoint  # noqa: E402
+from singlequant.models.families import FAMILIES  # noqa: E402
+from singlequant.models.family import Stored  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
 from singlequant.runtime.open import load  # noqa: E402
 from singlequant.study.evaluate import perplexity  # noqa: E402
@@ -31,6 +35,7 @@ MODELS = {
     "wide-heads": {"head_dim": 24, "dtype": "bfloat16"},
     "llama3-rope": {"rope_scaling": LLAMA3},
     "mistral": {"architecture": "MistralForCausalLM"},
+    "qwen2": {"architecture": "Qwen2ForCausalLM"},
 }
 
 
@@ -39,9 +44,9 @@ def random_orthogonal(order, seed):
     return torch.from_numpy(q.astype(np.float32))
 
 
-def random_rotations(shape, seed=0):
-    r2 = [random_orthogonal(shape.head_dim, [seed, i]) for i in range(shape.layers)]
-    return random_orthogonal(shape.hidden, seed), torch.stack(r2)
+def random_rotations(spec, seed=0):
+    r2 = [random_orthogonal(spec.attention.head_dim, [seed, i]) for i in range(spec.layers)]
+    return random_orthogonal(spec.hidden, seed), torch.stack(r2)
 
 
 def tokens_of(checkpoint, count=2, length=40, seed=5):
@@ -61,7 +66,7 @@ def test_unrounded_logits_are_the_runtimes_for_any_rotation(tmp_path, make_check
     tokens = tokens_of(checkpoint)
     expected = Model(checkpoint).forward(tokens)
     for seed in (0, 1):
-        found = torch_logits(checkpoint, tokens, *random_rotations(checkpoint.shape, seed))
+        found = torch_logits(checkpoint, tokens, *random_rotations(checkpoint.spec, seed))
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
@@ -73,9 +78,46 @@ def test_sliding_window_is_the_runtimes(tmp_path, make_checkpoint):
     windowed = load_checkpoint(folder)
     tokens = tokens_of(windowed)
     expected = Model(windowed).forward(tokens)
-    found = torch_logits(windowed, tokens, *random_rotations(windowed.shape))
+    found = torch_logits(windowed, tokens, *random_rotations(windowed.spec))
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert np.abs(found - Model(plain).forward(tokens)).max() > 0.1
+
+
+def test_linears_that_share_a_tensor_are_the_runtimes(tmp_path, monkeypatch):
+    """Phi-3's q, k and v are rows of one tensor, its gate and up of another."""
+    row = dataclasses.replace(
+        FAMILIES["LlamaForCausalLM"], name="Phi3ForCausalLM",
+        fused=(Stored("model.layers.{i}.self_attn.qkv_proj", ("q", "k", "v")),
+               Stored("model.layers.{i}.mlp.gate_up_proj", ("gate", "up"))),
+        ignored_keys=("original_max_position_embeddings",),
+    )  # fmt: skip
+    monkeypatch.setitem(FAMILIES, row.name, row)
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(tmp_path / "m")
+    checkpoint = load_checkpoint(tmp_path / "m")
+    tokens = tokens_of(checkpoint)
+    found = torch_logits(checkpoint, tokens, *random_rotations(checkpoint.spec))
+    for ours in (checkpoint, quarot_checkpoint(checkpoint)):
+        np.testing.assert_allclose(found, Model(ours).forward(tokens), atol=1e-3)
+
+
+def test_norms_that_no_rotation_passes_are_refused(model):
+    checkpoint = load_checkpoint(model)
+    (kind,) = checkpoint.spec.kinds
+    norms = {place: dataclasses.replace(norm, kind="layer") for place, norm in kind.norms.items()}
+    kinds = (dataclasses.replace(kind, norms=norms),)
+    other = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, kinds=kinds))
+    with pytest.raises(ValueError, match="expected RMSNorms in front of attention and MLP alone"):
+        spinquant_network.Network(other)
 
 
 # Loss and norms of the gradients of R1 and R2 that an independent decoder in plain torch gave, by
@@ -91,8 +133,8 @@ KEPT = {
 @pytest.mark.parametrize("bits", KEPT)
 def test_losses_and_gradients_are_those_of_an_independent_decoder(bits):
     checkpoint = load_checkpoint(bundled_model())
-    windows = calibration_tokens(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
-    R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.shape))
+    windows = calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
+    R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.spec))
     network = spinquant_network.Network(checkpoint)
     loss = network.loss(torch.from_numpy(windows), R1, R2, bits, 1.0)
     loss.backward()
@@ -117,10 +159,10 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, make_checkpoint):
 def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint):
     """What is learned on is what is deployed; codes on a rounding boundary may differ."""
     checkpoint = load_checkpoint(make_checkpoint(tmp_path / "m", dtype="float32", bias=True))
-    R1, R2 = random_rotations(checkpoint.shape)
+    R1, R2 = random_rotations(checkpoint.spec)
     view = spinquant_checkpoint(checkpoint, R1.numpy(), R2.numpy())
     config = QuantConfig(method="none", weights="rtn", clip=0.9)
-    layers = [online_rotations(view.shape, i) for i in range(view.spec.layers)]
+    layers = [online_rotations(view.spec, i) for i in range(view.spec.layers)]
     out = save(quantize(view, layers, config), tmp_path / "out", view, config)
     packed = load(out, kv_bits=32)  # as torch's attention
     tokens = tokens_of(checkpoint)
@@ -160,7 +202,7 @@ def test_gradients_of_the_rotations_are_those_of_plain_autograd(model):
             return x @ spinquant_network.fake_quantize(rotated, 4).T
 
     for kind in (fused, Plain):
-        R1, R2 = (r.clone().requires_grad_() for r in random_rotations(checkpoint.shape))
+        R1, R2 = (r.clone().requires_grad_() for r in random_rotations(checkpoint.spec))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(spinquant_network, "fused_linear", lambda kind=kind: kind)
             network.loss(tokens, R1, R2, (4, 4), 1.0).backward()
@@ -173,7 +215,7 @@ def test_gradient_without_rounding_is_tangential(model):
     """Along the manifold the unrounded loss does not change: R^T G is symmetric."""
     checkpoint = load_checkpoint(model)
     network = spinquant_network.Network(checkpoint)
-    R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.shape))
+    R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.spec))
     network.loss(torch.from_numpy(tokens_of(checkpoint)), R1, R2, (16, 16), 1.0).backward()
     for r, g in zip([R1, *R2], [R1.grad, *R2.grad], strict=True):
         product = (r.T @ g).detach()
@@ -263,12 +305,11 @@ def test_learned_rotations_beat_their_start_on_held_out_text(bundled_run, tmp_pa
     checkpoint, _, learned, _, _ = bundled_run
     reference, text = load(bundled_model()), bundled_text("heldout")[:20000]
     config = QuantConfig(method="none", weights="rtn", clip=1.0)
-    start = (spinquant.randomized_hadamard(192, [0, 0]),
-             np.stack([spinquant.randomized_hadamard(32, [0, i + 1]) for i in range(5)]))
+    start = spinquant.starting_rotations(checkpoint.spec)
     perplexities = []
     for name, (r1, r2) in {"start": start, "end": (learned.R1, learned.R2)}.items():
         view = spinquant_checkpoint(checkpoint, r1, r2)
-        layers = [online_rotations(view.shape, i) for i in range(5)]
+        layers = [online_rotations(view.spec, i) for i in range(5)]
         out = save(quantize(view, layers, config), tmp_path / name, view, config)
         perplexities.append(perplexity(load(out), text, 512, reference).perplexity)
     assert perplexities[1] < perplexities[0]

@@ -11,11 +11,11 @@ import time
 
 import numpy as np
 import pytest
+from blocks import SITES
 from conftest import SENTENCES as TEXT
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.config import SITES
 from singlequant.methods.solve import solve_layer
 from singlequant.sweep.estimate import dry_run
 from singlequant.sweep.layer import quantize_layer

@@ -1,13 +1,18 @@
 """Hidden states after each layer and logits of tiny random models against transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from blocks import geometry, llama
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra")
 
 from singlequant import _C  # noqa: E402
+from singlequant.models.families import FAMILIES  # noqa: E402
+from singlequant.models.spec import RotarySpec, tensor_name  # noqa: E402
+from singlequant.runtime.layers import layer_blocks, new_cache  # noqa: E402
+from singlequant.weights import Norm  # noqa: E402
 
 TOLERANCE = 1e-4  # absolute; hidden states and logits are of order 1
 SIZES = {
@@ -48,33 +53,29 @@ def array(tensor):
     return tensor.detach().numpy()
 
 
-def decoder_layers(model):
-    config, rotary = model.config, model.model.rotary_emb
-    heads = config.num_attention_heads
-    window = getattr(config, "sliding_window", None)
-    sizes = geometry(
-        config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads, window or 0,
-        eps=config.rms_norm_eps, rotary=(array(rotary.inv_freq), rotary.attention_scaling),
-    )  # fmt: skip
-    for layer in model.model.layers:
-        a, mlp = layer.self_attn, layer.mlp
-        linears = {
-            "q": a.q_proj,
-            "k": a.k_proj,
-            "v": a.v_proj,
-            "o": a.o_proj,
-            "gate": mlp.gate_proj,
-            "up": mlp.up_proj,
-            "down": mlp.down_proj,
-        }
-        norms = array(layer.input_layernorm.weight), array(layer.post_attention_layernorm.weight)
-        yield _C.DecoderLayer(**llama(
-            sizes,
-            {role: (array(p.weight), None if p.bias is None else array(p.bias))
-             for role, p in linears.items()},
-            norms,
-        ))
+def model_spec(model):
+    """The spec that the family's row makes of the config; rotary frequencies are transformers'."""
+    config = {**model.config.to_dict(), "rope_parameters": None}
+    spec = FAMILIES[type(model).__name__].spec(config)
+    embedding = model.model.rotary_emb
+    rotary = RotarySpec(tuple(array(embedding.inv_freq).tolist()), embedding.attention_scaling)
+    return replace(spec, kinds=tuple(
+        replace(kind, attention=replace(kind.attention, rotary=rotary)) for kind in spec.kinds))
+
+
+def decoder_layers(model, spec):
+    for i in range(spec.layers):
+        layer, linears, norms = spec.layer(i), {}, {}
+        for place, norm in layer.norms.items():
+            module = model.get_submodule(tensor_name(norm.name, i))
+            norms[place] = Norm(norm.name, array(module.weight), None)
+        for site in layer.sites.values():
+            for role in site.roles:
+                module = model.get_submodule(tensor_name(layer.linears[role].name, i))
+                bias = None if module.bias is None else array(module.bias)
+                linears[role] = site.name, array(module.weight), bias
+        sites = {name: (site.k, None, 16, 1.0) for name, site in layer.sites.items()}
+        yield _C.DecoderLayer(**layer_blocks(layer, norms, linears, sites))
 
 
 def ours(model, ids, layers, cache, start):
@@ -100,10 +101,9 @@ def test_tiny_model_agrees_with_transformers(name):
     with torch.no_grad():
         out = model(torch.from_numpy(ids), output_hidden_states=True, use_cache=False)
     expected = [array(x) for x in (*out.hidden_states, out.logits)]
-    layers = list(decoder_layers(model))
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // 6
-    cache = _C.KVCache(3, 2, config.num_key_value_heads, head_dim, 41)
+    spec = model_spec(model)
+    layers = list(decoder_layers(model, spec))
+    cache = new_cache(spec, spec.layers, 2, 41)
     prompt = ours(model, ids[:, :30], layers, cache, 0)
     steps = [ours(model, ids[:, t : t + 1], layers, cache, t) for t in range(30, 41)]
     for i, state in enumerate(expected):

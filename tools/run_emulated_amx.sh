@@ -4,15 +4,8 @@
 # go to pytest. VENV names the virtual environment (.venv), which needs the packages of the `test`
 # extra, numpy, scipy-openblas32 and setuptools.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${VENV:-.venv}/bin/python
-case $python in /*) ;; *) python=$PWD/$python ;; esac
-copy=$(mktemp -d)
-trap 'rm -rf "$copy"' EXIT
-git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - | tar xf - -C "$copy"
-cd "$copy"
+. "$(dirname "$0")/in_a_copy.sh"
 SINGLEQUANT_EMULATE_AMX=1 SINGLEQUANT_WERROR=1 "$python" setup.py -q build_ext --inplace
-export PYTHONPATH=$copy PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
 state=$("$python" - "$copy" <<'PYTHON'
 import sys
 
@@ -29,4 +22,5 @@ if [ "$state" != runs ]; then
     exit 0
 fi
 "$python" -m pytest -q -p no:cacheprovider --rootdir "$copy" tests/test_amx.py tests/test_linear.py \
-    tests/test_mixed_width.py tests/test_kernels.py tests/test_decoder.py "$@"
+    tests/test_mixed_width.py tests/test_kernels.py tests/test_decoder.py tests/test_dense.py \
+    tests/test_blocks.py "$@"

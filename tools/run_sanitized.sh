@@ -3,13 +3,7 @@
 # tests on it. Arguments go to pytest. VENV names the virtual environment (.venv), which needs the
 # packages of the `test` extra, numpy, scipy-openblas32 and setuptools.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${VENV:-.venv}/bin/python
-case $python in /*) ;; *) python=$PWD/$python ;; esac
-copy=$(mktemp -d)
-trap 'rm -rf "$copy"' EXIT
-git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - | tar xf - -C "$copy"
-cd "$copy"
+. "$(dirname "$0")/in_a_copy.sh"
 
 # Two worlds in one process: the interpreter is not built for the sanitizers, so they come first
 # (LD_PRELOAD), and what it keeps until its end is no leak (detect_leaks). Requests for more memory than
@@ -18,7 +12,6 @@ cd "$copy"
 CC=gcc SINGLEQUANT_SANITIZE=1 SINGLEQUANT_WERROR=1 "$python" setup.py -q build_ext --inplace
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1
-export PYTHONPATH=$copy PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
 "$python" - "$copy" <<'PYTHON'
 import sys
 

@@ -32,6 +32,17 @@ check_range(PyArrayObject *a, int type, const char *name)
     return 0;
 }
 
+int
+sq_py_check_ndim(PyArrayObject *a, int ndim, const char *name)
+{
+    if (ndim < 0 || PyArray_NDIM(a) == ndim) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, got %d", name, ndim,
+                 PyArray_NDIM(a));
+    return -1;
+}
+
 PyArrayObject *
 sq_py_array(PyObject *o, int type, int ndim, const char *name)
 {
@@ -53,9 +64,7 @@ sq_py_array(PyObject *o, int type, int ndim, const char *name)
         Py_DECREF(any);
         return NULL;
     }
-    if (ndim >= 0 && PyArray_NDIM(any) != ndim) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, got %d", name, ndim,
-                     PyArray_NDIM(any));
+    if (sq_py_check_ndim(any, ndim, name)) {
         Py_DECREF(want);
         Py_DECREF(any);
         return NULL;
@@ -87,9 +96,7 @@ sq_py_bits_array(PyObject *o, int type, int ndim, const char *name)
                      PyArray_DESCR(any));
         goto done;
     }
-    if (ndim >= 0 && PyArray_NDIM(any) != ndim) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, got %d", name, ndim,
-                     PyArray_NDIM(any));
+    if (sq_py_check_ndim(any, ndim, name)) {
         goto done;
     }
     /* steals a reference; signed and unsigned of one width cast to each other bit by bit */

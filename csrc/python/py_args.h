@@ -62,6 +62,10 @@ sq_py_copy_f64(PyObject *o, int ndim, const char *name);
 PyArrayObject *
 sq_py_empty(int ndim, const npy_intp *dims, int type);
 
+/* 0 if a has ndim dimensions (ndim < 0: any), otherwise -1 with ValueError. */
+int
+sq_py_check_ndim(PyArrayObject *a, int ndim, const char *name);
+
 /* 0 if dimension axis of a is expected, otherwise -1 and a ValueError `name: expected shape[axis] =
  * expected, got found`. */
 int

@@ -409,6 +409,33 @@ check_linear(PyArrayObject *x, int64_t k, int64_t int8_inputs, int bits, float c
     return 0;
 }
 
+/* The product without the GIL; seconds, unless NULL, of preparing x and of multiplying. */
+static sq_status
+multiply(const sq_packed_t *weight, const struct sq_rotation *rotation, int bits, float clip,
+         const float *x, int64_t m, float *y, void *rotation_workspace, void *workspace,
+         double seconds[2])
+{
+    struct sq_activations a;
+    sq_status status;
+    int64_t n, k, g;
+    sq_packed_shape(weight, &n, &k, &g);
+    SQ_BEGIN_NOGIL(m * k + n * k);
+    const double begin = seconds ? sq_clock() : 0;
+    status =
+        sq_activations_prepare(sq_packed_kernels(weight), bits, clip, sq_packed_int8_inputs(weight),
+                               rotation, x, m, k, rotation_workspace, workspace, &a);
+    const double prepared = seconds ? sq_clock() : 0;
+    if (status == SQ_OK) {
+        status = sq_linear_packed(weight, &a, y, n);
+    }
+    if (seconds) {
+        seconds[0] = prepared - begin;
+        seconds[1] = sq_clock() - prepared;
+    }
+    SQ_END_NOGIL;
+    return status;
+}
+
 PyObject *
 sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
              double seconds[2])
@@ -449,23 +476,8 @@ sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *for
     if (!y || !workspace || !rotation_workspace) {
         goto done;
     }
-    struct sq_activations a;
-    sq_status status;
-    double begin, prepared;
-    const struct sq_kernels *kernels = sq_packed_kernels(weight);
-    SQ_BEGIN_NOGIL(m * k + n * k);
-    begin = seconds ? sq_clock() : 0;
-    status = sq_activations_prepare(kernels, bits, clip, sq_packed_int8_inputs(weight), rotation,
-                                    PyArray_DATA(x), m, k, rotation_workspace, workspace, &a);
-    prepared = seconds ? sq_clock() : 0;
-    if (status == SQ_OK) {
-        status = sq_linear_packed(weight, &a, PyArray_DATA(y), n);
-    }
-    if (seconds) {
-        seconds[0] = prepared - begin;
-        seconds[1] = sq_clock() - prepared;
-    }
-    SQ_END_NOGIL;
+    const sq_status status = multiply(weight, rotation, bits, clip, PyArray_DATA(x), m,
+                                      PyArray_DATA(y), rotation_workspace, workspace, seconds);
     if (status != SQ_OK) {
         sq_py_raise(module, status, "x");
         goto done;

@@ -36,9 +36,7 @@ sq_py_dense(PyObject *o, int ndim, const char *name, sq_dtype *dtype)
         Py_DECREF(any);
         return NULL;
     }
-    if (ndim >= 0 && PyArray_NDIM(any) != ndim) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, got %d", name, ndim,
-                     PyArray_NDIM(any));
+    if (sq_py_check_ndim(any, ndim, name)) {
         Py_DECREF(want);
         Py_DECREF(any);
         return NULL;

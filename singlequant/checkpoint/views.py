@@ -34,6 +34,7 @@ __all__ = [
     "RandomizedHadamard",
     "ResidualCheckpoint",
     "ValueCheckpoint",
+    "require_commuting",
 ]
 
 ORTHOGONALITY_TOLERANCE = 1e-4  # largest entry of |Q^T Q - I|, as for the stored factors
@@ -183,8 +184,7 @@ class ResidualCheckpoint(_View):
     def __post_init__(self) -> None:
         self.source.require_unquantized()
         spec = self.source.spec
-        for kind in spec.kinds:
-            _require_commuting(spec, kind)
+        require_commuting(spec)
         if self.residual.order != spec.hidden:
             raise ValueError(f"residual: expected a rotation of {spec.hidden} channels, "
                              f"found {self.residual.order}")
@@ -306,8 +306,13 @@ class ResidualCheckpoint(_View):
         return f"ResidualCheckpoint({self.source!r}, {type(self.residual).__name__}{values})"
 
 
+def require_commuting(spec: ModelSpec) -> None:
+    """ValueError unless a rotation of the residual stream passes the norms of every layer."""
+    for layer in spec.kinds:
+        _require_commuting(spec, layer)
+
+
 def _require_commuting(spec: ModelSpec, layer: LayerSpec) -> None:
-    """ValueError unless a rotation of the residual stream passes the layer's norms."""
     plain = all(norm.kind == "rms" and not norm.offset and not norm.bias
                 for norm in (spec.final_norm, *layer.norms.values()))
     before = all(site.producer for site in layer.sites.values() if site.reads == "residual")

@@ -324,6 +324,8 @@ def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantCon
     dense = {name: shape for name, shape in spec.layer_tensors(i)
              if name.removesuffix(".weight") not in packed or not name.endswith(".weight")}
     sites = spec.layer(i).sites
+    for what in ("rotations", "clips", "int8_inputs"):
+        spec.layer(i).require_sites(f"layer {i}: {what}", getattr(layer, what))
     for site, count in layer.int8_inputs.items():
         problem = int8_problem(count, sites[site].k, config)
         if problem:

@@ -54,11 +54,14 @@ def heads_hadamard(heads: int, head_dim: int) -> SiteRotation:
 
 
 def online_rotations(spec: ModelSpec, layer: int) -> LayerRotations:
-    """What stays to be done at inference in one layer, without statistics: for o and for down."""
-    return LayerRotations(layer, {
-        "o": heads_hadamard(spec.attention.heads, spec.attention.head_dim),
-        "down": online_hadamard(*_C.factor_sizes(spec.layer(layer).mlp.intermediate)),
-    })
+    """What one layer rotates at inference, without statistics: what attention and the MLP give."""
+    attention, sites = spec.layer(layer).attention, {}
+    for name, site in spec.layer(layer).sites.items():
+        if site.reads == "attention":
+            sites[name] = heads_hadamard(attention.heads, attention.head_dim)
+        elif site.reads == "mlp":
+            sites[name] = online_hadamard(*_C.factor_sizes(site.k))
+    return LayerRotations(layer, sites)
 
 
 def _hadamard(order: int) -> Factor:

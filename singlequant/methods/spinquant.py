@@ -27,6 +27,7 @@ from .spinquant_learn import (
     load_learned,
     randomized_hadamard,
     save_learned,
+    starting_rotations,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "randomized_hadamard",
     "save_learned",
     "spinquant_checkpoint",
+    "starting_rotations",
 ]
 
 DEFAULT_STEPS = 100  # of a quantization that learns them, as published
@@ -81,11 +83,13 @@ def prepare(checkpoint, config: QuantConfig, windows: NDArray[np.int64]) -> Resi
 
 
 def build(site: Site) -> SiteRotation:
-    """The online Hadamard of down's inputs (R4)."""
+    """The online Hadamard of the inputs of what reads the MLP (R4)."""
     return online_hadamard(site.k1, site.k2)
 
 
 def online_rotations(spec: ModelSpec, layer: int) -> LayerRotations:
-    """What stays to be done at inference in one layer, without statistics: for down alone."""
-    return LayerRotations(
-        layer, {"down": online_hadamard(*_C.factor_sizes(spec.layer(layer).mlp.intermediate))})
+    """What one layer rotates at inference, without statistics: the inputs that read the MLP."""
+    return LayerRotations(layer, {
+        name: online_hadamard(*_C.factor_sizes(site.k))
+        for name, site in spec.layer(layer).sites.items() if site.reads == "mlp"
+    })

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save
 from .. import _C
 from .._C import FormatError
 from ..files import write_file
+from ..models.spec import ModelSpec
 from .spinquant_network import Network
 
 if TYPE_CHECKING:
@@ -149,6 +150,15 @@ def randomized_hadamard(order: int, seed: int | list[int]) -> NDArray[np.float32
     return _C.hadamard_transform(np.diag(signs)).astype(np.float32)
 
 
+def starting_rotations(
+    spec: ModelSpec, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """R1 [hidden, hidden] and R2 [layers, head_dim, head_dim] before the first step."""
+    order = spec.attention.head_dim
+    R2 = [randomized_hadamard(order, [seed, i + 1]) for i in range(spec.layers)]
+    return randomized_hadamard(spec.hidden, [seed, 0]), np.stack(R2)
+
+
 def learn_rotations(
     checkpoint,
     windows: NDArray[np.integer],
@@ -240,13 +250,10 @@ class _Learning:
         import torch
 
         self.network, self.windows, self.settings = network, windows, settings
-        shape = network.shape
         if resume is None:
-            seed = settings["seed"]
-            r1 = randomized_hadamard(shape.hidden, [seed, 0])
-            r2 = [randomized_hadamard(shape.head_dim, [seed, i + 1]) for i in range(shape.layers)]
+            start = starting_rotations(network.spec, settings["seed"])
             self.record = {name: [] for name in ARRAYS if name not in ("R1", "R2")}
-            self.R1, self.R2 = torch.from_numpy(r1), torch.from_numpy(np.stack(r2))
+            self.R1, self.R2 = (torch.from_numpy(r) for r in start)
         else:
             for key, value in settings.items():
                 if resume.settings.get(key) != value:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _C
+from ..checkpoint.views import require_commuting
+from ..models.spec import LayerSpec, Site, tensor_name
+from .quarot import online_hadamard
 
 if TYPE_CHECKING:
     import torch
@@ -83,62 +86,60 @@ def fake_quantize(x: torch.Tensor, bits: int, clip: float = 1.0) -> torch.Tensor
 
 # ---- the network --------------------------------------------------------------------------------
 
-VALUES = ("v", "o")  # roles that R2 of their layer rotates as well
-OUTPUTS = ("o", "down")  # roles whose outputs join the residual stream
-
 
 class Network:
     """A checkpoint's model in float32 whose weights are functions of R1 and R2.
 
-    transformers computes; here the norms' weights are folded into the linears behind them, each
-    linear gets another forward, and the inputs of linears are rounded. down's weight holds the
-    transpose of the online Hadamard. Embedding and head are not rounded, as in the packed format.
-    ValueError when a weight of the checkpoint holds NaN or Inf.
+    transformers computes. Here the norms' weights are folded into the linears that read them, each
+    linear gets another forward, and the inputs of linears are rounded. A linear that reads the MLP
+    holds the transpose of the online Hadamard. Embedding and head are not rounded, as in the packed
+    format. ValueError when a weight of the checkpoint holds NaN or Inf, and when a norm does not
+    commute with R1.
     """
 
     def __init__(self, checkpoint) -> None:
         import torch
 
         checkpoint.require_unquantized()
-        for i in range(checkpoint.spec.layers):
+        self.spec = spec = checkpoint.spec
+        require_commuting(spec)
+        for i in range(spec.layers):
             checkpoint.require_finite(i)
-        self.shape = shape = checkpoint.shape
         self.activation_bits, self.clip = 16, 1.0
-        k1, k2 = _C.factor_sizes(shape.intermediate)
-        factors = [_C.hadamard_transform(np.eye(k)).astype(np.float32).T for k in (k1, k2)]
-        self.online = tuple(torch.from_numpy(np.ascontiguousarray(f)) for f in factors)
         model = _load(checkpoint)
         self.decoder = model.base_model
         with torch.no_grad():
             self.embedding = model.get_input_embeddings().weight
-            final = model.get_submodule(checkpoint.architecture.final_norm)
+            final = model.get_submodule(spec.final_norm.name)
             self.head = model.get_output_embeddings().weight * final.weight
             final.weight.fill_(1)
-            self.layers = [self._layer(model, checkpoint, i) for i in range(shape.layers)]
+            self.layers = [self._layer(model, i) for i in range(spec.layers)]
         self.R1: torch.Tensor | None = None
 
-    def _layer(self, model, checkpoint, i: int) -> dict[str, _RotatedLinear]:
-        """A layer's linears by role, their norms folded and their forwards replaced."""
-        norms = [model.get_submodule(name.format(i=i)) for name in checkpoint.architecture.norms]
-        linears = {}
-        for role in checkpoint.architecture.linears:
-            module = model.get_submodule(checkpoint.linear_name(i, role))
-            norm = {"q": 0, "k": 0, "v": 0, "gate": 1, "up": 1}.get(role)
-            weight = module.weight if norm is None else module.weight * norms[norm].weight
-            weight = self.hadamard(weight) if role == "down" else weight
-            linear = _RotatedLinear(self, role, weight.detach(), module.bias)
-            module.weight, module.forward = None, linear.forward
-            linears[role] = linear
-        for norm in norms:
+    def _layer(self, model, i: int) -> list[_RotatedLinear]:
+        """A layer's linears, their norms folded and their forwards replaced."""
+        layer, by_module = self.spec.layer(i), {}
+        norms = {place: model.get_submodule(tensor_name(norm.name, i))
+                 for place, norm in layer.norms.items()}
+        values = _value_roles(layer)
+        for site in layer.sites.values():
+            for role in sorted(site.roles, key=lambda role: layer.linears[role].first_row):
+                row = layer.linears[role]
+                module = model.get_submodule(tensor_name(row.stored or row.name, i))
+                weight = module.weight[row.first_row : row.first_row + row.n]
+                if site.reads == "residual":
+                    weight = weight * norms[site.producer].weight
+                bias = module.bias
+                if bias is not None:
+                    bias = bias[row.first_row : row.first_row + row.n]
+                linear = _RotatedLinear(self, site, role in values, weight, bias)
+                by_module.setdefault(module, []).append(linear)
+        for module, linears in by_module.items():
+            module.weight, module.forward = None, _joined(linears)
+        for norm in norms.values():
             norm.weight.fill_(1)
             norm.register_forward_hook(lambda module, inputs, output: self.rounded(output))
-        return linears
-
-    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
-        """R4: x [..., intermediate] times the Hadamard of both Kronecker axes."""
-        left, right = self.online
-        grid = x.reshape(-1, len(left), len(right))
-        return (left @ grid @ right.T).reshape(x.shape)
+        return [linear for linears in by_module.values() for linear in linears]
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs of a linear after their rounding."""
@@ -148,7 +149,7 @@ class Network:
         """Take R1 [hidden, hidden] and R2 [layers, head_dim, head_dim]; round weights to `bits`."""
         self.R1 = R1
         for r2, layer in zip(R2, self.layers, strict=True):
-            for linear in layer.values():
+            for linear in layer:
                 linear.rotate(R1, r2, bits)
 
     def logits(self, tokens, bits: int = 16, clip: float = 1.0) -> torch.Tensor:
@@ -173,37 +174,52 @@ class Network:
 
 
 class _RotatedLinear:
-    """The forward of one linear whose weight [n, k] and bias are rotated by R1 and R2."""
+    """The forward of one linear whose weight [n, k] and bias are rotated by R1 and R2.
 
-    def __init__(self, network: Network, role: str, weight, bias) -> None:
-        self.network, self.role, self.weight = network, role, weight
+    It reads the residual stream or it writes it. `values`: R2 rotates it as well.
+    """
+
+    def __init__(self, network: Network, site: Site, values: bool, weight, bias) -> None:
+        self.network, self.values = network, values
+        self.writes = site.reads != "residual"
+        self.online = _online_factors(site.k) if site.reads == "mlp" else None
+        self.weight = self._hadamard(weight).detach()
         self.bias = None if bias is None else bias.detach()
         self._apply: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def _hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """R4 where the linear reads the MLP: x [..., k] times the Hadamard of both axes."""
+        if self.online is None:
+            return x
+        left, right = self.online
+        grid = x.reshape(-1, len(left), len(right))
+        return (left @ grid @ right.T).reshape(x.shape)
 
     def rotate(self, R1: torch.Tensor, R2: torch.Tensor, bits: int) -> None:
         """Take the rotations; round the weight to `bits`.
 
         Linears that read the residual stream are W R1, those that write it R1^T W, with bias b R1.
-        R2 rotates v's outputs and o's inputs, head by head.
+        R2 rotates the outputs of the one that makes the values, and the inputs of the one that
+        reads attention, head by head.
         """
         import torch
         import torch.nn.functional as F
 
-        weight, bias, outputs = self.weight, self.bias, self.role in OUTPUTS
-        if bias is not None and outputs:
+        weight, bias, writes = self.weight, self.bias, self.writes
+        if bias is not None and writes:
             bias = bias @ R1
-        if self.role not in VALUES:
+        if not self.values:
             with torch.no_grad():
-                rounded = fake_quantize(R1.T @ weight if outputs else weight @ R1, bits)
+                rounded = fake_quantize(R1.T @ weight if writes else weight @ R1, bits)
             fused = fused_linear()
 
             def apply(x):
-                y = fused.apply(x, rounded, weight, R1, outputs)
+                y = fused.apply(x, rounded, weight, R1, writes)
                 return y if bias is None else y + bias
 
             self._apply = apply
             return
-        if outputs:
+        if writes:
             heads = R1.T @ (weight.reshape(-1, len(R2)) @ R2).reshape(weight.shape)
         else:
             heads = (R2.T @ (weight @ R1).reshape(-1, len(R2), len(R1))).reshape(weight.shape)
@@ -213,9 +229,32 @@ class _RotatedLinear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n]; what a norm gave is rounded already."""
-        if self.role == "down":
-            x = self.network.hadamard(x)
-        return self._apply(self.network.rounded(x) if self.role in OUTPUTS else x)
+        return self._apply(self.network.rounded(self._hadamard(x)) if self.writes else x)
+
+
+def _value_roles(layer: LayerSpec) -> set[str]:
+    """The role that makes the value heads and those that read them behind attention."""
+    return {role for site in layer.sites.values() if site.reads == "attention"
+            for role in (site.producer, *site.roles)}
+
+
+def _joined(linears: list[_RotatedLinear]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a module that holds the rows of these linears one after the other."""
+    import torch
+
+    if len(linears) == 1:
+        return linears[0].forward
+    return lambda x: torch.cat([linear.forward(x) for linear in linears], dim=-1)
+
+
+@functools.cache
+def _online_factors(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of the online Hadamard of k inputs, in float32."""
+    import torch
+
+    rotation = online_hadamard(*_C.factor_sizes(k))
+    return tuple(torch.from_numpy(factor.matrix().astype(np.float32))
+                 for factor in (rotation.left, rotation.right))
 
 
 def _load(checkpoint) -> Any:

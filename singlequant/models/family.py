@@ -2,7 +2,7 @@
 """A family of models as a row: what config.json means, and where the tensors lie.
 
 A row holds no code of its own. `Family.spec` makes a ModelSpec of it and a config.json: sites and
-producers follow from there (spec.py). docs/adding-a-model.md tells how a row is added.
+producers follow from there (spec.py). docs/adding-a-family.md tells how a row is added.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Sizes are in elements. `{i}` in the name of a tensor stands for the layer's inde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -144,6 +144,13 @@ class LayerSpec:
             groups.setdefault(self._value(ROLES[role].reads), []).append(role)
         sites = (self._site(value, tuple(roles)) for value, roles in groups.items())
         return {site.name: site for site in sites}
+
+    def require_sites(self, what: str, names: Iterable[str]) -> None:
+        """ValueError that starts with `what` for a name that is no site of the layer."""
+        unknown = [name for name in names if name not in self.sites]
+        if unknown:
+            raise ValueError(f"{what}: expected keys among {', '.join(self.sites)}, "
+                             f"found {unknown[0]!r}")
 
     def _value(self, reads: str) -> str:
         """What a role reads: in a parallel layer without a norm of its own the MLP's input is

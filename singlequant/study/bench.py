@@ -181,9 +181,9 @@ class TransformedLinear:
     """A packed linear as a model runs it: float activations are rotated, quantized, multiplied.
 
     The rotation is a dense Kronecker product of random orthogonal factors, as large as the solved
-    ones, folded into the weights; scheme is one of SCHEMES. int8_inputs: leading inputs at 8 bits under
-    w4a4 (default: as many as the default method keeps). copies: packings of the same weights that
-    calls walk round, so that each finds its weights in memory instead of the cache.
+    ones, folded into the weights; scheme is one of SCHEMES. int8_inputs: leading inputs at 8 bits
+    under w4a4 (default: as many as the default method keeps). copies: packings of the same weights
+    that calls walk round, so that each finds its weights in memory instead of the cache.
     """
 
     def __init__(

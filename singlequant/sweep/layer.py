@@ -187,6 +187,7 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
     """
     index = rotations.layer
     spec, weights = checkpoint.spec.layer(index), checkpoint.layer(index)
+    spec.require_sites("rotations", rotations.sites)
     packs = {
         site.name: [not config.ignores(weights.linears[role].name) for role in site.roles]
         for site in spec.sites.values()

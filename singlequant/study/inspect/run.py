@@ -60,33 +60,11 @@ def inspect_model(
     checkpoint, packed = _original(opened, original)
     if config is None:
         config = own_config(opened)
-    if config.activation_bits == 16:
-        raise ValueError(
-            f"scheme: expected w4a4 or w4a8, whose activations are quantized, found "
-            f"{config.scheme}"
-        )
-    if packed is not None and methods:
-        raise ValueError(f"methods: expected none with a packed folder, which has its own "
-                         f"({opened.quant_config.method}), found {', '.join(methods)}")
-    methods = tuple(dict.fromkeys(methods or [
-        config.method if packed is None else opened.quant_config.method]))
-    shown = [row.name for row in METHODS.values() if not row.residual]
-    for name in methods:
-        if packed is None and name not in shown:
-            raise ValueError(f"methods: expected among {', '.join(shown)}, found {name!r}")
-    layers = checkpoint.spec.layers
-    if layer is not None and not 0 <= layer < layers:
-        raise ValueError(f"layer: expected 0 to {layers - 1}, found {layer}")
-    sites = checkpoint.spec.site_names()
-    if site is not None and site not in sites:
-        raise ValueError(f"site: expected one of {', '.join(sites)}, found {site!r}")
+    methods = _check(checkpoint, packed, config, methods, layer, site)
     check_thresholds(massive, normal, normal_share)
-    for role, linear in checkpoint.layer(0).linears.items():
-        if problem := packing_problem(role, linear.weight.shape[1], config):
-            raise ValueError(problem)
     windows = calibration_windows(checkpoint, config, calibration)
     run = _Inspector(config, methods, packed, massive, normal, normal_share, surface)
-    skip = set() if layer is None else set(range(layers)) - {layer}
+    skip = set() if layer is None else set(range(checkpoint.spec.layers)) - {layer}
     for statistics in calibrate(checkpoint, windows, progress=progress, skip=skip):
         for name in statistics.sites if site is None else (site,):
             run.add(statistics.index, name, statistics.sites[name])
@@ -97,6 +75,37 @@ def inspect_model(
         normal=float(normal), normal_share=float(normal_share), rows=tuple(run.rows),
         surface=run.surface,
     )
+
+
+def _check(
+    checkpoint: Checkpoint, packed: Checkpoint | None, config: QuantConfig,
+    methods: Sequence[str] | None, layer: int | None, site: str | None,
+) -> tuple[str, ...]:
+    """The methods to show. ValueError names the argument that does not suit the model."""
+    if config.activation_bits == 16:
+        raise ValueError(
+            f"scheme: expected w4a4 or w4a8, whose activations are quantized, found "
+            f"{config.scheme}"
+        )
+    if packed is not None and methods:
+        raise ValueError(f"methods: expected none with a packed folder, which has its own "
+                         f"({packed.quant_config.method}), found {', '.join(methods)}")
+    methods = tuple(dict.fromkeys(methods or [
+        config.method if packed is None else packed.quant_config.method]))
+    shown = [row.name for row in METHODS.values() if not row.residual]
+    for name in methods:
+        if packed is None and name not in shown:
+            raise ValueError(f"methods: expected among {', '.join(shown)}, found {name!r}")
+    layers = checkpoint.spec.layers
+    if layer is not None and not 0 <= layer < layers:
+        raise ValueError(f"layer: expected 0 to {layers - 1}, found {layer}")
+    sites = checkpoint.spec.site_names()
+    if site is not None and site not in sites:
+        raise ValueError(f"site: expected one of {', '.join(sites)}, found {site!r}")
+    for role, linear in checkpoint.layer(0).linears.items():
+        if problem := packing_problem(role, linear.weight.shape[1], config):
+            raise ValueError(problem)
+    return methods
 
 
 def own_config(opened: Checkpoint) -> QuantConfig:
@@ -132,7 +141,8 @@ def _original(
         raise ValueError(f"original: expected an unquantized model, found a packed one: {original}")
     recipe = opened.path / RECIPE_FILE
     source = read_json(recipe).get("source_sha256") if recipe.is_file() else None
-    if checkpoint.shape != opened.shape or source not in (None, checkpoint.fingerprint):
+    same = checkpoint.spec.separate() == opened.spec.separate()
+    if not same or source not in (None, checkpoint.fingerprint):
         raise ValueError(f"original: expected the model that {opened.path} was made of, found "
                          f"another: {original}")
     return checkpoint, opened
