@@ -130,11 +130,7 @@ def check_run(run: spinquant.Learned, file: Path, checkpoint, windows: NDArray):
 
 def start_of(run: spinquant.Learned, spec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """R1 and R2 before the run's first step: randomized Hadamards."""
-    seed = run.settings["seed"]
-    r1 = spinquant.randomized_hadamard(spec.hidden, [seed, 0])
-    r2 = [spinquant.randomized_hadamard(spec.attention.head_dim, [seed, i + 1])
-          for i in range(spec.layers)]
-    return r1, np.stack(r2)
+    return spinquant.starting_rotations(spec, run.settings["seed"])
 
 
 # ---- quality ------------------------------------------------------------------------------------
