@@ -206,7 +206,7 @@ def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: P
 def _profile_factor(
     prices: dict[str, float], statistics: SiteStatistics, rotation: Rotation, config: QuantConfig
 ) -> GptqFactor:
-    """What `gptq_factor` makes, block by block of inputs as there, each step charged."""
+    """What `gptq_factor` makes, block by block of inputs as there; each step adds its cost."""
     gram = None
     for first in range(0, len(statistics.inputs), ROWS_PER_BLOCK):
         with add_cost(prices, "inputs: rotate and round"):
