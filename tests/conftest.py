@@ -221,6 +221,28 @@ def table(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers from the SEED of the test's module."""
+    return np.random.default_rng(request.module.SEED)
+
+
+@pytest.fixture
+def both_thread_counts():
+    """A function that returns a callable's results under 1 and 2 threads."""
+    before = _C.get_num_threads()
+
+    def run(function):
+        results = []
+        for count in (1, 2):
+            _C.set_num_threads(count)
+            results.append(function())
+        return results
+
+    yield run
+    _C.set_num_threads(before)
+
+
 @pytest.fixture(name="make_checkpoint")
 def make_checkpoint_fixture() -> Callable[..., Path]:
     """The function make_checkpoint."""
