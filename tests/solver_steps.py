@@ -1,0 +1,17 @@
+"""What the tests of inspection share: the steps of each method, in the solver's order."""
+
+# "ART, axis 2" is left out: whether a token is left to act on depends on the data.
+STEPS = {
+    "none": ["original"],
+    "hadamard": ["original", "Hadamard, both axes"],
+    "art": ["original", "ART, axis 1", "Hadamard, axis 2"],
+    "urt": ["original", "URT, axis 1", "Hadamard, axis 2", "URT, axis 2"],
+    "paper": ["original", "ART, axis 1", "URT, axis 1", "Hadamard, axis 2", "URT, axis 2"],
+    "singlequant": ["original", "Hadamard, both axes", "ART, axis 1", "sweep 1, axis 1",
+                    "sweep 1, axis 2", "sweep 2, axis 1", "sweep 2, axis 2"],
+    "balanced": ["original", "balance", "principal directions, axis 1", "Hadamard, axis 2",
+                 "sweep 1, axis 1", "sweep 1, axis 2", "sweep 2, axis 1", "sweep 2, axis 2"],
+    "random": ["original", "random rotation, axis 1", "random rotation, axis 2"],
+    "duquant": ["original", "balance", "first blocks", "permutation", "second blocks"],
+    "smoothquant": ["original", "balance"],
+}
