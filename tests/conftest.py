@@ -53,6 +53,14 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2))
 
 
+def edit_config(path: Path, remove: tuple[str, ...] = (), **values: Any) -> None:
+    """Sets and removes keys of the folder's config.json."""
+    config = json.loads((path / "config.json").read_text())
+    write_json(
+        path / "config.json", {k: v for k, v in {**config, **values}.items() if k not in remove}
+    )
+
+
 def make_checkpoint(
     path: Path,
     *,
