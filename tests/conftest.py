@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from singlequant import _C
-from singlequant.checkpoint.folder import Checkpoint
+from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.rotations import Factor, SiteRotation
 from singlequant.weights import PackedLinear, QuantizedLayer
@@ -261,6 +261,18 @@ def make_checkpoint_fixture() -> Callable[..., Path]:
 def model(tmp_path) -> Path:
     """A small random folder."""
     return make_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def source(model) -> Checkpoint:
+    """The small random folder, opened."""
+    return load_checkpoint(model)
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """Where a folder may be written."""
+    return tmp_path / "out"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import format_reader
 import numpy as np
 import pytest
 from conftest import random_layer
-from test_pack_file import edit_tensors
+from packed_folders import edit_tensors
 
 import singlequant as sq
 from singlequant import _C, _reference
