@@ -115,6 +115,16 @@ def test_failing_chat_template_is_one_line(model, template, capsys):
     assert_fails_with(capsys, status, str(model), "chat template")
 
 
+@pytest.mark.parametrize("write", [
+    lambda model: set_template(model, [{"name": ["x"], "template": "y"}]),
+    lambda model: (model / "chat_template.jinja").write_bytes(b"\xff"),
+])
+def test_broken_chat_template_file_is_one_line(model, write, capsys):
+    write(model)
+    status = main(["generate", str(model), "--prompt", "hello", "--chat"])
+    assert_fails_with(capsys, status, str(model), "chat_template")
+
+
 def test_prompt_that_is_not_unicode_is_one_line(model, capsys):
     assert_fails_with(capsys, main(["generate", str(model), "--prompt", "caf\udce9"]), "surrogate")
 

@@ -33,7 +33,8 @@ from singlequant.models.families import FAMILIES
         ({"num_hidden_layers": "2"}, "num_hidden_layers: .* found '2'"),
         ({"num_attention_heads": 6}, "num_attention_heads: expected a divisor of hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of .* found 3"),
-        ({"head_dim": 15}, "head_dim: expected an even number, found 15"),
+        ({"head_dim": 15}, "head_dim: expected an even number up to 65536, found 15"),
+        ({"head_dim": 2**31 - 2}, "head_dim: expected an even number up to 65536"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: expected a number"),
@@ -44,6 +45,8 @@ from singlequant.models.families import FAMILIES
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "found 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type.*'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number"),
+        ({"rope_theta": 1e-30, "rope_scaling": {"type": "linear", "factor": 1e-30}},
+         "rope_theta: expected frequencies that are finite"),
         ({"rope_scaling": [1]}, "rope_scaling: expected an object"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method: .* found 'gptq'"),
@@ -114,11 +117,15 @@ def test_sliding_window_is_mistrals_alone():
 def test_keys_that_nothing_reads_are_refused_where_they_are_on():
     for off in (None, False, 0, "", []):
         assert shape_of(rope_interleaved=off) == shape_of()
+    assert shape_of(max_sequence_length=16384) == shape_of()
+    qwen2 = {"architecture": "Qwen2ForCausalLM", "num_key_value_heads": 4}
+    assert shape_of(**qwen2, attention_bias=True, dual_chunk_attention_config={"a": 1}) == shape_of(
+        **qwen2)
     assert shape_of(_name_or_path="x", hidden_dropout=0.1, unsloth_version="1") == shape_of()
     with pytest.raises(FormatError, match=r"rope_interleaved: expected no such key.* found True"):
         shape_of(rope_interleaved=True)
     with pytest.raises(FormatError, match="use_sliding_window: expected no such key"):
-        shape_of(architecture="Qwen2ForCausalLM", use_sliding_window=True, num_key_value_heads=4)
+        shape_of(**qwen2, use_sliding_window=True)
 
 
 def packed_folder(model: Path, tmp_path: Path) -> Path:
@@ -132,6 +139,23 @@ def test_packed_folder_needs_no_row_of_its_family(model, tmp_path, monkeypatch):
     edit_config(out, architectures=["SomethingElse"], hidden_size=7, num_hidden_layers=99)
     monkeypatch.setattr("singlequant.models.families.FAMILIES", {})
     np.testing.assert_array_equal(sq.load(out).forward(np.arange(8).reshape(1, 8)), expected)
+
+
+def test_last_norm_has_its_offset(model, tmp_path):
+    out = packed_folder(model, tmp_path)
+    tokens = np.arange(8).reshape(1, 8)
+    plain = sq.load(out)
+    config = json.loads((out / "config.json").read_text())
+    norm = config["quantization_config"]["model"]["final_norm"]
+    norm["offset"] = 1.0
+    write_json(out / "config.json", config)
+    weight = np.asarray(plain.checkpoint.final_norm.weight, np.float32)
+    np.testing.assert_allclose(sq.load(out).hidden_states(tokens),
+                               plain.hidden_states(tokens) * ((weight + 1) / weight), rtol=1e-4)
+    norm["kind"] = "layer"
+    write_json(out / "config.json", config)
+    with pytest.raises(ValueError, match="packed: the last norm: expected an RMSNorm"):
+        sq.load(out)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +173,12 @@ def test_packed_folder_needs_no_row_of_its_family(model, tmp_path, monkeypatch):
         (("kinds", 0, "attention", "head_dim"), 32, "linears.q.n: expected 128"),
         (("kinds", 0, "attention", "scale"), float("nan"), "scale: expected a number"),
         (("kinds", 0, "attention", "rotary", "inv_freq"), [1.0] * 9, "expected 1 to 8 frequencies"),
-        (("kinds", 0, "attention", "rotary", "inv_freq"), ["x"], "expected finite numbers"),
+        (("kinds", 0, "attention", "rotary", "inv_freq"), ["x"], "expected numbers from"),
+        (("kinds", 0, "attention", "rotary", "inv_freq"), [10**400], "expected numbers from"),
+        (("final_norm", "offset"), 1e31, "offset: expected a number"),
         (("kinds", 0, "mlp", "activation"), "tanh", "activation: expected one of silu"),
-        (("kinds", 0, "linears", "q", "name"), "{i.__class__}", "missing tensor"),
+        (("kinds", 0, "linears", "q", "name"), "{i}{i.__class__}", "missing tensor"),
+        (("kinds", 0, "linears", "q", "name"), "q", "layers: expected at most 1, as a name"),
         (("kinds", 0, "linears", "q", "bias"), True, "q_proj.bias: missing tensor"),
         (("kinds", 0, "norms", "before_mlp", "kind"), "batch", "kind: expected one of rms, layer"),
         (("kinds", 0, "sites"), {"qkv": ["q"]}, "sites: expected .* as the blocks ask for"),

@@ -169,6 +169,18 @@ def test_site_names_must_be_strings():
         _C.DecoderLayer(**good)
 
 
+def test_site_name_of_a_kind_of_its_own_is_refused():
+    good = arguments()
+    good["sites"][type("Name", (str,), {})("down")] = good["sites"].pop("down")
+    with pytest.raises(TypeError, match="sites: expected names, got 'down'"):
+        _C.DecoderLayer(**good)
+
+
+def test_number_beyond_a_double_is_named():
+    with pytest.raises(ValueError, match="attention: scale: expected a number, got one too large"):
+        _C.DecoderLayer(**changed("attention.scale", 10**400))
+
+
 def test_layer_without_sites_is_refused():
     with pytest.raises(ValueError, match=r"attention.q: expected one of the sites \(\), got 'qkv'"):
         _C.DecoderLayer(**changed("sites", {}))

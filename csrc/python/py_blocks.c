@@ -97,8 +97,8 @@ take_sites(DecoderLayer *self, PyObject *module, PyObject *sites)
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PyList_GET_ITEM(items, i), *key = PyTuple_GET_ITEM(item, 0);
         char name[NAME_BYTES];
-        const char *text = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : NULL;
-        if (!text) {
+        const char *text = PyUnicode_CheckExact(key) ? PyUnicode_AsUTF8(key) : NULL;
+        if (!text) { /* a subclass of str may compare as it likes */
             if (!PyErr_Occurred()) {
                 PyErr_Format(PyExc_TypeError, "sites: expected names, got %R", key);
             }

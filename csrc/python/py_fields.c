@@ -4,13 +4,18 @@
 
 #include <math.h>
 
-/* Replaces a TypeError by one that names the entry; other exceptions stay. Returns -1. */
+/* Replaces a TypeError, or the OverflowError of a number too large for a double, by one that names
+ * the entry; other exceptions stay. Returns -1. */
 static int
 name_type(const char *where, const char *key, const char *expected, PyObject *found)
 {
     if (PyErr_ExceptionMatches(PyExc_TypeError)) {
         PyErr_Format(PyExc_TypeError, "%s: %s: expected %s, got %s", where, key, expected,
                      Py_TYPE(found)->tp_name);
+    }
+    else if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected %s, got one too large", where, key,
+                     expected);
     }
     return -1;
 }

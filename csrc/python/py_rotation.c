@@ -43,7 +43,10 @@ keep(Rotation *self, const void *data, size_t bytes)
 PyArrayObject *
 sq_py_pairs(PyObject *o, int64_t n, const char *name)
 {
-    PyArrayObject *pairs = sq_py_array(o, NPY_INT32, 2, name);
+    PyArrayObject *given = sq_py_array(o, NPY_INT32, 2, name);
+    /* A copy: nobody else can write to it after the check. */
+    PyArrayObject *pairs = given ? (PyArrayObject *)PyArray_NewCopy(given, NPY_CORDER) : NULL;
+    Py_XDECREF(given);
     if (!pairs || sq_py_check_dim(pairs, 1, 2, name)) {
         Py_XDECREF(pairs);
         return NULL;

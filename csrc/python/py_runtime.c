@@ -162,19 +162,27 @@ done:
     return (PyObject *)y;
 }
 
-/* 0 if every entry of index [m] is in 0 .. limit - 1, otherwise -1 and a ValueError. */
-static int
-check_index(PyArrayObject *index, int64_t limit, const char *name)
+/* New copy of an index [m], which nobody else can write to after the check that every entry is in
+ * 0 .. limit - 1. NULL and an exception if one is not. */
+static PyArrayObject *
+take_index(PyObject *o, int64_t limit, const char *name)
 {
+    PyArrayObject *given = sq_py_array(o, NPY_INT64, 1, name);
+    PyArrayObject *index = given ? (PyArrayObject *)PyArray_NewCopy(given, NPY_CORDER) : NULL;
+    Py_XDECREF(given);
+    if (!index) {
+        return NULL;
+    }
     const int64_t *p = PyArray_DATA(index);
     for (npy_intp i = 0; i < PyArray_SIZE(index); i++) {
         if (p[i] < 0 || p[i] >= limit) {
             PyErr_Format(PyExc_ValueError, "%s[%lld]: expected 0 to %lld, got %lld", name,
                          (long long)i, (long long)limit - 1, (long long)p[i]);
-            return -1;
+            Py_DECREF(index);
+            return NULL;
         }
     }
-    return 0;
+    return index;
 }
 
 PyDoc_STRVAR(gather_rows_doc,
@@ -194,8 +202,8 @@ gather_rows(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     table = sq_py_dense(table_object, 2, "table", &dtype);
-    index = table ? sq_py_array(index_object, NPY_INT64, 1, "index") : NULL;
-    if (!index || check_index(index, PyArray_DIM(table, 0), "index")) {
+    index = table ? take_index(index_object, PyArray_DIM(table, 0), "index") : NULL;
+    if (!index) {
         goto done;
     }
     const npy_intp dims[2] = {PyArray_DIM(index, 0), PyArray_DIM(table, 1)};
@@ -322,9 +330,8 @@ negative_log_likelihood(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     logits = sq_py_array(logits_object, NPY_FLOAT, 2, "logits");
-    target = logits ? sq_py_array(target_object, NPY_INT64, 1, "target") : NULL;
-    if (!target || sq_py_check_dim(target, 0, PyArray_DIM(logits, 0), "target") ||
-        check_index(target, PyArray_DIM(logits, 1), "target")) {
+    target = logits ? take_index(target_object, PyArray_DIM(logits, 1), "target") : NULL;
+    if (!target || sq_py_check_dim(target, 0, PyArray_DIM(logits, 0), "target")) {
         goto done;
     }
     nll = sq_py_empty(1, PyArray_DIMS(logits), NPY_DOUBLE);

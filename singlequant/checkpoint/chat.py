@@ -14,10 +14,13 @@ def render_chat(checkpoint, messages: Sequence[dict[str, str]]) -> str:
 
     config = checkpoint.tokenizer_config
     file = checkpoint.path / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    try:
+        template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, found {error}") from None
     if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(template, str):
         raise ValueError(f"{checkpoint.path}: expected chat_template.jinja or a chat_template in "
                          "tokenizer_config.json, found neither")
@@ -30,7 +33,7 @@ def render_chat(checkpoint, messages: Sequence[dict[str, str]]) -> str:
     )
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    special = {k: (v["content"] if isinstance(v, dict) else v)
+    special = {k: (v.get("content", "") if isinstance(v, dict) else v)
                for k, v in config.items() if k.endswith("_token") and v}
     try:
         return environment.from_string(template).render(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..config import QuantConfig
-from ..files import read_json, whole_file
+from ..files import read_json, whole_file, write_file
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, Site, tensor_name
 from ..tensors import write_safetensors
@@ -210,7 +210,7 @@ class ModelWriter:
         _write_json(self._partial / "config.json", values)
         for name in COPIED_FILES:
             if (self._checkpoint.path / name).is_file():
-                shutil.copyfile(self._checkpoint.path / name, self._partial / name)
+                write_file(self._partial / name, (self._checkpoint.path / name).read_bytes())
         _sync_folder(self._partial)
         self._refuse_existing()
         os.rename(self._partial, self._out)

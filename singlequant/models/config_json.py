@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ HARMLESS = (
     "repetition_penalty", "length_penalty", "*no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "remove_invalid_values", "exponential_decay_length_penalty",
     "*suppress_tokens", "attn_implementation", "name_or_path", "quantization_config",
-    "router_aux_loss_coef", "z_loss*",
+    "router_aux_loss_coef", "z_loss*", "max_sequence_length",
 )  # fmt: skip
 
 
@@ -121,10 +120,10 @@ class Fields:
                 for value in self._list(key)]
 
     def finites(self, key: str) -> list[float]:
-        """A list of finite numbers."""
+        """A list of numbers within +-1e30."""
         values = self._list(key)
-        if not all(_is_number(value) and math.isfinite(value) for value in values):
-            raise self.error(key, "finite numbers", values)
+        if not all(_is_number(value) and -1e30 <= value <= 1e30 for value in values):
+            raise self.error(key, "numbers from -1e30 to 1e30", values)
         return [float(value) for value in values]
 
     def _list(self, key: str) -> list[Any]:

@@ -26,6 +26,8 @@ from .spec import (
     roles_of,
 )
 
+LARGEST_HEAD = 65536  # channels; far beyond any model, and small enough to make its frequencies
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -112,10 +114,12 @@ class Family:
                                                  f"head_dim)")
         else:
             head_dim = hidden // heads
-        if head_dim % 2:
-            raise c.error("head_dim", "an even number", head_dim)
+        if head_dim % 2 or head_dim > LARGEST_HEAD:
+            raise c.error("head_dim", f"an even number up to {LARGEST_HEAD}", head_dim)
         window = c.integer("sliding_window") if self.window and "sliding_window" in c else 0
         rotary = rotary_spec(parse_rope(c), head_dim)
+        if not all(map(math.isfinite, rotary.inv_freq)):
+            raise c.error("rope_theta", "frequencies that are finite in float32")
         return AttentionSpec(heads, kv_heads, head_dim, 1 / math.sqrt(head_dim), window, rotary)
 
     def _norm(self, c: Fields, name: str) -> NormSpec:

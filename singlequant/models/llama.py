@@ -45,5 +45,16 @@ MISTRAL = replace(
     },
 )
 
-QWEN2 = replace(LLAMA, name="Qwen2ForCausalLM", biases=("q", "k", "v"), bias_keys={}, defaults={
-    **LLAMA.defaults, "num_key_value_heads": 32, "max_position_embeddings": 32768})  # fmt: skip
+QWEN2 = replace(
+    LLAMA,
+    name="Qwen2ForCausalLM",
+    biases=("q", "k", "v"),
+    bias_keys={},
+    ignored_keys=(
+        *LLAMA.ignored_keys, "attention_bias", "mlp_bias", "dual_chunk_attention_config"),
+    defaults={
+        **LLAMA.defaults,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+)

@@ -57,7 +57,8 @@ def parse_rope(c: Fields) -> Rope:
 
 def rotary_spec(rope: Rope, head_dim: int) -> RotarySpec:
     """The frequencies of a head, in transformers' float32 steps."""
-    return RotarySpec(tuple(rope_frequencies(rope, head_dim).tolist()))
+    with np.errstate(over="ignore", divide="ignore"):  # the family refuses what is not finite
+        return RotarySpec(tuple(rope_frequencies(rope, head_dim).tolist()))
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:

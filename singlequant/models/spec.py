@@ -279,6 +279,11 @@ class ModelSpec:
         )
         if not spec.pattern or max(spec.pattern) >= len(spec.kinds):
             raise f.error("pattern", f"indices of {len(spec.kinds)} kinds")
+        names = (entry.name for kind in spec.kinds
+                 for entry in (*kind.norms.values(), *kind.linears.values()))
+        if spec.layers > len(spec.pattern) and not all("{i}" in name for name in names):
+            raise f.error("layers", f"at most {len(spec.pattern)}, as a name of the layers has no "
+                                    "{i} that tells one from the next")
         f.require_no_others()
         return spec
 

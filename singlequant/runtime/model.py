@@ -37,7 +37,11 @@ class Model:
         self.spec = checkpoint.spec
         self._embedding = checkpoint.embedding
         self._head = checkpoint.head
-        self._norm = _C.to_float32(checkpoint.final_norm.weight)
+        norm = self.spec.final_norm
+        if norm.kind != "rms" or norm.bias:
+            raise ValueError(f"{checkpoint.path}: the last norm: expected an RMSNorm without bias, "
+                             f"found kind {norm.kind!r}, bias {norm.bias}")
+        self._norm = _C.to_float32(checkpoint.final_norm.weight) + np.float32(norm.offset)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
         self._decoder = _C.Decoder(self._layers)
 
