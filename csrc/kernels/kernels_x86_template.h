@@ -220,10 +220,10 @@ sum_blocks(const int8_t *a, int64_t ld_a, const uint8_t *w, int64_t sub_bytes, i
 }
 
 /* acc[c] = the sums of every chains-th block of k from the c-th on; a block left over goes to the
- * first of them. */
+ * first of them. a and w move on by what was read. */
 static ALWAYS_INLINE void
-sum_chains(const int rows, const int vecs, const int chains, const int8_t *a, int64_t ld_a,
-           const uint8_t *w, int64_t sub_bytes, int64_t blocks,
+sum_chains(const int rows, const int vecs, const int chains, const int8_t **a, int64_t ld_a,
+           const uint8_t **w, int64_t sub_bytes, int64_t blocks,
            vec_i acc[CHAINS_MAX][TILE_MR][VECS_MAX])
 {
     UNROLL
@@ -240,15 +240,15 @@ sum_chains(const int rows, const int vecs, const int chains, const int8_t *a, in
     for (; b + chains <= blocks; b += chains) {
         UNROLL
         for (int c = 0; c < chains; c++) {
-            multiply_block(rows, vecs, a, ld_a, w, sub_bytes, acc[c]);
-            a += BLOCK_K;
-            w += SUB_BLOCK_BYTES;
+            multiply_block(rows, vecs, *a, ld_a, *w, sub_bytes, acc[c]);
+            *a += BLOCK_K;
+            *w += SUB_BLOCK_BYTES;
         }
     }
     for (; b < blocks; b++) {
-        multiply_block(rows, vecs, a, ld_a, w, sub_bytes, acc[0]);
-        a += BLOCK_K;
-        w += SUB_BLOCK_BYTES;
+        multiply_block(rows, vecs, *a, ld_a, *w, sub_bytes, acc[0]);
+        *a += BLOCK_K;
+        *w += SUB_BLOCK_BYTES;
     }
 }
 
@@ -286,12 +286,12 @@ tile_chains(const struct sq_panel_args *args, int64_t row, const int rows, const
             vec_i acc[CHAINS_MAX][TILE_MR][VECS_MAX];
             if (rows == TILE_MR && blocks_max > BLOCKS_A8 && blocks >= CALL_BLOCKS) {
                 sum_blocks(a, args->ld_a, w, sub_bytes, blocks, acc[0]);
+                a += blocks * BLOCK_K;
+                w += blocks * SUB_BLOCK_BYTES;
             }
             else {
-                sum_chains(rows, vecs, chains, a, args->ld_a, w, sub_bytes, blocks, acc);
+                sum_chains(rows, vecs, chains, &a, args->ld_a, &w, sub_bytes, blocks, acc);
             }
-            a += blocks * BLOCK_K;
-            w += blocks * SUB_BLOCK_BYTES;
             UNROLL
             for (int c = 0; c < chains; c++) {
                 UNROLL
