@@ -40,7 +40,7 @@ def make_layer(heads, kv_heads, head_dim):
         {"qkv": (HIDDEN, None, 16, 1.0), "o": (q, None, 16, 1.0),
          "up": (HIDDEN, None, 16, 1.0), "down": (8, None, 16, 1.0)},
         {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0,
-         "scale": head_dim**-0.5, "rotary": (inv_freq, 1.0), "q": linear("qkv", q, HIDDEN),
+         "scale": head_dim**-0.5, "rotary": {"inv_freq": inv_freq}, "q": linear("qkv", q, HIDDEN),
          "k": linear("qkv", kv, HIDDEN), "v": linear("qkv", kv, HIDDEN),
          "o": linear("o", HIDDEN, q)},
         {"activation": "silu", "gate": linear("up", 8, HIDDEN), "up": linear("up", 8, HIDDEN),

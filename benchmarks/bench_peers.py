@@ -45,7 +45,8 @@ MODELS = {  # outputs and inputs of each linear
     "llama3-8b": ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)),
 }
 OURS = "singlequant_"
-NO_PEERS = ("base", "serving", "worker")  # files of peers/ that hold none
+# files of peers/ that hold none
+NO_PEERS = ("base", "formats_llama_cpp", "gguf_files", "serving", "worker")
 QUICK_SHAPES = ((256, 512), (512, 256))
 ROUNDS = 7  # that the time of a cell is planned for
 MIN_ROUNDS = 3

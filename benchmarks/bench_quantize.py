@@ -224,7 +224,7 @@ def _profile_rows(
     gptq: GptqFactor | None,
 ) -> None:
     """One block of a weight's rows."""
-    transform, columns, group = rotation.core, rotation.balance, config.group_size
+    transform, columns, group = rotation.of_weights, rotation.balance, config.group_size
     if columns is None:
         columns = np.ones(rotation.k, np.float32)
     if gptq is not None:
@@ -324,7 +324,7 @@ def main() -> None:
     environment = common.environment()
     common.print_environment(environment)
     threads, rows = _C.get_num_threads(), Figures()
-    config = QuantConfig(method=arguments.method, group_size=arguments.group_size)
+    config = QuantConfig("w4a4", arguments.method, bits=4.0, group_size=arguments.group_size)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, out = Path(folder) / "made", Path(folder) / "layer.safetensors"
         write_checkpoint(source, 1)

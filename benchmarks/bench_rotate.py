@@ -100,7 +100,7 @@ def print_arrangements(bench: Bench, quick: bool) -> list[dict[str, object]]:
     for name, variant in VARIANTS.items():
         rotations, row = bench.solve(variant), {"arrangement": name}
         for rounding, options in ROUNDINGS.items():
-            config = sq.QuantConfig(**options)
+            config = sq.QuantConfig("w4a4", bits=4.0, **options)
             row[f"error {rounding}"] = bench.error(rotations, config)
             if not quick:
                 row[f"kl {rounding}"] = bench.divergence(rotations, config)
@@ -118,7 +118,7 @@ def print_clips(bench: Bench) -> list[dict[str, object]]:
     for scheme in ("w4a4", "w4a8"):
         row = {"scheme": scheme}
         for clip in CLIPS:
-            config = sq.QuantConfig(scheme, "singlequant", "mse", clip=clip)
+            config = sq.QuantConfig(scheme, "singlequant", "mse", 4.0, clip=clip)
             row[f"clip {clip:g}"] = bench.divergence(rotations, config)
         rows.append(row)
         print(tables.line([scheme, *(f"{row[f'clip {c:g}']:.5f}" for c in CLIPS)]), flush=True)

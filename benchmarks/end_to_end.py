@@ -182,7 +182,7 @@ def make_folders(work: Path, names: Sequence[str], layers: int, widths: Widths) 
         if spec.ours and spec.variant != "16-bit":
             out = folders[spec.variant] = work / f"{stem}-{spec.variant}"
             if not out.exists():
-                config = QuantConfig(scheme=spec.variant, weights="rtn",
+                config = QuantConfig(scheme=spec.variant, weights="rtn", bits=4.0,
                                      calibration_tokens=CALIBRATION_TOKENS)
                 quantize_folder(folders["16-bit"], out, config)
             require_transform(out)

@@ -12,6 +12,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Int8 = NDArray[np.int8]
 UInt8 = NDArray[np.uint8]
+UInt16 = NDArray[np.uint16]
 Float16 = NDArray[np.float16]
 # Order of application: pairs [steps, 2] int32 and angles [steps] float64.
 Chain = tuple[Int32, Float64]
@@ -35,15 +36,22 @@ def blas_info() -> str: ...
 Factor = ArrayLike | tuple[int, bool, ArrayLike, ArrayLike]
 
 class Rotation:
-    def __init__(self, k: int, left: Factor | None = None, right: Factor | None = None) -> None: ...
+    def __init__(
+        self,
+        k: int,
+        left: Factor | None = None,
+        right: Factor | None = None,
+        align: ArrayLike | None = None,
+    ) -> None: ...
     @classmethod
     def blocks(
         cls, first: ArrayLike, permutation: ArrayLike, second: ArrayLike
     ) -> Rotation: ...
     k: Final[int]
-    kind: Final[str]  # "kronecker" or "blocks"
+    kind: Final[str]  # "kronecker", "aligned" or "blocks"
     sizes: Final[tuple[int, int]]  # (k1, k2) or (k / b, b)
-    parts: Final[tuple[Any, ...]]  # (left, right) or (first, permutation, second), read-only
+    # (left, right), (left, right, align) or (first, permutation, second), read-only
+    parts: Final[tuple[Any, ...]]
 
 # rotate
 def factor_sizes(k: int) -> tuple[int, int]: ...
@@ -62,6 +70,11 @@ def random_orthogonal(n: int, seed: int) -> Float64: ...
 def duquant_steps(b: int, count: int, seed: int) -> Float32: ...
 def duquant_blocks(sample: ArrayLike, steps: ArrayLike) -> tuple[Float32, Float32]: ...
 def zigzag(maxima: ArrayLike, b: int) -> Int32: ...
+def align_blocks(
+    x_gram: ArrayLike, w_gram: ArrayLike, damping: float, symmetric: bool = False
+) -> tuple[Float64, Float64]: ...
+def block_energy(gram: ArrayLike, m: ArrayLike) -> Float64: ...
+def block_gram(x: ArrayLike, b: int, gram: ArrayLike | None = None) -> Float64: ...
 def axis_gram(x: ArrayLike, k1: int, k2: int) -> Float64: ...
 def statistics_update(
     x: ArrayLike, state: tuple[Any, ...] | None = None
@@ -77,6 +90,7 @@ def quantize(
     symmetric: bool = True,
     clip: float = 1.0,
     search: bool = False,
+    bfloat16: bool = False,
 ) -> tuple[Int8, Float32, Int32 | None]: ...
 def dequantize(
     codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike | None = None
@@ -88,6 +102,8 @@ def quantize_weight(
     rotation: Rotation | None = None,
     columns: ArrayLike | None = None,
     rows: ArrayLike | None = None,
+    bits: int = 4,
+    bfloat16: bool = False,
 ) -> tuple[Int32, Float32]: ...
 def transform_weight(
     weight: Any,
@@ -107,7 +123,12 @@ def gptq_round(
     bits: int = 4,
     group: int = 0,
     search: bool = False,
+    bfloat16: bool = False,
 ) -> tuple[Int8, Float32]: ...
+def decode_fp8(
+    codes: ArrayLike, scales: ArrayLike, block_rows: int, block_columns: int
+) -> UInt16: ...
+def decode_mxfp4(blocks: ArrayLike, scales: ArrayLike) -> UInt16: ...
 
 # outliers
 def outliers(
@@ -115,16 +136,18 @@ def outliers(
 ) -> tuple[Float64, Float64, Int64]: ...
 
 # pack
-def pack(codes: ArrayLike) -> Int32: ...
-def unpack(words: ArrayLike, k: int) -> Int8: ...
+def pack(codes: ArrayLike, bits: int = 4) -> Int32: ...
+def unpack(words: ArrayLike, k: int, bits: int = 4) -> Int8: ...
 
 class PackedWeight:
     def __init__(
-        self, words: ArrayLike, scales: ArrayLike, k: int, group: int = 0, int8_inputs: int = 0
+        self, words: ArrayLike, scales: ArrayLike, k: int, group: int = 0, int8_inputs: int = 0,
+        bits: int = 4,
     ) -> None: ...
     shape: Final[tuple[int, int]]
     group: Final[int]
     int8_inputs: Final[int]
+    bits: Final[int]
     kernels: Final[str]
     nbytes: Final[int]
 
@@ -140,7 +163,18 @@ def linear(
 def linear_dense(x: ArrayLike, weight: Any) -> Float32: ...
 def to_float32(x: Any, reject: bool = False) -> Float32: ...
 def gather_rows(table: Any, index: ArrayLike) -> Float32: ...
+def quantize_rows(table: Any, bits: int) -> tuple[UInt8, UInt16]: ...
+def linear_rows(x: ArrayLike, codes: ArrayLike, scales: ArrayLike, bits: int) -> Float32: ...
+def gather_codes(
+    codes: ArrayLike, scales: ArrayLike, bits: int, width: int, index: ArrayLike
+) -> Float32: ...
 def rms_norm(x: ArrayLike, weight: ArrayLike, eps: float) -> Float32: ...
+def activate(
+    activation: str, gate: ArrayLike | None, up: ArrayLike, limit: float = 0.0
+) -> Float32: ...
+def layer_norm(
+    x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None, eps: float
+) -> Float32: ...
 
 def kv_quantize(
     x: ArrayLike, bits: int = 4
@@ -157,6 +191,7 @@ class KVCache:
         bits: int = 32,
         hadamard: bool = True,
         limit: int = 0,
+        bfloat16: bool = False,
     ) -> None: ...
     layers: Final[int]
     sequences: Final[int]
@@ -166,6 +201,9 @@ class KVCache:
     limit: Final[int]
     bits: Final[int]
     hadamard: Final[bool]
+    bfloat16: Final[bool]
+    largest: Final[float]
+    clamped: Final[int]
     nbytes: Final[int]
     page_bytes: Final[int]
     page_tokens: Final[int]
@@ -186,10 +224,12 @@ class DecoderLayer:
         hidden: int,
         sites: dict[str, Site],
         attention: dict[str, Any],
-        mlp: dict[str, Any],
+        mlp: dict[str, Any] | None,
         norms: dict[str, LayerNorm],
         parallel: bool = False,
         residual_scale: float = 1.0,
+        experts: dict[str, Any] | None = None,
+        norm_sums: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -210,6 +250,9 @@ class Decoder:
 def sample(
     logits: ArrayLike, temperature: float, top_k: int, top_p: float, uniform: float
 ) -> int: ...
+def sample_rows(
+    logits: ArrayLike, temperature: float, top_k: int, top_p: float, uniform: ArrayLike
+) -> Int64: ...
 def negative_log_likelihood(logits: ArrayLike, target: ArrayLike) -> Float64: ...
 def kl_divergence(p: ArrayLike, q: ArrayLike) -> tuple[Float64, NDArray[np.bool_]]: ...
 

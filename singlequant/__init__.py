@@ -16,6 +16,7 @@ from .statistics import LayerStatistics, SiteStatistics
 from .study.compare import CompareOptions, Comparison, compare
 from .study.evaluate import Evaluation, evaluate, perplexity
 from .study.inspect import Inspection, inspect_model
+from .sweep.bits import assign_bits
 from .sweep.calibrate import calibrate, load_statistics, save_statistics
 from .sweep.estimate import Estimate, dry_run
 from .sweep.layer import quantize
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "arrays",
     "art",
+    "assign_bits",
     "bundled_model",
     "bundled_text",
     "calibrate",

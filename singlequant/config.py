@@ -15,6 +15,9 @@ from .files import read_json
 from .methods.registry import DEFAULT_METHOD, METHODS
 
 KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
+TABLE_BITS = (4, 8, 16)  # of embedding and head; 16: as they are
+DEFAULT_TABLE_BITS = 8
+KV_DTYPES = ("float16", "bfloat16")
 
 INT8_STEP = _C.INT8_STEP  # inputs with 8 bits come in whole blocks
 
@@ -32,12 +35,14 @@ DEFAULT_CLIP = {"w4a4": 0.8, "w4a8": 1.0, "w4a16": 1.0}
 class QuantConfig:
     """What a run makes. ValueError names the field, what was expected and what was found."""
 
-    scheme: str = "w4a4"  # bits of weights and activations
+    scheme: str = "w4a8"  # bits of weights and activations
     method: str = DEFAULT_METHOD  # transformation of the activations
     weights: str = "gptq"  # rounding: nearest ("rtn"), with an MSE-searched clip, or "gptq"
+    bits: float = 4.75  # of a weight, on average: 4 to 8; above 4 some linears have 5, 6 or 8
     group_size: int = 0  # inputs that share a weight scale; 0 = the whole output channel
     clip: float | None = None  # activation range as a share of the token's maximum
-    calibration_tokens: int = 2048
+    calibration_tokens: int = 16384
+    calibration_window: int = 512  # tokens that are run as one text; at most the model's maximum
     seed: int = 0
     ignore: tuple[str, ...] = field(default=())  # linears left as they are (fnmatch patterns)
     gptq_inputs: str = "float"  # "quantized": GPTQ's Gram matrix is of inputs as they are run
@@ -45,13 +50,18 @@ class QuantConfig:
     gptq_damping: float = 0.1  # share of the diagonal's mean that is added to it
     learned: str | None = None  # spinquant's rotations, a file of `spinquant.save_learned`
     kv_bits: int = 16  # of cached keys and values; below 16 the value heads are rotated as well
+    kv_dtype: str = "float16"  # the cache's 16-bit floats; "bfloat16" for numbers beyond 65504
+    head_bits: int | None = None  # 8 where None; a tied head is the embedding: one may say it
+    embedding_bits: int | None = None  # 16 in either leaves it as it is
 
     def __post_init__(self) -> None:
         for name, allowed in (("scheme", SCHEMES), ("method", METHODS), ("weights", WEIGHTS),
-                              ("gptq_inputs", GPTQ_INPUTS)):
+                              ("gptq_inputs", GPTQ_INPUTS), ("kv_dtype", KV_DTYPES)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        check_bits(self.bits)
+        object.__setattr__(self, "bits", float(self.bits))
         _check_integer("group_size", self.group_size, 0)
         if self.group_size % 32:
             raise ValueError(
@@ -59,6 +69,7 @@ class QuantConfig:
                 f"found {self.group_size}"
             )
         _check_integer("calibration_tokens", self.calibration_tokens, 1)
+        _check_integer("calibration_window", self.calibration_window, 1)
         _check_integer("seed", self.seed, 0)
         if self.clip is not None:
             check_clip(self.clip)
@@ -77,6 +88,11 @@ class QuantConfig:
         if type(self.kv_bits) is not int or self.kv_bits not in KV_BITS:
             raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, "
                              f"found {self.kv_bits!r}")
+        for name in ("head_bits", "embedding_bits"):
+            bits = getattr(self, name)
+            if bits is not None and (type(bits) is not int or bits not in TABLE_BITS):
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, TABLE_BITS))}, "
+                                 f"found {bits!r}")
         _check_damping(self.gptq_damping)
         object.__setattr__(self, "gptq_damping", float(self.gptq_damping))
 
@@ -90,13 +106,47 @@ class QuantConfig:
         """The clip that holds: the given one, or the scheme's default."""
         return DEFAULT_CLIP[self.scheme] if self.clip is None else self.clip
 
+    @property
+    def sample(self) -> tuple[int, int, int]:
+        """What chooses the calibration windows of a text: how many tokens, their length, the seed.
+        """
+        return self.calibration_tokens, self.calibration_window, self.seed
+
     def ignores(self, linear: str) -> bool:
         """Whether the linear of that name (without .weight) stays as it is."""
         return any(fnmatch.fnmatchcase(linear, pattern) for pattern in self.ignore)
 
+    def settled(self, tied: bool) -> QuantConfig:
+        """The same with the bits of embedding and head as numbers, for a model whose head is the
+        embedding (tied) or not. ValueError when two different numbers are asked of one table."""
+        head, embedding = self.head_bits, self.embedding_bits
+        if tied and None not in (head, embedding) and head != embedding:
+            raise ValueError(f"embedding_bits: the model's head is its embedding, stored once: "
+                             f"expected {head}, as head_bits, found {embedding}")
+        if tied:
+            head, embedding = (embedding if head is None else head,) * 2
+        return dataclasses.replace(
+            self, head_bits=DEFAULT_TABLE_BITS if head is None else head,
+            embedding_bits=DEFAULT_TABLE_BITS if embedding is None else embedding)
+
+    def table_bits(self, spec: Any) -> dict[str, int]:
+        """Bits of embedding and head by name, without .weight, where they are below 16.
+
+        spec: the ModelSpec. A tied head has no entry of its own. A table that a pattern of `ignore`
+        names stays as it is; either name will do for a tied one.
+        """
+        config, kept = self.settled(spec.tied), [*map(self.ignores, (spec.embed, spec.head))]
+        bits = {spec.embed: (config.embedding_bits, any(kept) if spec.tied else kept[0])}
+        if not spec.tied:
+            bits[spec.head] = (config.head_bits, kept[1])
+        return {name: count for name, (count, stays) in bits.items() if count < 16 and not stays}
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values; from_json() takes it back."""
-        return {**dataclasses.asdict(self), "ignore": list(self.ignore)}
+        values = {**dataclasses.asdict(self), "ignore": list(self.ignore)}
+        if self.kv_dtype == KV_DTYPES[0]:  # as before there was a choice
+            del values["kv_dtype"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> QuantConfig:
@@ -130,6 +180,13 @@ def _check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(
             f"{name}: expected an integer from {least} to {2**31 - 1}, found {value!r}"
         )
+
+
+def check_bits(value: Any) -> None:
+    """ValueError unless value is a number in [4, 8]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 4.0 <= value <= 8.0:
+        raise ValueError(f"bits: expected a number from 4 to 8, found {value!r}")
 
 
 def check_clip(value: Any) -> None:

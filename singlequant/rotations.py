@@ -15,6 +15,8 @@ from . import _C
 from .config import INT8_STEP
 from .statistics import LayerStatistics
 
+FLOAT16_LARGEST = 65504.0
+FLOAT16_LEAST = 2.0**-10  # of a block's largest entry: entries 2^-14 of it are still normal
 FACTOR_DENSE_MAX = _C.FACTOR_DENSE_MAX  # larger factors stay chains
 
 
@@ -98,10 +100,50 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Alignment:
+    """Invertible blocks in front of a site's rotation: x blockdiag(matrices).
+
+    Weight rows take blockdiag(inverse_t), so that the product stays. folded: the rows of what
+    produces x take the blocks (v's, whose heads they are), and inference has nothing to do.
+    """
+
+    matrices: NDArray[np.float64]  # [k / b, b, b] M
+    inverse_t: NDArray[np.float64]  # [k / b, b, b] M^-T
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("matrices", "inverse_t"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+        count, b = (self.matrices.shape + (0, 0))[:2]
+        for name in ("matrices", "inverse_t"):
+            found = getattr(self, name)
+            if found.shape != (count, b, b) or not found.size or not np.isfinite(found).all():
+                raise ValueError(f"{name}: expected finite square blocks (k / b, b, b), "
+                                 f"found {found.shape}")
+
+    @property
+    def k(self) -> int:
+        """Inputs of the site's linears."""
+        return self.matrices.shape[0] * self.matrices.shape[1]
+
+    def times(self, factor: Factor) -> Alignment:
+        """The blocks with v -> factor v behind each, whose order the factor has."""
+        turn = factor.matrix().T
+        return Alignment(self.matrices @ turn, self.inverse_t @ turn, self.folded)
+
+    def stored(self) -> NDArray[np.float16] | NDArray[np.float32]:
+        """The matrices [k / b, b, b] in 16 bits, or in 32 where those have not the range."""
+        largest = np.abs(self.matrices).max(axis=(1, 2))
+        fits = largest.max() < FLOAT16_LARGEST and largest.min() > FLOAT16_LEAST
+        return self.matrices.astype(np.float16 if fits else np.float32)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SiteRotation:
     """The transformation of one site: X [k1, k2] -> left (X / balance) right^T.
 
-    Each factor acts on its axis; the balance, one factor per input, folds into what produces x.
+    Each factor acts on its axis; the balance, one factor per input, folds into what produces x. An
+    alignment comes between the two: x / balance, times its blocks, is what the factors rotate.
     """
 
     left: Factor  # order k1: the paper's R1 = R_U1 R_A
@@ -109,8 +151,11 @@ class SiteRotation:
     steps: tuple[Step, ...] = ()  # what the solver did, in order; empty where nobody recorded it
     balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance
     int8_inputs: int = 0  # leading inputs, after rotation, that keep 8 bits where others get 4
+    align: Alignment | None = None
 
     def __post_init__(self) -> None:
+        if self.align is not None and self.align.k != self.k:
+            raise ValueError(f"align: expected blocks of {self.k} inputs, found {self.align.k}")
         if self.balance is not None:
             object.__setattr__(self, "balance", _checked_balance(self.balance, self.k))
         if not 0 <= self.int8_inputs < self.k or self.int8_inputs % INT8_STEP:
@@ -129,13 +174,50 @@ class SiteRotation:
 
     @property
     def is_identity(self) -> bool:
-        """True if both factors leave everything as it is."""
-        return self.left.is_identity and self.right.is_identity
+        """True if nothing is left to do at inference."""
+        return self.left.is_identity and self.right.is_identity and not self.online
+
+    @property
+    def online(self) -> bool:
+        """Whether inference multiplies by the alignment's blocks."""
+        return self.align is not None and not self.align.folded
+
+    @cached_property
+    def merged(self) -> tuple[Factor, Factor | None, Alignment | None]:
+        """(left, right, alignment) with the right factor inside the blocks where these are its
+        rows, and None in its place."""
+        if self.online and self.align.matrices.shape[1] == self.right.order:
+            return self.left, None, self.align.times(self.right)
+        return self.left, self.right, self.align
 
     @cached_property
     def core(self) -> _C.Rotation:
-        """The rotation as the core takes it, without the balance."""
-        return _C.Rotation(self.k, self.left.runtime(), self.right.runtime())
+        """What inference does, as the core takes it: without balance and folded alignment."""
+        align = self.merged[2]
+        return self._core(_C.to_float32(align.stored()) if self.online else None)
+
+    @cached_property
+    def of_inputs(self) -> _C.Rotation | None:
+        """What the balanced inputs take, folded or not; None for nothing."""
+        if self.align is None or self.online:
+            return None if self.is_identity else self.core
+        return self._core(self.align.matrices.astype(np.float32))
+
+    @cached_property
+    def of_weights(self) -> _C.Rotation | None:
+        """What the balanced weight rows take; None for nothing."""
+        if self.align is None:
+            return None if self.is_identity else self.core
+        align = self.merged[2]
+        if self.online:  # of what is stored, so that its rounding cancels
+            inverse_t = np.linalg.inv(align.stored().astype(np.float64)).transpose(0, 2, 1)
+        else:
+            inverse_t = align.inverse_t
+        return self._core(inverse_t.astype(np.float32))
+
+    def _core(self, align: NDArray[np.float32] | None) -> _C.Rotation:
+        left, right, _ = self.merged
+        return _C.Rotation(self.k, left.runtime(), right and right.runtime(), align)
 
     def givens_count(self, kind: str) -> int:
         """Givens rotations of the steps of one kind: "ART", "URT" or "sweep"."""
@@ -150,8 +232,11 @@ class SiteRotation:
         factors = [replace(f, hadamard=False, pairs=f.pairs[:0], angles=f.angles[:0])
                    for f in (self.left, self.right)]
         found = []
+        plain = replace(self, left=factors[0], right=factors[1])
         if self.balance is not None:
-            found.append(("balance", replace(self, left=factors[0], right=factors[1])))
+            found.append(("balance", replace(plain, align=None)))
+        if self.align is not None:
+            found.append(("alignment", plain))
         for number, step in enumerate(self.steps):
             whole = (self.left, self.right)[step.axis]
             end = factors[step.axis].steps + step.count
@@ -163,7 +248,7 @@ class SiteRotation:
                 found[-1] = f"{step.name}, both axes", after
             else:
                 found.append((f"{step.name}, axis {step.axis + 1}", after))
-        if not self.steps and not self.is_identity:
+        if not self.steps and not (self.left.is_identity and self.right.is_identity):
             return iter([*found, ("final", self)])
         if found:
             found[-1] = found[-1][0], self
@@ -174,6 +259,7 @@ class SiteRotation:
         return (
             f"SiteRotation({self.left.order}x{self.right.order}{counts}"
             f"{', balanced' if self.balance is not None else ''}"
+            f"{', aligned' if self.align is not None else ''}"
             f"{f', {self.int8_inputs} at 8 bits' if self.int8_inputs else ''})"
         )
 
@@ -195,6 +281,7 @@ class BlockRotation:
     balance: NDArray[np.float32] | None = None  # [k] x / balance, W * balance, as in SiteRotation
 
     int8_inputs = 0  # all inputs have one width
+    align = None  # blocks are orthogonal
 
     def __post_init__(self) -> None:
         for name, dtype in (("first", np.float32), ("permutation", np.int32),
@@ -234,6 +321,16 @@ class BlockRotation:
     def core(self) -> _C.Rotation:
         """The rotation as the core takes it, without the balance."""
         return _C.Rotation.blocks(self.first, self.permutation, self.second)
+
+    @property
+    def of_inputs(self) -> _C.Rotation | None:
+        """What the balanced inputs take; None for nothing."""
+        return None if self.is_identity else self.core
+
+    @property
+    def of_weights(self) -> _C.Rotation | None:
+        """What the balanced weight rows take, as the inputs: blocks are orthogonal."""
+        return self.of_inputs
 
     def givens_count(self, kind: str) -> int:
         """0: blocks are matrices, without Givens rotations."""
@@ -280,3 +377,20 @@ def frozen(array: Any, dtype: Any) -> NDArray[Any]:
         array = np.array(array, dtype=dtype, order="C")
         array.flags.writeable = False
     return array
+
+
+def poor_factors(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """By site, (k1, k2) of the sites whose k has no factors k1 * k2 of at most FACTOR_DENSE_MAX.
+
+    sizes: k by site. The longer axis of such a site is a chain of rotations of two channels each:
+    its own Hadamard is no fast one, it takes more time, and sweeps leave it out.
+    """
+    factors = {name: _C.factor_sizes(k) for name, k in sizes.items()}
+    return {name: pair for name, pair in factors.items() if max(pair) > FACTOR_DENSE_MAX}
+
+
+def factors_text(factors: Mapping[str, tuple[int, int]]) -> str:
+    """"down (1009 = 1009 x 1)" for each site; the experts of a layer count as one."""
+    shown = {f"{name.partition('.')[0]} ({k1 * k2} = {k1} x {k2})": None
+             for name, (k1, k2) in factors.items()}
+    return ", ".join(shown)

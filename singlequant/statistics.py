@@ -24,10 +24,18 @@ class SiteStatistics:
     weights: NDArray[np.float32]  # [rows kept, k] of the site's linears, evenly spaced
     weight_max: NDArray[np.float64]  # [k] largest magnitude of a column of the site's linears
     weight_sum2: NDArray[np.float64]  # [k] sum of squares of a column
+    gram: NDArray[np.float64]  # [k / b, b, b] sums of the outer products of blocks of b inputs
+    weight_gram: NDArray[np.float64]  # [k / b, b, b] the same over the rows of the site's linears
     shared: tuple[int, int, int]  # k = a * b * c; inputs that differ in b share one producer
     reads: str = "mlp"  # what the site reads: the "residual" stream, "attention" or the "mlp"
     foldable: bool = True  # whether what produces the inputs can take a balance
+    borrowed: bool = False  # of the layer's union: the site's expert saw too few tokens
     inputs: NDArray[np.float32] | None = None  # [count, k] if kept, while the layer is processed
+
+    @property
+    def block(self) -> int:
+        """Inputs of a block of the Gram matrices: a value head's, or k2."""
+        return self.gram.shape[1]
 
     def __repr__(self) -> str:
         return (
@@ -42,3 +50,9 @@ class LayerStatistics:
 
     index: int
     sites: Mapping[str, SiteStatistics]
+    kv_largest: float = 0.0  # largest magnitude of its keys and values
+    # by token, if asked for: the energy (sum of squares) of the residual stream before the layer
+    # and behind it, and of what the layer changed
+    entry: NDArray[np.float64] | None = None
+    stream: NDArray[np.float64] | None = None
+    change: NDArray[np.float64] | None = None

@@ -41,6 +41,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = ("F32", "F16", "BF16")

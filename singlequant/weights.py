@@ -7,34 +7,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _C
 from .config import INT8_STEP, QuantConfig, check_clip
 from .rotations import BlockRotation, SiteRotation
 
+WEIGHT_BITS = (4, 5, 6, 8)
 
-def packed_words(k: int) -> int:
+
+def packed_words(k: int, bits: int = 4) -> int:
     """int32 words of one packed row of k codes."""
-    return -(-k // 8)
+    return -(-k * bits // 32)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedLinear:
-    """int4 weights in the stored layout: code + 8 in nibbles, low nibble first, tail code 0."""
+    """Weights of 4, 5, 6 or 8 bits in the stored layout: code + 2^(bits-1), lowest bits first."""
 
-    words: NDArray[np.int32]  # [n, ceil(k / 8)]
+    words: NDArray[np.int32]  # [n, ceil(k bits / 32)]
     scales: NDArray[np.float32]  # [n, k / group], [n, 1] for group 0
     shape: tuple[int, int]  # (n, k)
     group: int  # inputs per scale, 0 = all of them
+    bits: int = 4
 
     def __post_init__(self) -> None:
         n, k = self.shape
+        if self.bits not in WEIGHT_BITS:
+            raise ValueError(f"bits: expected one of {', '.join(map(str, WEIGHT_BITS))}, found "
+                             f"{self.bits}")
         if self.group and k % self.group:
             raise ValueError(f"group: expected a divisor of k = {k}, found {self.group}")
         groups = k // self.group if self.group else 1
         for name, dtype, shape in (
-            ("words", np.int32, (n, packed_words(k))),
+            ("words", np.int32, (n, packed_words(k, self.bits))),
             ("scales", np.float32, (n, groups)),
         ):
             array = getattr(self, name)
@@ -50,7 +58,69 @@ class PackedLinear:
 
     def __repr__(self) -> str:
         n, k = self.shape
-        return f"PackedLinear({n}x{k}, {f'group {self.group}' if self.group else 'per channel'})"
+        grid = f"group {self.group}" if self.group else "per channel"
+        return f"PackedLinear({n}x{k}, {self.bits} bits, {grid})"
+
+
+TABLE_DTYPES = {8: np.dtype(np.int8), 4: np.dtype(np.uint8)}  # of codes by bits
+ROW_BLOCK = 32  # inputs of a row of codes that share a scale
+
+
+def table_shapes(rows: int, width: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of a table's codes and scales: a code a byte, or blocks of 16 bytes."""
+    blocks = -(-width // ROW_BLOCK)
+    return (rows, width if bits == 8 else 16 * blocks), (rows, blocks)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedTable:
+    """An embedding or a head in 8 or 4 bits, row by row, as docs/format.md stores it."""
+
+    codes: NDArray[Any]  # int8 [rows, width], or uint8 [rows, 16 * blocks] for 4 bits
+    scales: NDArray[Any]  # bfloat16 [rows, blocks]
+    shape: tuple[int, int]  # (rows, width)
+
+    def __post_init__(self) -> None:
+        shapes = table_shapes(*self.shape, self.bits)
+        for name, dtype, shape in (("codes", TABLE_DTYPES[self.bits], shapes[0]),
+                                   ("scales", np.dtype(ml_dtypes.bfloat16), shapes[1])):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name}: expected {dtype} {shape}, found {array.dtype} "
+                                 f"{array.shape}")
+
+    @classmethod
+    def of(cls, table: NDArray[Any], bits: int, name: str) -> PackedTable:
+        """A table [rows, width] of 32- or 16-bit floats, rounded. ValueError names it when it
+        holds NaN or Inf."""
+        try:
+            codes, scales = _C.quantize_rows(table, bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return cls(codes.view(TABLE_DTYPES[bits]), scales.view(ml_dtypes.bfloat16), table.shape)
+
+    @property
+    def bits(self) -> int:
+        """8 or 4."""
+        return 8 if self.codes.dtype == np.int8 else 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def gather(self, index: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows index [m] as float32 [m, width]. ValueError outside of the table."""
+        return _C.gather_codes(self.codes, self.scales.view(np.uint16), self.bits, self.shape[1],
+                               index)
+
+    def linear(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """x [..., width] times the table transposed: [..., rows]. A row of x does not depend on
+        the others, bit for bit."""
+        return _C.linear_rows(x, self.codes, self.scales.view(np.uint16), self.bits)
+
+    def __repr__(self) -> str:
+        return f"PackedTable({self.shape[0]}x{self.shape[1]}, {self.bits} bits)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +146,22 @@ class Norm:
     bias: NDArray[Any] | None
 
 
-def norm_tensors(norm: Norm) -> dict[str, NDArray[Any]]:
-    """A norm's tensors by name."""
-    tensors = {f"{norm.name}.weight": norm.weight}
-    return tensors if norm.bias is None else tensors | {f"{norm.name}.bias": norm.bias}
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A tensor of a layer that is never quantized, such as a router."""
+
+    name: str  # whole
+    array: NDArray[Any]
+
+
+def norm_tensors(norm: Norm, weight: bool = True) -> dict[str, NDArray[Any]]:
+    """A norm's tensors by name. weight: whether its weight is stored: it may be 1 everywhere."""
+    parts = {"weight": norm.weight} if weight else {}
+    parts |= {} if norm.bias is None else {"bias": norm.bias}
+    if "{h}" not in norm.name:
+        return {f"{norm.name}.{part}": array for part, array in parts.items()}
+    return {f"{norm.name.replace('{h}', str(h))}.{part}": row
+            for part, array in parts.items() for h, row in enumerate(array)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +179,7 @@ class LayerWeights:
     rotations: Mapping[str, Any] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     int8_inputs: Mapping[str, int] = field(default_factory=dict)
+    dense: Mapping[str, Dense] = field(default_factory=dict)  # by what it is: spec.LayerSpec.dense
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,6 +192,7 @@ class QuantizedLayer:
     rotations: Mapping[str, SiteRotation | BlockRotation]  # by site; absent = not rotated
     clips: Mapping[str, float] = field(default_factory=dict)  # by site; absent = the config's
     int8_inputs: Mapping[str, int] = field(default_factory=dict)  # by site; absent = 0
+    kv_largest: float = 0.0  # about the largest magnitude of its keys and values
 
     def __post_init__(self) -> None:
         for value in self.clips.values():

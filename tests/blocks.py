@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from singlequant import _C, _reference as reference
+
+TOLERANCE = 2e-5  # of the largest value
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 PLAIN = (None, 16, 1.0)  # rotation, bits, clip of a site that nothing packed reads
 
@@ -15,7 +18,7 @@ def geometry(hidden, intermediate, heads, kv_heads, head_dim, window=0, **change
     return {
         "hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads,
         "head_dim": head_dim, "window": window, "eps": 1e-5, "scale": 1 / np.sqrt(head_dim),
-        "rotary": (frequencies(head_dim), 1.0), **changes,
+        "rotary": {"inv_freq": frequencies(head_dim)}, **changes,
     }  # fmt: skip
 
 
@@ -60,3 +63,36 @@ def new_cache(kind, arguments, sequences=1, capacity=64, layers=1, **options):
     """A cache of `kind` (_C or _reference) for layers of these DecoderLayer arguments."""
     a = arguments["attention"]
     return kind.KVCache(layers, sequences, a["kv_heads"], a["head_dim"], capacity, **options)
+
+
+def hiddens(m, width=64):
+    return np.random.default_rng(7).normal(size=(m, width)).astype(np.float32)
+
+
+def run(parts, hidden, where, sequences=1, record=False):
+    """Hidden states behind the core's layer; with record, the sites' inputs as well."""
+    hidden = hidden.copy()
+    cache = new_cache(_C, parts, sequences, 1200)
+    recorded = _C.DecoderLayer(**parts).forward(hidden, *where, cache, 0, record=record)
+    return (hidden, recorded) if record else hidden
+
+
+def assert_close(got, expected):
+    assert got.shape == expected.shape
+    largest = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE * largest, rtol=0)
+
+
+def assert_equals_twin(parts, twin):
+    """Outputs and the inputs of every site, for three sequences of unequal lengths."""
+    where, hidden = tokens([9, 1, 20]), hiddens(30)
+    expected = hidden.astype(np.float64)
+    inputs = reference.DecoderLayer(**twin).forward(
+        expected, *where, new_cache(reference, twin, 3), 0, record=True
+    )
+    got, recorded = run(parts, hidden, where, 3, record=True)
+    assert_close(got, expected)
+    assert list(recorded) == list(inputs) == list(parts["sites"])
+    for site, value in recorded.items():
+        assert value.dtype == np.float32
+        assert_close(value, inputs[site])

@@ -17,7 +17,7 @@ class Attention:
     def __init__(self, rng, heads=4, kv_heads=2, head_dim=8, window=0, value_scale=1.0):
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
         self.geometry = geometry(24, 8, heads, kv_heads, head_dim, window, eps=1e-6,
-                                 rotary=(frequencies(head_dim, 100.0), 1.0))
+                                 rotary={"inv_freq": frequencies(head_dim, 100.0)})
         weights = {
             role: rng.normal(size=s).astype(np.float32) / 3 if role in "qkv"
             else np.zeros(s, np.float32) for role, s in shapes(self.geometry).items()

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from singlequant import _C
+from singlequant import _C, _reference as reference
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.rotations import Factor, SiteRotation
@@ -188,9 +188,13 @@ def random_layer(
     *,
     orders: dict[str, tuple[int, int]] | None = None,
     clips: dict[str, float] | None = None,
+    bits: dict[str, int] | None = None,
     seed: int = 0,
 ) -> tuple[QuantizedLayer, dict[str, np.ndarray]]:
-    """A layer of random codes, scales and rotations of the given orders, and its codes by name."""
+    """A layer of random codes, scales and rotations of the given orders, and its codes by name.
+
+    bits: of the codes by linear, without the layer's prefix; absent = 4.
+    """
     rng = np.random.default_rng([seed, index])
     weights, packed, codes = checkpoint.layer(index), {}, {}
     dense = {f"{norm.name}.weight": norm.weight for norm in weights.norms.values()}
@@ -201,11 +205,15 @@ def random_layer(
         if config.ignores(linear.name):
             dense[f"{linear.name}.weight"] = linear.weight
             continue
-        codes[linear.name] = rng.integers(-8, 8, (n, k))
+        width = (bits or {}).get(linear.name.split(".", 3)[-1], 4)
+        codes[linear.name] = rng.integers(-(2 ** (width - 1)), 2 ** (width - 1), (n, k))
         groups = k // config.group_size if config.group_size else 1
         scales = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float32)
-        words = pack_codes(codes[linear.name])
-        packed[linear.name] = PackedLinear(words, scales, (n, k), config.group_size)
+        if config.group_size:  # as they are stored
+            scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+        words = (pack_codes(codes[linear.name]) if width == 4
+                 else reference.pack(codes[linear.name], width))
+        packed[linear.name] = PackedLinear(words, scales, (n, k), config.group_size, width)
     rotations = {
         site: SiteRotation(random_factor(rng, k1), random_factor(rng, k2))
         for site, (k1, k2) in (orders or {}).items()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+          "I8": "<i1", "U8": "<u1"}
 
 
 def read_tensors(path: Path) -> dict:
@@ -50,9 +51,27 @@ def weight(tensors: dict, linear: str) -> np.ndarray:
     if f"{linear}.weight" in tensors:
         return tensors[f"{linear}.weight"].astype(np.float64)
     words, scales, (n, k) = (tensors[f"{linear}.weight_{p}"] for p in ("packed", "scale", "shape"))
-    nibbles = words.view(np.uint32)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
-    codes = nibbles.reshape(n, -1)[:, :k].astype(np.float64) - 8
+    bits = int(tensors.get(f"{linear}.weight_bits", [4])[0])
+    stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : k * bits]
+    codes = stream.reshape(n, k, bits) @ 2.0 ** np.arange(bits) - 2 ** (bits - 1)
     return codes * np.repeat(scales, k // scales.shape[1], axis=1)
+
+
+def table(quantization: dict, tensors: dict, key: str) -> np.ndarray:
+    """[vocab, width] of the embedding (key: embed) or the head."""
+    model = quantization["model"]
+    name = model["embed" if model["tied"] else key]
+    bits = quantization.get({"embed": "embedding_bits", "head": "head_bits"}[key], 16)
+    if bits == 16:
+        return tensors[f"{name}.weight"].astype(np.float64)
+    codes, scales = tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"]
+    width = model.get("embed_width") or model["hidden"]
+    spread = np.repeat(scales, 32, axis=1)
+    if bits == 8:
+        return codes.astype(np.float64) * spread[:, :width]
+    blocks = codes.reshape(*scales.shape, 16)
+    nibbles = np.concatenate([blocks & 15, blocks >> 4], -1).astype(np.float64) - 8
+    return (nibbles.reshape(len(codes), -1) * spread)[:, :width]
 
 
 def quantize(tensors: dict, layer: int, site: str, activations: dict, x: np.ndarray) -> np.ndarray:
@@ -114,6 +133,14 @@ def rotate(tensors: dict, layer: int, site: str, x: np.ndarray) -> np.ndarray:
         for t in (tensors[f"{prefix}.{part}"] for part in ("first", "permutation", "second")):
             x = x[:, t] if t.ndim == 1 else (x.reshape(len(x), len(t), 1, -1) @ t).reshape(x.shape)
     elif f"{prefix}.left" in tensors or f"{prefix}.left_chain" in tensors:
-        left, right = factor(tensors, f"{prefix}.left"), factor(tensors, f"{prefix}.right")
+        left = factor(tensors, f"{prefix}.left")
+        if f"{prefix}.align" in tensors:
+            blocks = tensors[f"{prefix}.align"].astype(np.float64)
+            rows = x.reshape(len(x), len(blocks), 1, -1)
+            x = (rows @ blocks).reshape(x.shape)
+        if f"{prefix}.right" in tensors or f"{prefix}.right_chain" in tensors:
+            right = factor(tensors, f"{prefix}.right")
+        else:
+            right = np.eye(x.shape[1] // len(left))
         x = (left @ x.reshape(len(x), len(left), len(right)) @ right.T).reshape(x.shape)
     return x

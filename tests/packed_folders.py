@@ -16,7 +16,7 @@ from singlequant.config import QuantConfig
 from singlequant.export.writer import ModelWriter
 
 ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (12, 8)}
-CONFIG = QuantConfig()
+CONFIG = QuantConfig("w4a4", bits=4)
 Q0 = "model.layers.0.self_attn.q_proj"
 
 

@@ -15,3 +15,16 @@ STEPS = {
     "duquant": ["original", "balance", "first blocks", "permutation", "second blocks"],
     "smoothquant": ["original", "balance"],
 }
+
+# of an aligned site; where nothing is aligned, `balanced` is what is left
+_BALANCED = STEPS["balanced"]
+STEPS |= {
+    "aligned": [*_BALANCED[:2], "alignment", *_BALANCED[2:]],
+    "aligned-o": _BALANCED,
+    "aligned-down": [*_BALANCED[:2], "alignment", *_BALANCED[2:]],
+}
+STEPS |= {
+    "cat": ["original", "alignment", "Hadamard, both axes"],
+    "wush": ["original", "alignment"],
+    "efficientqat": ["original"],
+}

@@ -14,7 +14,8 @@ import pytest
 from singlequant import _C, _reference as reference
 
 ROOT = Path(__file__).resolve().parent.parent
-# kernels_amx.c: fewer rows than 8 go to AVX-512; 16 rows are a tile, 32 a block, 256 a buffer.
+# kernels_amx.c: fewer rows than 16 (32 with short groups) go to AVX-512; 16 rows are a tile, 32 a
+# block, 256 a buffer.
 ROWS = [1, 7, 8, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 64, 65, 255, 256, 257, 300]
 # A tile is 64 inputs, a slab 1024; the last 32 may be half a tile, or half a tile behind a slab.
 INPUTS = [32, 64, 96, 1024, 1056, 1088, 2048, 2080, 3100]
@@ -49,17 +50,18 @@ def test_rows_and_inputs_at_every_edge_give_the_generic_bits(table, k):
         assert_same_bits(linear_by(table, x[:m], words, scales), expected[:m])
 
 
-# Several in a slab | across its end | odd: not tiles | longer than a slab | as long as k.
+# Several in a slab | across its end | odd: half tiles | longer than a slab | as long as k | more
+# than the x86 tiles prepare at once (64).
 @pytest.mark.parametrize(
     ("k", "group"),
     [(64, 64), (2048, 128), (1344, 192), (2112, 704), (288, 96), (4096, 2048), (4224, 1408),
-     (1088, 1088), (1056, 1056)],
+     (1088, 1088), (1056, 1056), (4224, 64), (2112, 32), (1056, 32), (2880, 96)],
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_inside_and_across_slabs_give_the_generic_bits(table, bits, k, group):
     x, words, scales = problem(41, 64, k, group)
     expected = linear_by("generic", x, words, scales, group, bits)
-    for m in (7, 8, 41):
+    for m in (15, 16, 31, 32, 41):
         assert_same_bits(linear_by(table, x[:m], words, scales, group, bits), expected[:m])
 
 
@@ -73,7 +75,7 @@ def test_high_inputs_are_added_in_the_generic_bits(table, k, group, high):
 @pytest.mark.parametrize("k", [2**20, 2**20 - 40])
 def test_largest_sums_of_many_rows_are_exact(table, k):
     weight = _C.PackedWeight(np.full((1, -(-k // 8)), -1, np.int32), [1.0], k)  # codes 7
-    x = np.full((9 if table != "generic" else 1, k), -1, np.float32)
+    x = np.full((17 if table != "generic" else 1, k), -1, np.float32)
     expected = np.float32(0.5) / np.float32(127) * np.float32(-128 * 7 * k)
     np.testing.assert_array_equal(_C.linear(x, weight, 8, 0.5), np.full((len(x), 1), expected))
 
@@ -93,7 +95,7 @@ int main(int argc, char **argv)
         uint8_t rows[16];
     } config = {.palette = 1, .colsb = {64, inner, 64}, .rows = {rows, rows, inner / 4}};
     int8_t a[16 * 64];
-    uint8_t w[16 * 64];
+    int8_t w[16 * 64];
     int32_t sums[16 * 16];
     if (fread(a, 64, rows, stdin) + fread(w, 64, inner / 4, stdin) + fread(sums, 64, rows, stdin) !=
         (size_t)(2 * rows + inner / 4)) {
@@ -113,7 +115,7 @@ int main(int argc, char **argv)
     amx_load(0, sums, 64);
     amx_load(1, a, 64);
     amx_load(2, w, 64);
-    amx_dpbsud(0, rule == 9 ? 0 : 1, 2);
+    amx_dpbssd(0, rule == 9 ? 0 : 1, 2);
     amx_store(0, sums, 64);
     return fwrite(sums, 64, rows, stdout) != (size_t)rows;
 }
@@ -135,7 +137,7 @@ def emulator(tmp_path_factory):
 def emulate(program, rows, inner, rule=0):
     rng = np.random.default_rng([rows, inner])
     a = rng.integers(-128, 128, (rows, 64), dtype=np.int8)
-    w = rng.integers(0, 256, (inner // 4, 64), dtype=np.uint8)
+    w = rng.integers(-128, 128, (inner // 4, 64), dtype=np.int8)
     sums = rng.integers(-(2**31), 2**31, (rows, 16), dtype=np.int32)
     arguments = [program, str(rows), str(inner), str(rule)]
     result = subprocess.run(
@@ -187,9 +189,10 @@ def test_object_holds_the_tile_instructions():
     if "amx_load" in text or "tilerelease" not in text:
         assert _C.kernels()["missing"].get("amx") is None, "the real table lacks its instructions"
         pytest.skip("built with emulated tiles")
-    # sums (0 .. 3) += signed codes (4, 5) times unsigned weights (6, 7)
-    products = set(re.findall(r"tdpbsud +tmm(\d),tmm(\d),tmm(\d)", text))
-    assert products == {("0", "4", "6"), ("1", "4", "7"), ("2", "5", "6"), ("3", "5", "7")}
+    # sums (0 .. 3) += codes (4, 5) times weights (6, 7); 1 5 7 is of short groups
+    products = set(re.findall(r"tdpbssd +tmm(\d),tmm(\d),tmm(\d)", text))
+    assert products == {("0", "4", "6"), ("1", "4", "7"), ("2", "5", "6"), ("3", "5", "7"),
+                        ("1", "5", "7")}
     loads = set(re.findall(r"tileloadd +tmm(\d),\[r\w+\+r\w+\*1\]", text))
     assert loads == set("01234567")
     assert set(re.findall(r"tilestored +\[r\w+\+r\w+\*1\],tmm(\d)", text)) == set("0123")

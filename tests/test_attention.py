@@ -25,7 +25,7 @@ class Attention:
     def __init__(self, rng, heads, kv_heads, head_dim, hidden=24, window=0, inv_freq=None, scale=1):
         inv_freq = frequencies(head_dim) if inv_freq is None else np.asarray(inv_freq, np.float32)
         a = geometry(hidden, 8, heads, kv_heads, head_dim, window, eps=1e-6,
-                     rotary=(inv_freq, scale))
+                     rotary={"inv_freq": inv_freq, "scale": scale})
         self.weights = {
             role: rng.normal(size=s).astype(np.float32) / 3 if role in "qkv"
             else np.zeros(s, np.float32) for role, s in shapes(a).items()

@@ -56,7 +56,7 @@ def test_transformed_linear_multiplies_by_the_given_weight(scheme, int8_inputs, 
         y = linear(x.astype(np.float32))
         assert np.linalg.norm(y - expected) < limit * np.linalg.norm(expected)
     mixed = scheme == "w4a4" and int8_inputs is None
-    assert linear.weights[0].int8_inputs == (128 if mixed else 0)
+    assert linear.weights[0].int8_inputs == (256 if mixed else 0)
 
 
 def test_bench_reports_every_scheme_and_advises(tmp_path, capsys, monkeypatch):
@@ -353,3 +353,21 @@ def test_callgrind_counts_the_linear_alone():
     names = ["generic w4a4 m=1", "generic w4a4 m=16"]
     one, many = instructions.count(names).values()
     assert 12 < many / one <= 16.5
+
+
+# ---- groups -------------------------------------------------------------------------------------
+
+
+def test_groups_are_compared_with_one_scale_per_output(tmp_path):
+    path = tmp_path / "groups.json"
+    printed = run("bench_groups", "--shapes", "64x192", "--groups", "64,128", "--m", "9",
+                  "--seconds", "0.01", "--json", path).stdout
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["group"] for row in rows} == {0, 64}  # 128 does not divide 192
+    for row in rows:
+        assert row["table"] in _C.kernels()["runnable"]
+        assert row["gops"] > 0
+        assert row["times"] == 1 or row["group"]
+    assert f"g64 {rows[1]['times']:.2f}x" in printed
+    refused = run("bench_groups", "--groups", "48", expect=2)
+    assert "expected multiples of 32, found 48" in refused.stderr

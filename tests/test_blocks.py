@@ -6,31 +6,53 @@ that agreement with the twin says something.
 
 import numpy as np
 import pytest
-from blocks import SITES, frequencies, geometry, llama, new_cache, shapes, site_widths, tokens
+from blocks import (
+    SITES,
+    TOLERANCE,
+    assert_close,
+    assert_equals_twin,
+    frequencies,
+    geometry,
+    hiddens,
+    llama,
+    new_cache,
+    run,
+    shapes,
+    site_widths,
+    tokens,
+)
 
 from singlequant import _C, _reference as reference
 
 HEAD = 16
 A = geometry(64, 96, 4, 2, HEAD)
-TOLERANCE = 2e-5  # of the largest value
+SINKS, SLOPES = np.array([-1.0, 0.5, 2.0, 3.0]), np.array([0.5, 0.25, 0.125, 0.0625])
 
 
 def uniform(rng, n):
     return rng.uniform(0.5, 1.5, n).astype(np.float32)
 
 
-def plain(rng, packed=False):
-    """A LLaMA-like layer; packed: its twin, in place of itself, has the rounded weights."""
-    linears, twins = {}, {}
+def plain(rng):
+    """A LLaMA-like layer of dense weights."""
+    linears = {}
     for role, (n, k) in shapes(A).items():
         w = (rng.normal(size=(n, k)) / np.sqrt(k)).astype(np.float32)
-        bias = rng.normal(size=n).astype(np.float32) / 4
-        codes, scales, _ = _C.quantize(w)
-        linears[role] = (_C.PackedWeight(_C.pack(codes), scales, k), bias) if packed else (w, bias)
-        twins[role] = (_C.dequantize(codes, scales), bias) if packed else (w, bias)
+        linears[role] = w, rng.normal(size=n).astype(np.float32) / 4
     norms = [uniform(rng, 64), uniform(rng, 64)]
-    sites = {site: (None, 16, 1.0) for site in SITES}
-    return llama(A, linears, norms, sites), llama(A, twins, norms, sites)
+    return llama(A, linears, norms, {site: (None, 16, 1.0) for site in SITES})
+
+
+def round_weights(parts, twin):
+    """Weights of the layer become packed ones, those of its twin what these stand for."""
+    for block in ("attention", "mlp"):
+        for role, value in twin[block].items():
+            if isinstance(value, tuple) and len(value) == 3:
+                site, w, bias = value
+                codes, scales, _ = _C.quantize(w)
+                packed = _C.PackedWeight(_C.pack(codes), scales, w.shape[1])
+                parts[block][role] = site, packed, bias
+                twin[block][role] = site, _C.dequantize(codes, scales), bias
 
 
 def norm(rng, kind="rms", offset=0.0, bias=False, n=64):
@@ -59,10 +81,49 @@ def activation(name, gated):
     return change
 
 
-def head_norms(kind, bias):
+def head_norms(kind, bias, shape=lambda heads: HEAD):
+    """shape: of the weights for so many heads."""
+
     def change(parts, rng):
-        for name in ("q_norm", "k_norm"):
-            parts["attention"][name] = norm(rng, kind, bias=bias, n=HEAD)
+        for name, heads in (("q_norm", "heads"), ("k_norm", "kv_heads")):
+            n = shape(parts["attention"][heads])
+            parts["attention"][name] = norm(rng, kind, 0.25, bias, n)
+
+    return change
+
+
+def attention(**changes):
+    return lambda parts, rng: parts["attention"].update(changes)
+
+
+def rotary(dim=HEAD, **changes):
+    return attention(rotary={"inv_freq": frequencies(dim), **changes})
+
+
+def latent(q_rank=24, kv_rank=20, rope=4, value_dim=10, norms=True, **changes):
+    """Low ranks in place of k, v and, unless q_rank is 0, of q; rope 0: no rotary embedding."""
+
+    def change(parts, rng):
+        def linear(site, n, k, bias=False):
+            w = (rng.normal(size=(n, k)) / np.sqrt(k)).astype(np.float32)
+            return site, w, uniform(rng, n) / 2 if bias else None
+
+        a, sites = parts["attention"], parts["sites"]
+        roles = {"kv_a": linear("qkv", kv_rank + rope, 64, True),
+                 "kv_b": linear("kv_rank", 4 * (HEAD - rope + value_dim), kv_rank),
+                 "o": linear("o", 64, 4 * value_dim)}
+        if q_rank:
+            roles |= {"q_a": linear("qkv", q_rank, 64, True), "q_b": linear("q_rank", 64, q_rank)}
+            sites["q_rank"] = q_rank, *sites["qkv"][1:]
+        sites |= {"kv_rank": (kv_rank, *sites["qkv"][1:]), "o": (4 * value_dim, *sites["o"][1:])}
+        kept = {role: a[role] for role in (() if q_rank else ("q",))}
+        for role in "qkvo":
+            del a[role]
+        if norms:
+            ranks = {"kv_a_norm": kv_rank} | ({"q_a_norm": q_rank} if q_rank else {})
+            roles |= {name: norm(rng, n=n) for name, n in ranks.items()}
+        turned = {"inv_freq": frequencies(rope), "interleaved": True} if rope else None
+        a.update({"kv_heads": 4, "value_dim": value_dim, "rotary": turned} | roles | kept | changes)
 
     return change
 
@@ -85,74 +146,84 @@ FORMS = {
     "four-norms": lambda p, r: use_norms(p, r, before_attention={}, after_attention={},
                                          before_mlp={}, after_mlp={}),
     "norms-after": lambda p, r: use_norms(p, r, after_attention={}, after_mlp={"kind": "layer"}),
+    "norm-sums": lambda p, r: (use_norms(p, r, after_attention={"kind": "layer", "bias": True},
+                                         after_mlp={}), p.update(norm_sums=True)),
     "no-norms": lambda p, r: use_norms(p, r),
     "head-norms": head_norms("rms", False),
     "head-layer-norms": head_norms("layer", True),
     "q-norm-alone": lambda p, r: p["attention"].update(q_norm=norm(r, n=HEAD)),
-    "partial-rotary": lambda p, r: p["attention"].update(rotary=(frequencies(6), 1.25)),
-    "no-rotary": lambda p, r: p["attention"].update(rotary=None),
-    "own-scale": lambda p, r: p["attention"].update(scale=0.1),
-    "window": lambda p, r: p["attention"].update(window=5),
+    "head-norms-by-row": head_norms("rms", True, lambda heads: (heads, HEAD)),
+    "head-layer-norms-by-row": head_norms("layer", False, lambda heads: (heads, HEAD)),
+    "norms-of-all-heads": head_norms("rms", True, lambda heads: heads * HEAD),
+    "layer-norms-of-all-heads": head_norms("layer", True, lambda heads: heads * HEAD),
+    "partial-rotary": rotary(6, scale=1.25),
+    "no-rotary": attention(rotary=None),
+    "interleaved-rotary": rotary(interleaved=True),
+    "interleaved-partial-rotary": rotary(6, interleaved=True),
+    "long-rotary": rotary(long_inv_freq=frequencies(HEAD) / 4, original=8),
+    "dynamic-rotary": rotary(dynamic=4.0, theta=10000.0, original=8),
+    "dynamic-interleaved-rotary": rotary(8, dynamic=2.0, theta=1e4, original=3, interleaved=True),
+    "latent": latent(),
+    "latent-without-q-rank": latent(0),
+    "latent-halves": latent(rotary={"inv_freq": frequencies(4), "scale": 1.25}),
+    "latent-whole": latent(rope=HEAD, value_dim=HEAD, norms=False),
+    "latent-unturned": latent(rope=0, norms=False),
+    "latent-window-sinks": latent(window=5, sinks=SINKS, softcap=2.0, qkv_clip=0.9),
+    "own-scale": attention(scale=0.1),
+    "window": attention(window=5),
+    "softcap": attention(softcap=1.5),
+    "softcap-reached": attention(softcap=3.0, scale=8.0),
+    "sinks": attention(sinks=SINKS),
+    "slopes": attention(slopes=SLOPES),
+    "query-growth": attention(query_growth=0.5, query_original=4),
+    "slopes-bfloat16": attention(slopes=SLOPES, slopes_bfloat16=True),
+    "steep-slopes": attention(slopes=8 * SLOPES),
+    "slopes-alone": attention(slopes=SLOPES, rotary=None),
+    "qkv-clip": attention(qkv_clip=0.6),
+    "all-of-attention": attention(
+        softcap=1.0, sinks=SINKS, slopes=SLOPES, qkv_clip=0.7, window=7, scale=0.5,
+        q_norm=("rms", 1e-5, 0.0, np.linspace(0.5, 2, 64), None)),
     "parallel-two-norms": lambda p, r: p.update(parallel=True),
     "parallel-one-site": lambda p, r: share_site(p),
     "residual-scale": lambda p, r: p.update(residual_scale=0.22),
     "falcon": falcon,
     **{f"{name}-{'gated' if gated else 'plain'}": activation(name, gated)
-       for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2") for gated in (True, False)
-       if (name, gated) != ("silu", True)},
+       for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
+       for gated in (True, False) if (name, gated) != ("silu", True)},
+    "swiglu-clamped": lambda p, r: p["mlp"].update(activation="swiglu_clamped", limit=0.75),
 }  # fmt: skip
 
 
 def formed(name, packed=False, bits=16):
     """(arguments of the layer, of its twin) in a form."""
-    both = plain(np.random.default_rng(3), packed)
+    both = plain(np.random.default_rng(3)), plain(np.random.default_rng(3))
     for parts in both:
         FORMS[name](parts, np.random.default_rng(4))
         for site, (k, rotation, _, clip) in parts["sites"].items():
             parts["sites"][site] = k, rotation, bits, clip
+    if packed:
+        round_weights(*both)
     return both
-
-
-def hiddens(m):
-    return np.random.default_rng(7).normal(size=(m, 64)).astype(np.float32)
-
-
-def run(parts, hidden, where, sequences=1, record=False):
-    hidden = hidden.copy()
-    recorded = _C.DecoderLayer(**parts).forward(
-        hidden, *where, new_cache(_C, parts, sequences, 800), 0, record=record
-    )
-    return (hidden, recorded) if record else hidden
-
-
-def assert_close(got, expected):
-    np.testing.assert_allclose(got, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", FORMS)
 def test_form_equals_twin(name, packed):
-    parts, twin = formed(name, packed)
-    where, hidden = tokens([9, 1, 20]), hiddens(30)
-    expected = hidden.astype(np.float64)
-    inputs = reference.DecoderLayer(**twin).forward(
-        expected, *where, new_cache(reference, twin, 3), 0, record=True
-    )
-    got, recorded = run(parts, hidden, where, 3, record=True)
-    assert_close(got, expected)
-    assert list(recorded) == list(inputs) == list(parts["sites"])
-    for site, value in recorded.items():
-        assert_close(value, inputs[site])
+    assert_equals_twin(*formed(name, packed))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_form_is_seen(name):
     """The form's result is far from the plain layer's."""
     where, hidden = tokens([20]), hiddens(20)
-    before = run(plain(np.random.default_rng(3))[0], hidden, where)
+    before = run(plain(np.random.default_rng(3)), hidden, where)
     after = run(formed(name)[0], hidden, where)
     assert np.abs(after - before).max() > 1000 * TOLERANCE
+
+
+# The keys of a longer call are turned by other frequencies: steps are not the prompt.
+BY_LENGTH = {"long-rotary", "dynamic-rotary", "dynamic-interleaved-rotary"}
 
 
 @pytest.mark.usefixtures("table")
@@ -167,7 +238,7 @@ def test_prompt_batch_and_steps_give_the_same_bits(name, bits):
     for own, whole in zip(np.split(hidden, np.cumsum(lengths)[:-1]), together, strict=True):
         np.testing.assert_array_equal(run(parts, own, tokens([len(own)])), whole)
         cache = new_cache(_C, parts)
-        for t, token in enumerate(own):
+        for t, token in enumerate(own[:0] if name in BY_LENGTH else own):
             step = token[None].copy()
             layer.forward(step, [0], [t], cache, 0)
             np.testing.assert_array_equal(step[0], whole[t])
@@ -185,6 +256,20 @@ def test_threads_do_not_change_bits(name):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("name", ["latent", "latent-without-q-rank", "all-of-attention", "falcon",
+                                  "norm-sums", "query-growth", "slopes-bfloat16"])
+def test_cuts_of_a_long_prompt_do_not_change_bits(name):
+    """Tokens are worked on 512 at a time, wherever the prompt is cut."""
+    parts, _ = formed(name, packed=True, bits=8)
+    hidden = hiddens(700)
+    whole = run(parts, hidden, tokens([700]))
+    layer, cache = _C.DecoderLayer(**parts), new_cache(_C, parts, capacity=800)
+    for first, last in ((0, 3), (3, 516), (516, 700)):
+        part = hidden[first:last].copy()
+        layer.forward(part, np.zeros(len(part), np.int64), np.arange(first, last), cache, 0)
+        np.testing.assert_array_equal(part, whole[first:last])
+
+
 def test_one_site_of_all_inputs_is_prepared_alike_for_all():
     """Sites that are equal and read one value give the bits of one site."""
     parts, _ = formed("parallel-one-site", packed=True, bits=4)
@@ -199,8 +284,20 @@ def test_one_site_of_all_inputs_is_prepared_alike_for_all():
     np.testing.assert_array_equal(apart["other"], recorded["qkv"])
 
 
+def test_site_that_is_read_again_is_recorded_once():
+    """More tokens than are worked on at a time; q, then k at another site, then v at the first."""
+    parts = plain(np.random.default_rng(3))
+    where, hidden = tokens([600]), hiddens(600)
+    _, expected = run(parts, hidden, where, record=True)
+    parts["sites"]["other"] = parts["sites"]["qkv"]
+    parts["attention"]["k"] = ("other", *parts["attention"]["k"][1:])
+    _, recorded = run(parts, hidden, where, record=True)
+    for site, value in (expected | {"other": expected["qkv"]}).items():
+        np.testing.assert_array_equal(recorded[site], value)
+
+
 def test_activation_of_large_values_stays_finite_and_nan_stays():
-    for name in ("silu", "gelu", "gelu_tanh", "relu"):
+    for name in ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu"):
         parts, _ = formed(f"{name}-plain")
         parts["attention"]["o"] = ("o", np.zeros((64, 64), np.float32), None)
         assert np.isfinite(run(parts, hiddens(3) * 1e30, tokens([3]))).all()
@@ -239,6 +336,37 @@ def test_decoder_equals_its_layers_one_by_one():
             np.testing.assert_array_equal(*read)
 
 
+def test_decoder_does_not_take_a_rotary_table_of_other_frequencies():
+    """inv_freq and scale are the same in all of them."""
+    names = ["window", "long-rotary", "dynamic-rotary", "own-scale", "interleaved-rotary"]
+    parts = [formed(name)[0] for name in names]
+    changed = dict(parts[2]["attention"]["rotary"], original=12)
+    parts.append(parts[2] | {"attention": parts[2]["attention"] | {"rotary": changed}})
+    layers = [_C.DecoderLayer(**p) for p in parts]
+    caches = [new_cache(_C, parts[0], 3, 64, len(layers)) for _ in range(2)]
+    where, one, other = tokens([20, 1, 9]), hiddens(30), hiddens(30)
+    _C.Decoder(layers).forward(one, *where, caches[0])
+    for index, layer in enumerate(layers):
+        layer.forward(other, *where, caches[1], index)
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", sorted(BY_LENGTH))
+def test_length_is_that_of_a_tokens_own_sequence(name):
+    """Sequences of 8, 3 and 13 tokens, mixed and from other positions on."""
+    parts, twin = formed(name)
+    sequence, position = tokens([8, 3, 13])
+    order = np.random.default_rng(5).permutation(24)
+    sequence, position = 2 - sequence[order], position[order]
+    hidden, offset = hiddens(24), np.array([0, 30, 0])
+    for first in (0, 13):  # the sequence of 8 tokens ends below 8, then above
+        at = sequence, position + first + offset[sequence]
+        expected = hidden.astype(np.float64)
+        reference.DecoderLayer(**twin).forward(
+            expected, *at, new_cache(reference, twin, 3), 0)
+        assert_close(run(parts, hidden, at, 3), expected)
+
+
 def test_decoder_takes_all_pages_or_none():
     parts = decoder_parts()
     cache = new_cache(_C, parts[0], 1, 64, 4)
@@ -274,7 +402,7 @@ def test_decoder_refuses_what_does_not_fit():
 
 def test_sites_of_a_layer_are_its_own_names():
     assert site_widths(A) == {"qkv": 64, "o": 64, "gate_up": 64, "down": 96}
-    parts, _ = plain(np.random.default_rng(3))
+    parts = plain(np.random.default_rng(3))
     renamed = {"a": "qkv", "b": "o", "c": "gate_up", "d": "down"}
     back = {site: name for name, site in renamed.items()}
     other = parts | {

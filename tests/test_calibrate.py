@@ -26,7 +26,7 @@ def windows():
 def assert_same(a, b):
     for name in SITES:
         for field in ("k1", "k2", "count", "min", "max", "sum2", "sample", "weights", "weight_max",
-                      "weight_sum2", "shared", "reads", "foldable"):
+                      "weight_sum2", "shared", "reads", "foldable", "borrowed"):
             np.testing.assert_array_equal(
                 getattr(a.sites[name], field), getattr(b.sites[name], field), err_msg=field
             )
@@ -173,13 +173,13 @@ def saved(checkpoint, windows, tmp_path):
 @pytest.mark.parametrize(("header", "message"), [
     ("[]", "expected a JSON object, found list"),
     ("{", "expected a JSON object"),
-    ({"format_version": 1, "layers": 2}, "format_version: expected 3, found 1"),
-    ({"format_version": 4, "layers": 2}, "format_version: expected 3, found 4"),
-    ({"format_version": 3.0, "layers": 2}, "format_version: expected 3, found 3.0"),
-    ({"format_version": 3}, "layers: expected an integer from 0, found None"),
-    ({"format_version": 3, "layers": -1}, "layers: expected an integer from 0, found -1"),
-    ({"format_version": 3, "layers": "2"}, "layers: expected an integer from 0, found '2'"),
-    ({"format_version": 3, "layers": True}, "layers: expected an integer from 0, found True"),
+    ({"format_version": 1, "layers": 2}, "format_version: expected 5, found 1"),
+    ({"format_version": 6, "layers": 2}, "format_version: expected 5, found 6"),
+    ({"format_version": 5.0, "layers": 2}, "format_version: expected 5, found 5.0"),
+    ({"format_version": 5}, "layers: expected an integer from 0, found None"),
+    ({"format_version": 5, "layers": -1}, "layers: expected an integer from 0, found -1"),
+    ({"format_version": 5, "layers": "2"}, "layers: expected an integer from 0, found '2'"),
+    ({"format_version": 5, "layers": True}, "layers: expected an integer from 0, found True"),
 ])
 def test_statistics_header_that_lies_is_refused(saved, header, message):
     text = header if isinstance(header, str) else json.dumps(header)
@@ -193,8 +193,8 @@ def test_statistics_header_that_lies_is_refused(saved, header, message):
     ("qkv.count", -3, "qkv.count: expected an integer from 0, found -3"),
     ("qkv.k1", True, "qkv.k1: expected an integer from 1, found True"),
     ("qkv.k2", 0, "qkv.k2: expected an integer from 1, found 0"),
-    ("o.reads", "norm", "o: expected reads among residual, attention, mlp and .* found 'norm'"),
-    ("o.foldable", 1, "o: expected .* foldable true or false, found 'attention' and 1"),
+    ("o.reads", "norm", "o: expected reads among residual, latent, attention, mlp.* found 'norm'"),
+    ("o.foldable", 1, "o: expected .* true or false, found 'attention' and .1, "),
     ("qkv.count", None, "expected qkv.count, found no such entry"),
     ("o.min", None, "expected o.min, found no such entry"),
     ("o.min", np.zeros(3), r"o.min: expected float64 \(64,\), found float64 \(3,\)"),
@@ -203,6 +203,9 @@ def test_statistics_header_that_lies_is_refused(saved, header, message):
     ("o.weight_max", None, "expected o.weight_max, found no such entry"),
     ("o.weight_max", np.zeros(63), r"o.weight_max: expected float64 \(64,\), found float64"),
     ("o.weight_sum2", np.zeros(64, np.float32), r"o.weight_sum2: expected .* found float32"),
+    ("o.gram", None, "expected o.gram, found no such entry"),
+    ("o.gram", np.zeros((8, 8, 8)), r"o.weight_gram: expected float64 \(8, 8, 8\)"),
+    ("o.weight_gram", np.zeros((4, 16, 8)), r"o.weight_gram: expected float64 \(4, 16, 16\)"),
     ("o.shared", None, "expected o.shared, found no such entry"),
     ("o.shared", [2, 2], r"o.shared: expected 3 factors of 64, found \[2, 2\]"),
     ("o.shared", [2, 2, 15], r"o.shared: expected 3 factors of 64, found \[2, 2, 15\]"),

@@ -21,7 +21,7 @@ from singlequant._C import FormatError
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.models.families import FAMILIES
-from singlequant.models.family import Stored
+from singlequant.models.parts import Stored
 
 MakeCheckpoint = Callable[..., Path]
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -201,8 +201,8 @@ def test_checkpoint_is_frozen(model):
 
 FUSED = dataclasses.replace(
     FAMILIES["LlamaForCausalLM"],
-    fused=(Stored("model.layers.{i}.self_attn.qkv_proj", ("q", "k", "v")),
-           Stored("model.layers.{i}.mlp.gate_up_proj", ("gate", "up"))),
+    fused=(Stored("model.layers.{i}.self_attn.qkv_proj.weight", ("q", "k", "v")),
+           Stored("model.layers.{i}.mlp.gate_up_proj.weight", ("gate", "up"))),
 )
 
 

@@ -300,13 +300,26 @@ def test_bfloat16_model_is_read(make_checkpoint, tmp_path, text, capsys):
 def test_quantize_prints_balance_and_8_bit_inputs(tmp_path, capsys):
     arguments = ["--weights", "rtn", "--calibration-tokens", "64"]
     model = str(sq.bundled_model())
-    assert main(["quantize", model, str(tmp_path / "a"), *arguments]) == 0
+    assert main(["quantize", model, str(tmp_path / "a"), "--scheme", "w4a4", *arguments]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()
             if line.split()[0] in SITES]
     assert [row[0] for row in rows] == list(SITES)
     assert {row[2] for row in rows} == {"yes"}
-    assert [row[6] for row in rows] == ["32", "32", "32", "64"]
-    assert main(["quantize", model, str(tmp_path / "b"), "--scheme", "w4a8", *arguments]) == 0
+    assert [row[6] for row in rows] == ["64", "64", "64", "128"]
+    assert main(["quantize", model, str(tmp_path / "b"), *arguments]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()
             if line.split()[0] in SITES]
     assert {row[6] for row in rows} == {"0"}
+
+
+def test_sites_without_short_factors_are_named(tmp_path, make_checkpoint, text, capsys):
+    """Of prime sizes: both commands say so, and the folder runs."""
+    model, out = make_checkpoint(tmp_path / "model", hidden=66, heads=3, kv_heads=1,
+                                 intermediate=1031), tmp_path / "out"
+    options = ("--calibration", str(text), "--calibration-tokens", "128", "--method", "hadamard")
+    assert main(["quantize", str(model), str(out), "--dry-run", *options]) == 0
+    assert "none short enough for down (1031 = 1031 x 1)" in capsys.readouterr().out
+    assert main(["inspect", str(model), *options]) == 0
+    assert "no short factors: down (1031 = 1031 x 1)" in capsys.readouterr().out
+    assert main(["quantize", str(model), str(out), "--weights", "rtn", *options]) == 0
+    assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "2"]) == 0

@@ -12,6 +12,7 @@ import pytest
 import singlequant as sq
 from singlequant.cli.main import main
 from singlequant.files import check_file, check_picture
+from singlequant.harness import Answers, PairedDifference, TaskScores
 from singlequant.methods.registry import METHODS, Method
 from singlequant.runtime.model import Model
 from singlequant.study.compare import Row, RowsFile, default_methods
@@ -65,7 +66,7 @@ def test_rows_are_what_quantize_and_perplexity_give(tmp_path):
     ids = original.encode(sq.bundled_text("heldout"))[: 2 * 128]
     plain = sq.perplexity(original, ids, 128)
     assert found.rows[0].results[0].perplexity == plain.perplexity
-    equal = [sq.QuantConfig(scheme, method, "rtn", clip=1.0, calibration_tokens=tokens)
+    equal = [sq.QuantConfig(scheme, method, "rtn", 4, clip=1.0, calibration_tokens=tokens)
              for scheme in ("w4a4", "w4a8") for method in COMPARED]
     default = [sq.QuantConfig(scheme, calibration_tokens=tokens) for scheme in ("w4a4", "w4a8")]
     expected = [*equal[:2], default[0], *equal[2:], default[1]]
@@ -304,27 +305,63 @@ def test_best_of_each_scheme_is_marked(model, text):
     assert markdown.count(r"\*") == markdown.count("*") == 3  # two marks and what they mean
 
 
+def made_scores(model, tasks, folder):
+    """Four questions: the original answers 1, 2 and 3, and a quantized model 1, 2 and 4."""
+    right = (1.0, 1.0, 0.0, 1.0) if model.checkpoint.quantized else (1.0, 1.0, 1.0, 0.0)
+    return TaskScores({task: {"acc": 0.75, "alias": task} for task in tasks},
+                      {task: Answers("digest", {"acc": right}) for task in tasks})
+
+
 def test_tasks_come_from_the_harness(model, text, monkeypatch):
     asked = []
 
-    def evaluate_tasks(model, tasks, folder):
+    def score_tasks(model, tasks, folder):
         asked.append((model.checkpoint.quantized, tasks, folder))
-        return {task: {"acc": 0.25 if model.checkpoint.quantized else 0.5, "alias": task}
-                for task in tasks}
+        return made_scores(model, tasks, folder)
 
-    harness = types.ModuleType("singlequant.harness")
-    harness.evaluate_tasks = evaluate_tasks
-    monkeypatch.setitem(sys.modules, "singlequant.harness", harness)
+    monkeypatch.setattr("singlequant.harness.score_tasks", score_tasks)
     found = compare(model, text, methods=["none"], tasks=["arc"])
     assert asked == [(False, ["arc"], None), (True, ["arc"], None)]
-    assert [record["arc.acc"] for record in found.records()] == [0.5, 0.25]
+    assert [record["arc.acc"] for record in found.records()] == [0.75, 0.75]
     assert "arc acc" in found.table()
+
+
+def test_tasks_are_paired_with_the_original_also_by_a_later_run(model, text, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr("singlequant.harness.score_tasks", lambda model, *how: (
+        scored.append(model.checkpoint.quantized) or made_scores(model, *how)))
+    compare(model, text, methods=["none"], tasks=["arc"], out=tmp_path / "out")
+    found = compare(model, text, tasks=["arc"], out=tmp_path / "out")
+    assert scored == [False, True, True]  # the original's answers were kept
+    original, *rows = found.rows
+    assert (original.paired, original.answers["arc"].values) == ({}, {"acc": (1, 1, 1, 0)})
+    for row in rows:
+        assert row.answers == {}
+        assert row.paired["arc"]["acc"] == PairedDifference(
+            0.75, 0.75, 0.0, pytest.approx(np.std([0, 0, -1, 1], ddof=1) / 2), 4)
+    heading, first, second, _ = found.table().splitlines()
+    assert "arc acc  arc acc - original" in heading
+    assert first.split("0.7500")[1].split()[0] == "-"
+    assert second.split("0.7500")[1].split()[:3] == ["+0.0000", "+-", "0.4082"]
+    assert "mean difference of the answers" in repr(found)
+    records = found.records()
+    assert [r["arc.acc_difference"] for r in records] == [None, 0.0, 0.0]
+    assert records[1]["arc.acc_difference_stderr"] == pytest.approx(0.4082, abs=1e-4)
+    values = json.loads(found.to_json(tmp_path / "rows.json").read_text())
+    assert values["rows"][1]["paired"]["arc"]["acc"]["difference"] == 0
+    assert tuple(Row.from_json(row) for row in values["rows"]) == found.rows
+
+
+def test_rows_without_tasks_have_no_pairs(model, text):
+    found = compare(model, text, methods=["none"])
+    assert "original:" not in repr(found)
+    assert not [name for name in found.records()[0] if "difference" in name]
 
 
 def test_default_methods_are_all_that_need_no_extra():
     methods = default_methods()
     assert methods[0] == "none"
-    assert set(methods) == set(METHODS) - {"spinquant"}
+    assert set(methods) == set(METHODS) - {"spinquant", "efficientqat"}
 
 
 def test_cached_scorer_runs_each_windows_once(model):

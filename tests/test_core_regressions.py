@@ -9,7 +9,7 @@ from blocks import geometry, llama, shapes
 
 from singlequant import _C
 
-SIZES = geometry(8, 8, 1, 1, 8, eps=1e-6, rotary=(np.ones(4, np.float32), 1.0))
+SIZES = geometry(8, 8, 1, 1, 8, eps=1e-6, rotary={"inv_freq": np.ones(4, np.float32)})
 
 
 def layer(norms=None, value_scale=1.0):

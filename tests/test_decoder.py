@@ -346,7 +346,7 @@ def test_layer_gives_its_references_back(rng):
     dense = np.zeros((32, 96), np.float32)
     parts["attention"]["v"] = ("qkv", dense, None)
     rotation = parts["sites"]["qkv"][1]
-    watched = [weight_of(parts, "q"), dense, parts["attention"]["rotary"][0], rotation]
+    watched = [weight_of(parts, "q"), dense, parts["attention"]["rotary"]["inv_freq"], rotation]
     before = [sys.getrefcount(x) for x in watched]
     layer = _C.DecoderLayer(**parts)
     held = [sys.getrefcount(x) for x in watched]

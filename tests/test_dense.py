@@ -136,8 +136,33 @@ def test_rms_norm_equals_twin(rng, shape):
     assert_close(_C.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), 1e-6)
 
 
+def test_layer_norm_equals_the_formula(rng):
+    x, weight, bias = (rng.normal(size=shape) for shape in ((2, 3, 40), 40, 40))
+    x = x * 3 + 100  # a mean far from 0
+    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    expected = (x - x.mean(axis=-1, keepdims=True)) / deviation * weight
+    np.testing.assert_allclose(_C.layer_norm(x, weight, None, 1e-5), expected, atol=2e-5)
+    np.testing.assert_allclose(_C.layer_norm(x, weight, bias, 1e-5), expected + bias, atol=2e-5)
+    with pytest.raises(ValueError, match=r"bias: expected shape\[0\] = 40, got 39"):
+        _C.layer_norm(x, weight, bias[:39], 1e-5)
+    with pytest.raises(ValueError, match="layer_norm: eps: expected at least 0, got -1"):
+        _C.layer_norm(x, weight, None, -1)
+
+
+def test_activate_refuses_what_does_not_fit():
+    x = np.ones((2, 3), np.float32)
+    np.testing.assert_array_equal(_C.activate("relu", None, -x), np.zeros((2, 3)))
+    np.testing.assert_array_equal(_C.activate("relu", 2 * x, 3 * x), 6 * x)
+    with pytest.raises(ValueError, match=r"gate: expected shape\[1\] = 3, got 2"):
+        _C.activate("silu", x[:, :2], x)
+    with pytest.raises(ValueError, match="activate.gate: expected one"):
+        _C.activate("swiglu_clamped", None, x, 7.0)
+    with pytest.raises(ValueError, match="activation: expected 'silu'"):
+        _C.activate("mish", x, x)
+
+
 def test_rms_norm_errors():
     with pytest.raises(ValueError, match=r"x: expected shape\[1\] = 4, got 3"):
         _C.rms_norm(np.ones((2, 3)), np.ones(4), 1e-6)
-    with pytest.raises(ValueError, match="rms_norm"):
+    with pytest.raises(ValueError, match="rms_norm: eps: expected at least 0, got -1"):
         _C.rms_norm(np.ones((2, 3)), np.ones(3), -1)

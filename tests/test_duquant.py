@@ -353,7 +353,7 @@ def bundled(tmp_path_factory):
     """The bundled model under DuQuant and under plain rounding."""
     folder = tmp_path_factory.mktemp("bundled")
     for method in ("duquant", "none"):
-        config = QuantConfig(method=method, weights="rtn", clip=1.0, calibration_tokens=512)
+        config = QuantConfig("w4a4", method, "rtn", 4, clip=1.0, calibration_tokens=512)
         sq.quantize_folder(sq.bundled_model(), folder / method, config)
     return folder
 
@@ -389,7 +389,8 @@ def test_decode_gives_the_bits_of_prefill(bundled, threads):
 @pytest.fixture
 def written(make_checkpoint, tmp_path):
     """(folder, rotations of layer 0, source): a folder whose sites have block rotations."""
-    source, config = load_checkpoint(make_checkpoint(tmp_path / "m")), QuantConfig(method="duquant")
+    source = load_checkpoint(make_checkpoint(tmp_path / "m"))
+    config = QuantConfig("w4a4", "duquant", bits=4)
     rotations = {site: random_blocks(k, b) for site, k, b in
                  (("qkv", 64, 16), ("o", 64, 64), ("gate_up", 64, 8), ("down", 96, 32))}
     with ModelWriter(tmp_path / "out", source, config) as writer:

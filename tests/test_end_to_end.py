@@ -12,7 +12,7 @@ import pytest
 
 import singlequant as sq
 from benchmarks import end_to_end as bench
-from benchmarks.peers import e2e_llama_cpp as llama
+from benchmarks.peers import gguf_files
 from benchmarks.peers.e2e_singlequant import SingleQuant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def test_check_logits_refuses_another_network():
 def test_require_transform_refuses_a_folder_that_does_less(tmp_path, method):
     source, out = tmp_path / "made", tmp_path / "out"
     bench.write_checkpoint(source, 1, bench.TOY)
-    config = sq.QuantConfig(method=method, weights="rtn", calibration_tokens=64)
+    config = sq.QuantConfig("w4a4", bits=4, method=method, weights="rtn", calibration_tokens=64)
     sq.quantize_folder(source, out, config)
     with pytest.raises(ValueError, match="every site rotated, some inputs of 8 bits, found other"):
         bench.require_transform(out)
@@ -151,11 +151,11 @@ def test_engine_error_shows_what_the_engine_said(tmp_path):
 
 
 def test_gguf_names_and_row_order_are_those_of_llama_cpp():
-    assert llama.gguf_name("model.layers.10.mlp.down_proj.weight") == "blk.10.ffn_down.weight"
-    assert llama.gguf_name("lm_head.weight") == "output.weight"
+    assert gguf_files.gguf_name("model.layers.10.mlp.down_proj.weight") == "blk.10.ffn_down.weight"
+    assert gguf_files.gguf_name("lm_head.weight") == "output.weight"
     # The rotary embedding turns (i, i + d / 2); llama.cpp turns (2i, 2i + 1) of the same head.
     weight = np.arange(16).reshape(16, 1)
-    assert llama.interleave_pairs(weight, 2)[:, 0].tolist() == [
+    assert gguf_files.interleave_pairs(weight, 2)[:, 0].tolist() == [
         0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 

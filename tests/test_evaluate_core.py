@@ -97,6 +97,33 @@ def test_sample_rejects_no_logits():
         _C.sample(np.zeros(0), 0, 0, 1, 0)
 
 
+@pytest.mark.parametrize("m", [0, 1, 7])
+@pytest.mark.parametrize("options", [(1, 0, 1), (0.7, 20, 0.9), (0, 0, 1)])
+def test_sample_rows_is_sample_of_each_row_at_any_number_of_threads(
+    rng, both_thread_counts, m, options
+):
+    logits, uniform = 3 * rng.standard_normal((m, 500)).astype(np.float32), rng.random(m)
+    expected = [_C.sample(row, *options, u) for row, u in zip(logits, uniform, strict=True)]
+    for found in both_thread_counts(lambda: _C.sample_rows(logits, *options, uniform)):
+        assert found.dtype == np.int64
+        assert found.tolist() == expected
+
+
+def test_sample_rows_rejects_what_sample_rejects(rng):
+    logits, uniform = rng.standard_normal((4, 9)), np.full(4, 0.5)
+    for row in range(4):
+        bad = logits.copy()
+        bad[row, 3] = np.nan
+        with pytest.raises(ValueError, match=r"sample_rows: .*(NaN|finite)"):
+            _C.sample_rows(bad, 1, 0, 1, uniform)
+        with pytest.raises(ValueError, match="sample_rows"):
+            _C.sample_rows(logits, 1, 0, 1, np.where(np.arange(4) == row, 1.0, 0.5))
+    with pytest.raises(ValueError, match="uniform"):
+        _C.sample_rows(logits, 1, 0, 1, uniform[:3])
+    with pytest.raises(ValueError, match="sample_rows"):
+        _C.sample_rows(np.zeros((2, 0)), 1, 0, 1, uniform[:2])
+
+
 # ---- likelihood and divergence ------------------------------------------------------------------
 
 

@@ -317,7 +317,7 @@ def test_losses_are_of_equal_rounding_and_the_default_meets_all():
 
 def test_losses_of_a_comparison_are_means_over_seeds():
     def row(method, kl, seed, default=False):
-        config = sq.QuantConfig(method=method, weights="rtn", clip=1.0, seed=seed)
+        config = sq.QuantConfig("w4a4", method, "rtn", 4, clip=1.0, seed=seed)
         e = {"perplexity": 1.0, "tokens": 4, "predictions": 3, "seq_len": 4, "seconds": 0.0,
              "kl_mean": kl}
         return {"method": method, "scheme": "w4a4", "default": default,

@@ -48,7 +48,8 @@ BALANCED = {
 def test_rounded_model_gives_the_packed_models_divergence(
     experiment, tmp_path, method, rounding, clip
 ):
-    config = sq.QuantConfig(method=method, weights=rounding, clip=clip, calibration_tokens=512)
+    config = sq.QuantConfig("w4a4", method, rounding, 4, clip=clip, calibration_tokens=512,
+                            head_bits=16)  # the experiment rounds linears alone
     sq.quantize_folder(bundled_model(), tmp_path / "out", config)
     packed = sq.load(tmp_path / "out", kv_bits=32)  # as the experiment's own attention
     text = experiment.windows.reshape(-1)
@@ -156,7 +157,7 @@ def test_cost_counts_sums_and_products(experiment):
         for w in site.weights:
             sums, outputs = sums + len(w) * (1 + math.ceil((k - leading) / 64)), outputs + len(w)
     assert cost["accumulations"] == pytest.approx(sums / outputs)
-    assert 0.1 < cost["products_8bit"] < 0.2
+    assert 0.2 < cost["products_8bit"] < 0.4
 
 
 # ---- closed forms -------------------------------------------------------------------------------

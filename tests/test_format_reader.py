@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import random_layer
-from format_reader import hadamard, quantize, read_model, rotate, sites, weight
+from format_reader import hadamard, quantize, read_model, rotate, sites, table, weight
 from test_golden import GOLDEN
 
-from singlequant import _C
+from singlequant import _C, _reference as reference
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.export.writer import ModelWriter
@@ -18,15 +18,18 @@ from singlequant.weights import PackedLinear
 ORDERS = {"qkv": (8, 8), "o": (4, 16), "gate_up": (8, 8), "down": (521, 2)}
 
 
+BITS = {"self_attn.q_proj": 5, "self_attn.o_proj": 6, "mlp.down_proj": 8}
+
+
 @pytest.fixture
 def written(make_checkpoint, tmp_path, request):
     """(folder, layers, codes by linear, checkpoint) of a model with a chain of order 521."""
     source = load_checkpoint(make_checkpoint(tmp_path / "m", intermediate=1042, dtype="bfloat16"))
-    config = QuantConfig(method="hadamard", ignore=("*.k_proj",))
+    config = QuantConfig("w4a4", bits=4, method="hadamard", ignore=("*.k_proj",))
     layers, codes = [], {}
     with ModelWriter(tmp_path / "out", source, config) as writer:
         for i in range(source.spec.layers):
-            layer, of_layer = random_layer(source, config, i, orders=ORDERS)
+            layer, of_layer = random_layer(source, config, i, orders=ORDERS, bits=BITS)
             writer.write_layer(layer)
             layers.append(layer)
             codes |= of_layer
@@ -44,9 +47,9 @@ def test_plain_reader_reads_the_weights_written(written):
             np.testing.assert_array_equal(weight(tensors, name), expected)
         for name, array in layer.dense.items():
             np.testing.assert_array_equal(tensors[name], array.astype(np.float32))
-    np.testing.assert_array_equal(
-        tensors["model.embed_tokens.weight"], source.embedding.astype(np.float32)
-    )
+    expected = reference.rows_of_codes(*_C.quantize_rows(source.embedding, 8), 8, 64)
+    for key in ("embed", "head"):  # tied
+        np.testing.assert_array_equal(table(quantization, tensors, key), expected)
 
 
 def test_plain_reader_rotates_as_the_factors_do(written):

@@ -17,13 +17,13 @@ from singlequant import _C
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
 TOKENS = np.arange(24).reshape(1, 24) * 7 + 3
 CONFIGS = {
-    "v1": sq.QuantConfig(scheme="w4a8", method="singlequant", weights="mse", group_size=32,
+    "v1": sq.QuantConfig(scheme="w4a8", bits=4, method="singlequant", weights="mse", group_size=32,
                          ignore=("*.k_proj",), clip=1.0, calibration_tokens=64),
     # A folded balance (norms and the ignored linear in F32) and 32 inputs of each site at 8 bits.
-    "v1-balanced": sq.QuantConfig(method="balanced", weights="rtn", clip=0.875,
+    "v1-balanced": sq.QuantConfig("w4a4", "balanced", "rtn", 4, clip=0.875,
                                   ignore=("*.up_proj",), calibration_tokens=64),
     # The model is described by the folder: biases at q, k and v alone, as Qwen2 has them.
-    "v2-qwen2": sq.QuantConfig(scheme="w4a8", method="balanced", weights="mse", clip=1.0,
+    "v2-qwen2": sq.QuantConfig(scheme="w4a8", bits=4, method="balanced", weights="mse", clip=1.0,
                                calibration_tokens=64),
 }  # fmt: skip
 VERSIONS = {name: int(name[1]) for name in CONFIGS}

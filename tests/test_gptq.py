@@ -240,7 +240,7 @@ def test_error_texts():
         _C.gptq_round(weights[:, :63], factor, permutation)
     with pytest.raises(ValueError, match="^group: expected 0 or a divisor of k = 64, got 48"):
         _C.gptq_round(weights, factor, permutation, 4, 48)
-    with pytest.raises(ValueError, match="^bits: expected 4 or 8, got 3"):
+    with pytest.raises(ValueError, match="^bits: expected 4, 5, 6 or 8, got 3"):
         _C.gptq_round(weights, factor, permutation, 3)
     for other in (np.zeros(64, int), np.arange(1, 65), np.arange(-1, 63)):
         with pytest.raises(ValueError, match="indices that are no permutation"):
@@ -311,7 +311,7 @@ def bundled():
 
 
 def config(**changes) -> sq.QuantConfig:
-    return sq.QuantConfig(**{"weights": "gptq", "calibration_tokens": 64, **changes})
+    return sq.QuantConfig(**{"weights": "gptq", "bits": 4, "calibration_tokens": 64, **changes})
 
 
 def output_errors(checkpoint, layer, config):
@@ -368,7 +368,7 @@ def test_gptq_is_closer_to_the_original_than_mse(tmp_path, scheme):
     tokens = original.encode(sq.bundled_text("heldout"))[:2048]
     for weights in ("gptq", "mse"):
         sq.quantize_folder(sq.bundled_model(), tmp_path / weights,
-                           sq.QuantConfig(scheme=scheme, weights=weights))
+                           sq.QuantConfig(scheme, weights=weights, calibration_tokens=2048))
         model = sq.load(tmp_path / weights)
         divergence[weights] = sq.perplexity(model, tokens, 256, reference=original).kl_mean
     assert divergence["gptq"] < 0.9 * divergence["mse"]

@@ -435,7 +435,7 @@ def test_no_choice_is_favoured_by_itself():
 
 def test_bundled_model_knows_the_bundled_task_and_plain_rounding_forgets_it(tmp_path, offline):
     need_lm_eval()
-    config = sq.QuantConfig(method="none", weights="rtn", clip=1.0)
+    config = sq.QuantConfig("w4a4", "none", "rtn", clip=1.0)
     sq.quantize_folder(sq.bundled_model(), tmp_path / "none", config)
     models = [sq.load(sq.bundled_model()), sq.load(tmp_path / "none")]
     before, plain = (evaluate_tasks(m, ["stdlib_continuation"])["stdlib_continuation"]
@@ -479,6 +479,7 @@ def test_eval_of_tasks_alone_prints_no_perplexity(model, capsys):
     (["--task-folder", "F", "--text", "T"], "--task-folder: needs --tasks"),
     (["--seq-len", "3", "--tasks", "t"], "--seq-len: needs --text"),
     (["--reference", "M", "--tasks", "t"], "--reference: needs --text"),
+    (["--against", "M", "--text", "T"], "--against: needs --tasks"),
 ])
 def test_eval_option_without_its_partner_is_one_line(options, named, model, capsys):
     assert main(["eval", str(model), *options]) == 2

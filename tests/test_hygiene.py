@@ -37,7 +37,7 @@ PAIRS = np.array([[0, 3], [2, 1], [1, 3]], np.int32)
 CHAIN = (4, True, PAIRS, f64(3))
 STATE = _C.statistics_update(f32(5, 12))
 TURN = _C.Rotation(16, EYE, CHAIN)
-GEOMETRY = geometry(16, 24, 2, 2, 8, rotary=(f32(4), 1.0))
+GEOMETRY = geometry(16, 24, 2, 2, 8, rotary={"inv_freq": f32(4)})
 LAYER = llama(GEOMETRY, {role: (f32(n, k), f32(n)) for role, (n, k) in shapes(GEOMETRY).items()},
               (f32(16), f32(16)),
               {"qkv": (TURN, 4, 1.0),
@@ -57,6 +57,9 @@ CALLS = {
     "rotate": (f32(3, 16), TURN),
     "chain_from_matrix": (_C.random_orthogonal(5, 1),),
     "principal_directions": (np.cov(f64(6, 30)),),
+    "align_blocks": (np.cov(f64(6, 30))[None], np.cov(f64(6, 30))[None], 0.1, True),
+    "block_energy": (f64(3, 4, 4), f64(3, 4, 4)),
+    "block_gram": (f32(5, 12), 4, f64(3, 4, 4)),
     "column_moments": (f32(9, 70).astype(np.float16),),
     "duquant_blocks": (f32(5, 12), _C.duquant_steps(4, 3, 0)),
     "zigzag": (f64(12), 4),
@@ -71,6 +74,9 @@ CALLS = {
     "gptq_factor": (np.cov(f32(5, 40)).astype(np.float32), 0.1, True),
     "gptq_round": (f32(3, 6), np.eye(6, dtype=np.float32) + np.tril(f32(6, 6), -1),
                    np.arange(6, dtype=np.int32)[::-1].copy(), 4, 3, True),
+    "decode_fp8": (RNG.integers(0, 256, (2, 5, 70)).astype(np.uint8), f32(2, 2, 3), 3, 32),
+    "decode_mxfp4": (RNG.integers(0, 256, (2, 5, 3, 16)).astype(np.uint8),
+                     RNG.integers(0, 256, (2, 5, 3)).astype(np.uint8)),
     "pack": (CODES,),
     "unpack": (WORDS, 40),
     "PackedWeight": (WORDS, f32(6, 1), 40, 0, 32),
@@ -78,8 +84,14 @@ CALLS = {
     "linear_dense": (f32(3, 40), f32(6, 40).astype(np.float16)),
     "to_float32": (f32(3, 40).astype(np.float16), True),
     "gather_rows": (f32(9, 5).astype(np.float16), np.array([3, 0, 8])),
+    "quantize_rows": (f32(6, 40).astype(np.float16), 4),
+    "linear_rows": (f32(3, 40), *_C.quantize_rows(f32(6, 40), 8), 8),
+    "gather_codes": (*_C.quantize_rows(f32(9, 40), 4), 4, 40, np.array([3, 0, 8])),
     "rms_norm": (f32(3, 40), f32(40), 1e-5),
+    "activate": ("gelu", f32(3, 40), f32(3, 40)),
+    "layer_norm": (f32(3, 40), f32(40), f32(40), 1e-5),
     "sample": (f32(50), 0.7, 10, 0.9, 0.4),
+    "sample_rows": (f32(3, 50), 0.7, 10, 0.9, RNG.random(3)),
     "negative_log_likelihood": (f32(3, 50), np.array([0, 49, 7])),
     "kl_divergence": (f32(3, 50), f32(3, 50)),
     "outliers": (f32(6, 40), CODES, f32(6), 2.0),
@@ -103,7 +115,8 @@ OUTPUT = {"kernel_gemm_f32": 2, "kernel_rms_norm": 3, "kernel_silu_mul": 2, "ker
 TYPED = {"column_moments": {0}, "dequantize": {0}, "unpack": {0}, "PackedWeight": {0},
          "linear_dense": {1}, "to_float32": {0}, "gather_rows": {0}, "kernel_widen": {0},
          "kernel_kv": {0, 1, 2}, "DecoderLayer": {2, 3}, "quantize_weight": {0},
-         "transform_weight": {0}, "read_loop": {0}}
+         "transform_weight": {0}, "read_loop": {0}, "decode_fp8": {0}, "decode_mxfp4": {0, 1},
+         "quantize_rows": {0}, "linear_rows": {1, 2}, "gather_codes": {0, 1}}
 NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
              "duquant_steps", "KVCache", "Decoder", "FormatError", "will_need", "peak_steps",
@@ -314,8 +327,12 @@ LONG_CALLS = {
     "quantize": lambda: _C.quantize(BIG, 4, 0, True, 1.0, True),
     "linear": lambda: _C.linear(BIG, BIG_WEIGHT, 16),
     "linear_dense": lambda: _C.linear_dense(BIG, BIG),
+    "quantize_rows": lambda: _C.quantize_rows(BIG, 4),
     "rotate": lambda: _C.rotate(BIG, LONG_TURN),
     "axis_gram": lambda: _C.axis_gram(BIG, 64, 32),
+    "align_blocks": lambda: _C.align_blocks([SQUARE @ SQUARE.T], [SQUARE @ SQUARE.T], 0.1),
+    "block_energy": lambda: _C.block_energy([SQUARE], [SQUARE]),
+    "block_gram": lambda: _C.block_gram(BIG, 512),
     "kl_divergence": lambda: _C.kl_divergence(BIG, -BIG),
     "principal_directions": lambda: _C.principal_directions(SQUARE @ SQUARE.T),
     "chain_from_matrix": lambda: _C.chain_from_matrix(ORTHOGONAL),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import singlequant as sq
 from singlequant import _C, files
 from singlequant.cli.main import main
 from singlequant.config import QuantConfig
+from singlequant.methods.gain import alignment_gain, balance_gain
 from singlequant.study import inspect as outliers
 from singlequant.study.inspect import Inspection, inspect_model
 from singlequant.study.inspect.run import _cells as cells_of
@@ -22,7 +24,7 @@ F32 = np.float32
 @pytest.fixture(scope="module")
 def inspection():
     """The bundled model under three methods, on few tokens."""
-    config = QuantConfig(calibration_tokens=512)
+    config = QuantConfig("w4a4", bits=4, calibration_tokens=512)
     return inspect_model(sq.bundled_model(), ["singlequant", "paper", "hadamard"], config=config,
                          surface=True)
 
@@ -63,7 +65,7 @@ def test_original_is_the_same_under_every_method(inspection):
 
 
 def test_inspection_is_deterministic(inspection, model, text):
-    config = QuantConfig(calibration_tokens=64)
+    config = QuantConfig("w4a4", bits=4, calibration_tokens=64)
     results = []
     for threads in (1, 3):
         _C.set_num_threads(threads)
@@ -75,8 +77,30 @@ def test_inspection_is_deterministic(inspection, model, text):
 
 def test_inspection_of_one_layer_is_part_of_the_whole(inspection):
     part = inspect_model(sq.bundled_model(), ["hadamard"], layer=2, site="gate_up",
-                         config=QuantConfig(calibration_tokens=512))
+                         config=QuantConfig("w4a4", bits=4, calibration_tokens=512))
     assert list(part.rows) == inspection.select(method="hadamard", layer=2, site="gate_up")
+
+
+def test_gains_are_of_the_site_and_the_same_in_all_its_rows(inspection):
+    checkpoint = sq.load_checkpoint(sq.bundled_model())
+    windows = sq.calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))
+    for layer in sq.calibrate(checkpoint, windows):
+        for site, statistics in layer.sites.items():
+            found = {(row.balance_gain, row.alignment_gain)
+                     for row in inspection.select(layer=layer.index, site=site)}
+            assert found == {(balance_gain(statistics), alignment_gain(statistics))}
+
+
+def test_gains_stand_in_the_lines_of_the_original(inspection):
+    row = replace(inspection.rows[0], balance_gain=None, alignment_gain=1.234)
+    heading, original, *others = outliers.site_table(
+        replace(inspection, rows=(row, *inspection.rows[1:]))).splitlines()
+    assert heading.endswith("balance dB   align dB")
+    assert original.split()[-2:] == ["-", "1.23"]
+    gains = [f"{row.alignment_gain:.2f}" for row in inspection.select(step=0, method="paper")]
+    lines = [line for line in others if line.split()[2] == "original"]
+    assert [line.split()[-1] for line in lines] == gains[1:]
+    assert all(len(line) == len(heading) for line in lines)
 
 
 def test_surface_is_of_the_worst_site(inspection):
@@ -107,7 +131,7 @@ def test_cells_keep_the_largest():
 @pytest.fixture
 def packed(model, text, tmp_path):
     """(the original, its packed folder)."""
-    config = QuantConfig(method="singlequant", calibration_tokens=64, weights="rtn")
+    config = QuantConfig("w4a4", bits=4, method="singlequant", calibration_tokens=64, weights="rtn")
     sq.quantize_folder(model, tmp_path / "out", config, text)
     return model, tmp_path / "out"
 
@@ -116,7 +140,7 @@ def test_packed_folder_shows_what_is_stored(packed, text):
     model, out = packed
     stored = inspect_model(out, original=model, calibration=text)
     solved = inspect_model(model, ["singlequant"], calibration=text,
-                           config=QuantConfig(calibration_tokens=64, weights="rtn"))
+                           config=QuantConfig("w4a4", bits=4, calibration_tokens=64, weights="rtn"))
     assert stored.methods == ("singlequant",)
     assert stored.calibration_tokens == 64
     assert [row.name for row in stored.rows[:3]] == ["original", "final", "original"]
@@ -144,7 +168,7 @@ def test_stored_codes_are_what_is_measured(packed, text):
 
 
 def test_packed_folder_without_rotations_shows_the_original(model, text, tmp_path):
-    config = QuantConfig(calibration_tokens=64, method="none")
+    config = QuantConfig("w4a4", bits=4, calibration_tokens=64, method="none")
     sq.quantize_folder(model, tmp_path / "out", config, text)
     found = inspect_model(tmp_path / "out", original=model, calibration=text)
     assert {(row.name, row.final) for row in found.rows} == {("original", True)}
@@ -162,7 +186,7 @@ def test_packed_folder_without_rotations_shows_the_original(model, text, tmp_pat
     (lambda model, out: {"model": model, "layer": 2}, "layer: expected 0 to 1, found 2"),
     (lambda model, out: {"model": model, "layer": -1}, "layer: expected 0 to 1, found -1"),
     (lambda model, out: {"model": model, "site": "v"}, "site: expected one of qkv.* found 'v'"),
-    (lambda model, out: {"model": model, "config": QuantConfig(scheme="w4a16")},
+    (lambda model, out: {"model": model, "config": QuantConfig(bits=4, scheme="w4a16")},
      "scheme: expected w4a4 or w4a8"),
     (lambda model, out: {"model": model, "config": QuantConfig(group_size=128)}, "group_size"),
     (lambda model, out: {"model": model, "massive": [0.0]}, "massive"),
@@ -190,6 +214,8 @@ def test_csv_round_trip(inspection):
             row.layer, row.site, row.method, row.name)
         assert [int(text["massive_100"]), int(text["massive_1000"])] == list(row.massive)
         for name in outliers.FIGURE_FIELDS:
+            assert float(text[name]) == getattr(row, name)
+        for name in outliers.GAIN_FIELDS:
             assert float(text[name]) == getattr(row, name)
 
 
@@ -222,7 +248,7 @@ def test_plots_show_the_rows(inspection):
 
 def test_surface_asks_for_what_is_missing(model, text):
     found = inspect_model(model, ["none"], calibration=text, layer=0,
-                          config=QuantConfig(calibration_tokens=64))
+                          config=QuantConfig("w4a4", bits=4, calibration_tokens=64))
     with pytest.raises(ValueError, match="surface=True"):
         outliers.plot_surface(found)
 
@@ -230,7 +256,7 @@ def test_surface_asks_for_what_is_missing(model, text):
 def test_pictures_of_a_single_token_are_drawn(model, text, tmp_path):
     pytest.importorskip("matplotlib")
     found = inspect_model(model, ["none"], calibration=text, surface=True, layer=0, site="o",
-                          config=QuantConfig(calibration_tokens=1))
+                          config=QuantConfig("w4a4", bits=4, calibration_tokens=1))
     files.save_figure(outliers.plot_surface(found), tmp_path / "a.png")
     files.save_figure(outliers.plot_overview(found), tmp_path / "b.svg")
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file() and p != text) == [
@@ -259,7 +285,7 @@ def test_command_prints_both_tables(model, text, capsys):
                  "--method", "paper", "hadamard"]) == 0
     printed = capsys.readouterr().out
     for name in ("original", "paper", "hadamard", "URT, axis 2", "Hadamard, both axes", "MO>1000",
-                 "4-bit activations, clip 0.8"):
+                 "8-bit activations, clip 1"):
         assert name in printed
     assert sum(line.startswith("    1 down") for line in printed.splitlines()) == 3
 
@@ -324,7 +350,8 @@ def test_command_rejects_an_unknown_site(model, capsys):
 
 @pytest.mark.slow
 def test_singlequant_beats_hadamard_on_the_reference_model(reference_model):
-    found = inspect_model(reference_model, ["hadamard", "singlequant"])
+    found = inspect_model(reference_model, ["hadamard", "singlequant"],
+                          config=QuantConfig("w4a4", calibration_tokens=2048))
     figures = {name: np.mean([row.activation_error for row in
                               found.select(method=name, final=True)]) for name in found.methods}
     original = np.mean([row.activation_error for row in found.select(step=0, method="hadamard")])

@@ -11,10 +11,10 @@ from solver_steps import STEPS
 import singlequant as sq
 from singlequant import _C, _reference
 from singlequant.config import QuantConfig
-from singlequant.methods.registry import METHODS as ALL_METHODS
+from singlequant.methods import singlequant
+from singlequant.methods.registry import METHODS as ALL_METHODS, find_method
 from singlequant.methods.solve import solve_site
 from singlequant.rotations import SiteRotation
-from singlequant.rows import rotate_rows
 from singlequant.study import inspect as outliers
 from singlequant.study.inspect import (
     inspect_model,
@@ -174,7 +174,7 @@ def test_measure_rejects_bad_input(arguments, message):
 
 def test_output_error_is_the_definition(statistics):
     found = inspect_model(sq.bundled_model(), ["none"], layer=0, site="o",
-                          config=QuantConfig(calibration_tokens=512, weights="rtn"))
+                          config=QuantConfig("w4a4", bits=4, calibration_tokens=512, weights="rtn"))
     x, w = statistics["o"].sample, statistics["o"].weights
     codes = [_C.quantize(x, 4, 0, True, 0.8), _C.quantize(w, 4)]
     quantized = [_C.dequantize(c, s).astype(np.float64) for c, s, _ in codes]
@@ -202,7 +202,9 @@ def test_each_sweep_and_art_is_told_apart(statistics):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_named_in_the_solvers_order(statistics, method):
-    rotation = solve_site(replace(statistics["down"], reads="residual"), method)
+    reads = "mlp" if "mlp" in find_method(method).aligns else "residual"
+    whole = singlequant.build if method == "singlequant" else method  # which may choose less
+    rotation = solve_site(replace(statistics["down"], reads=reads), whole)
     names = [name for name, _ in transformation_steps(None if method == "none" else rotation)]
     assert [name for name in names if name != "ART, axis 2"] == STEPS[method]
 
@@ -213,7 +215,9 @@ def test_replayed_final_step_is_the_whole_rotation(statistics, method, site):
     rotation, x = solve_site(statistics[site], method), statistics[site].sample
     name, partial = transformation_steps(rotation)[-1]
     balance = np.float32(1) if rotation.balance is None else rotation.balance
-    np.testing.assert_array_equal(transform(partial, x), rotate_rows(x / balance, rotation))
+    turn = rotation.of_inputs
+    expected = x / balance if turn is None else _C.rotate(x / balance, turn)
+    np.testing.assert_array_equal(transform(partial, x), expected)
 
 
 def test_inspect_measures_blocks_and_balances(make_checkpoint, tmp_path):
@@ -221,7 +225,7 @@ def test_inspect_measures_blocks_and_balances(make_checkpoint, tmp_path):
     model = make_checkpoint(tmp_path / "m", layers=1)
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 100)
-    config = QuantConfig(method="duquant", calibration_tokens=64)
+    config = QuantConfig("w4a4", bits=4, method="duquant", calibration_tokens=64)
     rows = outliers.inspect_model(model, ["duquant", "smoothquant"], config=config).rows
     names = {(r.site, r.method): r.name for r in rows if r.final}
     assert {names[site, "duquant"] for site in SITES} == {"second blocks"}
@@ -233,7 +237,7 @@ def test_inspect_measures_blocks_and_balances(make_checkpoint, tmp_path):
     ("quarot", "a rotation of the residual stream")])
 def test_packed_folder_that_hides_its_transformation_is_refused(model, text, tmp_path, method,
                                                                 folded):
-    config = QuantConfig(method=method, calibration_tokens=64, weights="rtn")
+    config = QuantConfig("w4a4", bits=4, method=method, calibration_tokens=64, weights="rtn")
     sq.quantize_folder(model, tmp_path / "out", config, text)
     with pytest.raises(ValueError, match=f"its method, {method}, folds {folded} into the weights"):
         inspect_model(tmp_path / "out", original=model, calibration=text)

@@ -244,6 +244,25 @@ def test_gemm_half_is_within_the_chain_bound_and_knows_no_batch(table, guarded, 
         np.testing.assert_array_equal(_C.linear_dense(x, guarded(w[-1:])), whole[:, -1:])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 17, 32, 33, 250])
+def test_gemm_rows_is_within_the_chain_bound_and_knows_no_batch(table, guarded, bits, k):
+    rng = np.random.default_rng(k)
+    for n in (1, 3, 4, 9, 35):
+        codes, scales = _C.quantize_rows(rng.standard_normal((n, k)).astype(np.float32), bits)
+        codes, scales = guarded(codes), guarded(scales)
+        x = guarded(rng.standard_normal((8, k)).astype(np.float32))
+        whole = _C.linear_rows(x, codes, scales, bits)
+        wide = reference.rows_of_codes(codes, scales, bits, k)
+        bound = (k + 1) * EPS * (np.abs(x) @ np.abs(wide).T)
+        assert (np.abs(whole - reference.linear_rows(x, codes, scales, bits)) <= bound).all()
+        for m in range(1, 8):
+            found = _C.linear_rows(guarded(x[:m]), codes, scales, bits)
+            np.testing.assert_array_equal(found, whole[:m])
+        found = _C.linear_rows(x, guarded(codes[-1:]), guarded(scales[-1:]), bits)
+        np.testing.assert_array_equal(found, whole[:, -1:])
+
+
 SIZES = [1, 2, 7, 8, 9, 15, 16, 33, 64, 100, 1000, 2049]
 
 
@@ -398,12 +417,12 @@ def test_kv_blocks_are_widened_exactly(table, guarded, n, bits, by_row):
     rng = np.random.default_rng(n)
     for rows in (1, 5):
         codes = rng.integers(0, 2**bits, (rows, n))
-        scales, minima = rng.uniform(-3, 3, (2, rows if by_row else n)).astype(np.float16)
-        scales = np.abs(scales)
+        halves = rng.uniform(-3, 3, (2, rows if by_row else n)).astype(np.float16)
+        s, m = halves.astype(np.float32)
+        s = np.abs(s)
         out = guarded(np.empty((rows, n), np.float32))
-        _C.kernel_kv(guarded(packed_codes(codes, bits)), guarded(scales.view(np.uint16)),
-                     guarded(minima.view(np.uint16)), bits, by_row, out)
-        s, m = (a.astype(np.float32) for a in (scales, minima))
+        _C.kernel_kv(guarded(packed_codes(codes, bits)), guarded(s), guarded(m), bits, by_row,
+                     out)
         if by_row:
             s, m = s[:, None], m[:, None]
         np.testing.assert_array_equal(out, s * codes.astype(np.float32) + m)
@@ -420,10 +439,10 @@ def test_hooks_refuse_what_they_cannot_write():
         _C.kernel_softmax(np.ones(3, np.float32), 4, 1.0)
     with pytest.raises(TypeError, match="out: expected a writable C-contiguous uint16 array"):
         _C.kernel_narrow(np.ones(3), np.ones(3, np.int16))
-    codes, halves = np.zeros((2, 8), np.uint8), np.zeros(2, np.uint16)
+    codes, floats = np.zeros((2, 8), np.uint8), np.zeros(2, np.float32)
     with pytest.raises(ValueError, match=r"codes: expected shape\[1\] = 16, got 8"):
-        _C.kernel_kv(codes, halves, halves, 8, True, np.empty((2, 9), np.float32))
+        _C.kernel_kv(codes, floats, floats, 8, True, np.empty((2, 9), np.float32))
     with pytest.raises(ValueError, match=r"scales: expected shape\[0\] = 3, got 2"):
-        _C.kernel_kv(codes, halves, halves, 8, False, np.empty((2, 3), np.float32))
+        _C.kernel_kv(codes, floats, floats, 8, False, np.empty((2, 3), np.float32))
     with pytest.raises(ValueError, match="bits: expected 8 or 4, got 16"):
-        _C.kernel_kv(codes, halves, halves, 16, True, np.empty((2, 3), np.float32))
+        _C.kernel_kv(codes, floats, floats, 16, True, np.empty((2, 3), np.float32))

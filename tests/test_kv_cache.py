@@ -247,6 +247,8 @@ def test_cache_says_what_it_is():
     assert not _C.KVCache(1, 1, 1, 8, 9, 16).hadamard  # floats are not rotated
     with pytest.raises(AttributeError):
         cache.bits = 8
+    assert repr(_C.KVCache(1, 1, 1, 8, 9, 16, bfloat16=True)).endswith("bits=16, bfloat16)")
+    assert not _C.KVCache(1, 1, 1, 8, 9, 32, bfloat16=True).bfloat16  # nothing is in 16 bits
 
 
 # ---- a quantized model --------------------------------------------------------------------------

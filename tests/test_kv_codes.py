@@ -8,7 +8,7 @@ attention over read()'s own values, so that no code near a rounding boundary blu
 
 import numpy as np
 import pytest
-from blocks import llama, shapes
+from blocks import geometry, llama, shapes
 from cached_attention import BITS, PAGE, TOLERANCE, Attention, hiddens, tokens
 
 from singlequant import _C, _reference as reference
@@ -136,6 +136,9 @@ def test_other_head_sizes_take_the_dense_hadamard(rng, head_dim):
     assert (np.abs(got - turned) <= 0.51 * step).all()
 
 
+# ---- beyond float16 -----------------------------------------------------------------------------
+
+
 def test_float16_is_clamped_to_finite_values(rng):
     attention = Attention(rng, 1, 1, 8, value_scale=1e7)
     cache = attention.cache(bits=16)
@@ -143,6 +146,117 @@ def test_float16_is_clamped_to_finite_values(rng):
     values = cache.read(0, 0, 5)[1]
     assert np.abs(values).max() == 65504
     assert np.isfinite(out).all()
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("head_dim", [2, 10, 16, 64, 300])
+@pytest.mark.parametrize("value_scale", [1.0, 1e7, 1e30])
+def test_bfloat16_keeps_what_the_twin_keeps(rng, bits, head_dim, value_scale):
+    attention = Attention(rng, 2, 2, head_dim, value_scale=value_scale)
+    hidden, where = hiddens(rng, PAGE + 3), tokens(PAGE + 3)
+    whole = attention.cache()
+    cache = attention.cache(bits=bits, hadamard=False, bfloat16=True)
+    for each in (whole, cache):
+        out = attention.run(hidden, *where, each)
+    for exact, kept in zip(whole.read(0, 0, PAGE + 3), cache.read(0, 0, PAGE + 3), strict=True):
+        rows = exact.reshape(-1, head_dim)
+        expected = reference.kv_round(rows, bits, bfloat16=True).reshape(exact.shape)
+        np.testing.assert_array_equal(kept, expected)
+        step = {16: 2**-7 * np.abs(exact), 8: np.ptp(exact, axis=-1, keepdims=True) / 255,
+                4: np.ptp(exact, axis=-1, keepdims=True) / 15}[bits]
+        offset = np.abs(exact).max(axis=-1, keepdims=True) / 255
+        assert (np.abs(kept - exact) <= 0.51 * step + (offset if bits < 16 else 0)).all()
+    assert cache.clamped == 0
+    np.testing.assert_allclose(out, attention.expected(hidden, where[1], cache),
+                               atol=TOLERANCE * value_scale)
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [2**-120, 2**-126, 2**-130, 2**-140])
+def test_bfloat16_of_a_tiny_range_is_within_half_a_step(rng, bits, size):
+    """Its scale is too small to be divided by."""
+    value = (rng.uniform(size=40) * size).astype(np.float32)
+    kept = stored(value, bits=bits, bfloat16=True).read(0, 0, 1)[1].ravel()
+    np.testing.assert_array_equal(kept, reference.kv_round(value[None], bits, bfloat16=True)[0])
+    step = max(np.ptp(value) * 1.02 / (2**bits - 1), 2**-126)
+    assert np.abs(kept.astype(np.float64) - value).max() <= 0.51 * step
+
+
+def stored(value, **options):
+    """A cache that holds the value [head_dim] at position 0, whose keys are zeros."""
+    d = len(value)
+    g = geometry(8, 8, 1, 1, d)
+    weights = {role: (np.zeros(s, np.float32), None) for role, s in shapes(g).items()}
+    weights["v"] = weights["v"][0], np.asarray(value, np.float32)
+    cache = _C.KVCache(1, 1, 1, d, 9, hadamard=False, **options)
+    _C.DecoderLayer(**llama(g, weights)).forward(np.ones((1, 8), np.float32), [0], [0], cache, 0)
+    return cache
+
+
+@pytest.mark.usefixtures("table")
+def test_bfloat16_is_rounded_to_nearest_and_halves_to_even(rng):
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF808000, 0xBF81FFFF, 0x00008000,
+                     0x00018000, 0x80000001, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0xFF7FFFFF,
+                     0x7F800000, 0xFF800000, 0x7FC00001, 0x7F800001], np.uint32)
+    bits = np.concatenate([bits, rng.integers(0, 2**32, 1000).astype(np.uint32)])
+    value = bits.view(np.float32)
+    cache = stored(value, bits=16, bfloat16=True)
+    kept = cache.read(0, 0, 1)[1].ravel()
+    np.testing.assert_array_equal(kept, reference.kv_round(value, 16, bfloat16=True))
+    expected = np.array([0x3F80, 0x3F82, 0x3F81, 0xBF80, 0xBF82, 0, 2, 0x8000, 0x7F7F, 0x7F7F,
+                         0x7F7F, 0xFF7F, 0x7F7F, 0xFF7F], np.uint32) << 16
+    np.testing.assert_array_equal(kept[:14].view(np.uint32), expected)
+    assert np.isnan(kept[14:16]).all()
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        assert cache.clamped == reference.kv_clamped(value, 16, bfloat16=True)
+
+
+WATCHED = {
+    "small": [1, -2.5, 0], "edge": [65504, -65504, 1], "beyond": [65536, -1e6, 5, 7e4],
+    "wide": [-6e4, 3e7, 1, 2], "low": [-1e9, 1, 2, -2e9], "infinite": [np.inf, 3, -np.inf],
+    "nan": [np.nan, 3, -5], "both": [np.nan, -np.inf, 70000.0], "nothing": [np.nan, np.nan],
+    "huge": [3e38, -3e38, 1],
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", WATCHED)
+def test_cache_notes_the_largest_and_what_it_clamps(name, bits, bfloat16):
+    value = np.array(WATCHED[name] * 5, np.float32)
+    cache = stored(value, bits=bits, bfloat16=bfloat16)
+    known = np.abs(value[~np.isnan(value)])
+    assert cache.largest == (known.max() if known.size else 0)
+    assert cache.clamped == reference.kv_clamped(value[None], bits, bfloat16)
+    finite = np.isfinite(value).all()
+    if bits == 16 or finite:
+        assert (cache.clamped > 0) == (known.size > 0 and bits < 32 and {
+            False: known.max() > {16: 65504, 8: 65504 * 255, 4: 65504 * 15}[bits]
+            or (bits < 16 and value.min() < -65504),
+            True: known.max() > 3.3895e38 or (bits < 16 and known.max() > 1e38),
+        }[bfloat16])
+    kept = cache.read(0, 0, 1)[1].ravel()
+    np.testing.assert_array_equal(kept, reference.kv_round(value[None], bits, bfloat16)[0])
+
+
+def test_notes_of_a_cache_grow_and_stay(rng):
+    attention = Attention(rng, 2, 2, 8, value_scale=1e6)
+    cache, twin = attention.cache(2, bits=16), reference.KVCache(1, 2, 2, 8, 300, 16)
+    layer = reference.DecoderLayer(**attention.parts)
+    assert (cache.largest, cache.clamped, cache.bfloat16) == (0, 0, False)
+    for sequence in range(2):
+        hidden, where = hiddens(rng, 70), tokens(70, 0, sequence)
+        attention.run(hidden, *where, cache)
+        layer.forward(hidden.astype(np.float64), *where, twin, 0)
+        assert cache.largest == pytest.approx(twin.largest, rel=1e-5)
+        assert abs(cache.clamped - twin.clamped) <= 2
+    noted = cache.largest, cache.clamped
+    cache.release(0)
+    assert noted == (cache.largest, cache.clamped)
+    assert noted[1] > 100
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -44,6 +44,10 @@ def rms(n, **changes):
     return tuple(values.values())
 
 
+def turning(half, **changes):
+    return {"inv_freq": np.ones(half, np.float32), **changes}
+
+
 TURN, NAN, INF = _C.Rotation(48, np.eye(6), np.eye(8)), float("nan"), float("inf")
 
 VALUES = [
@@ -74,10 +78,37 @@ VALUES = [
     ("attention.window", -1, "attention.window: expected 0 to 2147483647, got -1"),
     ("attention.scale", NAN, "attention: scale: expected a finite number, got nan"),
     ("attention.scale", 1e300, r"attention: scale: expected a finite number, got 1e\+300"),
-    ("attention.rotary", (np.ones(5), 1.0), "at most head_dim / 2 = 4 frequencies, got 5"),
-    ("attention.rotary", (np.ones(0), 1.0), "attention.rotary: expected frequencies or None"),
-    ("attention.rotary", (np.ones(4), -1.0), "attention.rotary: scale: expected at least 0"),
-    ("attention.rotary", (np.ones((2, 2)), 1.0), "attention.rotary: expected 1 dimensions, got 2"),
+    ("attention.rotary", turning(5), "at most head_dim / 2 = 4 frequencies, got 5"),
+    ("attention.rotary", turning(0), "attention.rotary: inv_freq: expected frequencies, got none"),
+    ("attention.rotary", turning(4, scale=-1.0), "attention.rotary: scale: expected at least 0"),
+    ("attention.rotary", turning((2, 2)), "rotary: inv_freq: expected 1 dimensions, got 2"),
+    ("attention.rotary", {}, "attention.rotary: 'inv_freq' is missing"),
+    ("attention.rotary", turning(4, kind="yarn"), "attention.rotary: unknown key 'kind'"),
+    ("attention.rotary", turning(4, interleaved=2), "interleaved: expected 0 to 1, got 2"),
+    ("attention.rotary", turning(4, long_inv_freq=np.ones(3), original=8),
+     r"attention.rotary: long_inv_freq: expected shape\[0\] = 4, got 3"),
+    ("attention.rotary", turning(4, long_inv_freq=np.ones(4)),
+     "attention.rotary: original: expected 1 to 2147483647, got 0"),
+    ("attention.rotary", turning(4, dynamic=-1.0), "dynamic: expected at least 0, got -1"),
+    ("attention.rotary", turning(4, dynamic=2.0, original=8), "theta: expected more than 0, got 0"),
+    ("attention.rotary", turning(4, dynamic=2.0, theta=1e4), "original: expected 1 to"),
+    ("attention.rotary", turning(1, dynamic=2.0, theta=1e4, original=8),
+     "dynamic: expected at least 2 frequencies, got 1"),
+    ("attention.rotary", turning(4, dynamic=2.0, theta=1e4, original=8, long_inv_freq=np.ones(4)),
+     "attention.rotary: expected long_inv_freq or dynamic, got both"),
+    ("attention.softcap", -1.0, "attention.softcap: expected at least 0, got -1"),
+    ("attention.softcap", INF, "attention: softcap: expected a finite number, got inf"),
+    ("attention.qkv_clip", -0.5, "attention.qkv_clip: expected at least 0, got -0.5"),
+    ("attention.sinks", np.ones(5), r"attention.sinks: expected shape\[0\] = 6, got 5"),
+    ("attention.sinks", np.full(6, NAN), "attention.sinks: expected finite numbers"),
+    ("attention.slopes", np.ones((6, 1)), "attention.slopes: expected 1 dimensions, got 2"),
+    ("attention.slopes", np.full(6, INF), "attention.slopes: expected finite numbers"),
+    ("attention.slopes_bfloat16", True, "slopes_bfloat16: expected slopes beside it, got none"),
+    ("attention.slopes_bfloat16", 2, "attention.slopes_bfloat16: expected 0 to 1, got 2"),
+    ("attention.query_growth", 0.5, "query_original: expected 1 to 2147483647, got 0"),
+    ("attention.query_growth", NAN, "attention: query_growth: expected a finite number, got nan"),
+    ("attention.query_original", -1, "query_original: expected 0 to 2147483647, got -1"),
+    ("attention.query_original", 2**31, "query_original: expected 0 to 2147483647, got 21474836"),
     ("attention.q", linear("qkv", 40, 48), r"attention.q: expected \(n, k\) = \(48, 48\), got"),
     ("attention.k", linear("qkv", 48, 48), r"attention.k: expected \(n, k\) = \(16, 48\), got"),
     ("attention.v", linear("qkv", 16, 40), r"attention.v: expected .*, got \(16, 40\)"),
@@ -87,11 +118,19 @@ VALUES = [
     ("attention.o", linear("nowhere", 48, 48), "attention.o: expected one of the sites .*'nowhere"),
     ("attention.o", linear("qkv", 48, 48),
      "site qkv: expected linears that read one value, got attention.o, which reads another"),
-    ("attention.q_norm", rms(48), r"attention.q_norm: weight: expected shape\[0\] = 8, got 48"),
+    ("attention.q_norm", rms(47), r"q_norm: weight: expected shape \(head_dim,\), .* with heads, "
+     r"head_dim = 6, 8, got \(47,\)"),
+    ("attention.k_norm", rms((6, 8)), r"k_norm: weight: .* head_dim = 2, 8, got \(6, 8\)"),
+    ("attention.k_norm", rms((8, 2)), r"k_norm: weight: .* head_dim = 2, 8, got \(8, 2\)"),
+    ("attention.k_norm", rms((2, 8), bias=np.ones(16)), "k_norm: bias: expected 2 dimensions"),
+    ("attention.k_norm", rms(16, bias=np.ones(8)), r"k_norm: bias: expected shape\[0\] = 16, got"),
     ("attention.k_norm", rms(8, eps=-1.0), "attention.k_norm: eps: expected at least 0, got -1"),
     # mlp
     ("mlp.activation", "swish", "mlp: activation: expected 'silu', .*, got 'swish'"),
     ("mlp.activation", None, "mlp: activation: expected 'silu', .*, got None"),
+    ("mlp.limit", 7.0, "mlp.limit: expected 0, as the activation has none, got 7"),
+    ("mlp.limit", NAN, "mlp: limit: expected a finite number, got nan"),
+    ("mlp.activation", "swiglu_clamped", "mlp.limit: expected more than 0, got 0"),
     ("mlp.gate", linear("gate_up", 39, 48), r"mlp.gate: expected \(n, k\) = \(40, 48\), got \(39"),
     ("mlp.up", linear("gate_up", 41, 48), r"mlp.gate: expected \(n, k\) = \(41, 48\), got \(40"),
     ("mlp.up", linear("gate_up", 40, 40), r"mlp.up: expected \(n, k\) = \(40, 48\), got \(40, 40"),
@@ -106,6 +145,53 @@ VALUES = [
     ("norms.before_mlp", rms(48, eps=INF), "norms.before_mlp: eps: expected a finite number"),
 ]  # fmt: skip
 
+# Changes of the attention of latent(): 6 heads of 5 + 3 * 2 channels, ranks of 12 and 10, values of
+# 7.
+LATENT = [
+    ({"kv_a": None}, "attention: 'kv_a' is missing"),
+    ({"kv_b": ...}, "attention: 'kv_b' is missing"),
+    ({"q_b": None}, "attention: 'q_b' is missing"),
+    ({"q_a": ...}, "attention: 'q_a' is missing"),
+    ({"q_a": None, "q_b": None, "q_a_norm": None}, "attention: 'q' is missing"),
+    ({"q": linear("qkv", 66, 48)}, "attention: q: expected none beside q_a, got one"),
+    ({"v": linear("qkv", 66, 48)}, "attention: v: expected none beside kv_a, got one"),
+    ({"k_norm": rms(11)}, "attention: k_norm: expected none beside kv_a, got one"),
+    ({"value_dim": ...}, "attention.value_dim: expected 1 to 11, got 0"),
+    ({"value_dim": 12}, "attention.value_dim: expected 1 to 11, got 12"),
+    ({"value_dim": -1}, "attention.value_dim: expected 1 to 11, got -1"),
+    ({"value_dim": 6}, r"attention.kv_b: expected \(n, k\) = \(66, 10\), got \(72, 10\)"),
+    ({"kv_heads": 2}, "attention.kv_heads: expected heads = 6 in latent attention, got 2"),
+    ({"rotary": None}, r"kv_a: expected \(n, k\) = \(10, 48\), got \(16, 48\)"),
+    ({"rotary": turning(6)}, "attention.rotary: expected at most head_dim / 2 = 5 frequencies"),
+    ({"q_a": linear("qkv", 13, 48)}, r"q_a_norm: weight: expected shape\[0\] = 13, got 12"),
+    ({"q_a": linear("qkv", 13, 48), "q_a_norm": None},
+     r"attention.q_b: expected \(n, k\) = \(66, 13\), got \(66, 12\)"),
+    ({"q_a": linear("qkv", 0, 48), "q_a_norm": None}, "attention.q_a: expected at least 1 output"),
+    ({"q_a": linear("qkv", 12, 47)}, r"q_a: expected \(n, k\) = \(12, 48\), got \(12, 47\)"),
+    ({"q_b": linear("q_rank", 60, 12)}, r"q_b: expected \(n, k\) = \(66, 12\), got \(60, 12\)"),
+    ({"kv_a": linear("qkv", 10, 48)}, r"kv_a: expected \(n, k\) = \(16, 48\), got \(10, 48\)"),
+    ({"kv_a_norm": rms(16)}, r"attention.kv_a_norm: weight: expected shape\[0\] = 10, got 16"),
+    ({"kv_b": linear("kv_rank", 72, 0), "kv_a_norm": None}, "attention.kv_b: k: expected 1 to"),
+    ({"o": linear("o", 48, 66)}, r"attention.o: expected \(n, k\) = \(48, 42\), got \(48, 66\)"),
+    ({"kv_b": linear("q_rank", 72, 10)}, "site q_rank: k: expected 10, as attention.kv_b reads"),
+    ({"q_b": linear("qkv", 66, 12)}, "site qkv: k: expected 12, as attention.q_b reads it, got 48"),
+]  # fmt: skip
+
+
+def latent():
+    """A good layer with latent attention."""
+    good = arguments()
+    good["sites"] |= {site: (k, None, 16, 1.0)
+                      for site, k in (("q_rank", 12), ("kv_rank", 10), ("o", 42))}
+    good["attention"] = {
+        "heads": 6, "kv_heads": 6, "head_dim": 11, "value_dim": 7, "window": 0, "scale": 1.0,
+        "rotary": turning(3), "q_a": linear("qkv", 12, 48), "q_b": linear("q_rank", 66, 12),
+        "kv_a": linear("qkv", 16, 48), "kv_b": linear("kv_rank", 72, 10),
+        "q_a_norm": rms(12), "kv_a_norm": rms(10), "o": linear("o", 48, 42),
+    }
+    return good
+
+
 TYPES = [
     ("sites", [None] * 4, "sites: expected a dict, got list"),
     ("sites.qkv", None, r"site qkv: expected \(k, rotation or None, bits, clip\), got None"),
@@ -118,7 +204,10 @@ TYPES = [
     ("attention.heads", "six", "attention: heads: expected an integer, got str"),
     ("attention.heads", 6.0, "attention: heads: expected an integer, got float"),
     ("attention.scale", None, "attention: scale: expected a number, got NoneType"),
-    ("attention.rotary", np.ones(4), r"attention.rotary: expected \(inv_freq, scale\) or None"),
+    ("attention.rotary", (np.ones(4), 1.0), "attention.rotary: expected a dict, got tuple"),
+    ("attention.rotary", turning(4, original=None), "rotary: original: expected an integer, got"),
+    ("attention.softcap", None, "attention: softcap: expected a number, got NoneType"),
+    ("attention.sinks", "six", "attention.sinks: expected an array"),
     ("attention.q", np.zeros((48, 48)), r"attention.q: expected \(site, weight, bias or None\)"),
     ("attention.q", ("qkv", np.zeros((48, 48)), None), "attention.q: expected float32, float16 or"),
     ("mlp", [], "mlp: expected a dict, got list"),
@@ -127,7 +216,7 @@ TYPES = [
     ("norms.before_mlp", np.ones(48), r"norms.before_mlp: expected \(kind, eps, offset, weight"),
     ("norms.before_mlp", rms(48, eps="1"), "norms.before_mlp: eps: expected a number, got str"),
     ("norms.before_mlp", rms(48, offset=None), "norms.before_mlp: offset: expected a number, got"),
-    ("attention.rotary", (np.ones(4), None), "attention.rotary: scale: expected a number, got"),
+    ("attention.rotary", turning(4, scale=None), "rotary: scale: expected a number, got NoneType"),
     ("norms.before_mlp", rms(48, weight=None), "norms.before_mlp: weight: expected an array"),
 ]
 
@@ -136,6 +225,38 @@ TYPES = [
 def test_layer_says_what_does_not_fit(path, value, message):
     with pytest.raises(ValueError, match=message):
         _C.DecoderLayer(**changed(path, value))
+
+
+@pytest.mark.parametrize(("changes", "message"), LATENT)
+def test_latent_attention_says_what_does_not_fit(changes, message):
+    good = latent()
+    for key, value in changes.items():
+        good["attention"][key] = value
+        if value is ...:
+            del good["attention"][key]
+    with pytest.raises(ValueError, match=message):
+        _C.DecoderLayer(**good)
+
+
+def test_latent_attention_reads_values_of_its_own():
+    """q_b and kv_b read one value each: a site of equal width serves one of them."""
+    good = latent()
+    _C.DecoderLayer(**good)
+    good["attention"] |= {"kv_b": linear("q_rank", 72, 12), "kv_a": linear("qkv", 18, 48),
+                          "kv_a_norm": rms(12)}
+    with pytest.raises(ValueError, match="q_rank: expected linears that read one value, got atten"):
+        _C.DecoderLayer(**good)
+    good["sites"]["kv_rank"] = 12, None, 16, 1.0
+    good["attention"]["kv_b"] = linear("kv_rank", 72, 12)
+    _C.DecoderLayer(**good)
+
+
+@pytest.mark.parametrize("key", ["q_a", "kv_a", "kv_a_norm", "value_dim"])
+def test_latent_parts_are_refused_beside_k_and_v(key):
+    value = 4 if key == "value_dim" else latent()["attention"][key]
+    message = "attention: ('kv_[ab]' is missing|k: expected none beside kv_a)"
+    with pytest.raises(ValueError, match=message):
+        _C.DecoderLayer(**changed(f"attention.{key}", value))
 
 
 @pytest.mark.parametrize(("path", "value", "message"), TYPES)
@@ -160,6 +281,21 @@ def test_missing_keys_are_named(path):
     block, key = path.split(".")
     with pytest.raises(ValueError, match=f"{block}: '{key}' is missing"):
         _C.DecoderLayer(**changed(path, ...))
+
+
+def test_norm_of_a_sum_is_refused_in_a_parallel_layer():
+    _C.DecoderLayer(**arguments(), norm_sums=True)
+    with pytest.raises(ValueError, match="norm_sums: expected 0 in a parallel layer"):
+        _C.DecoderLayer(**arguments(), norm_sums=True, parallel=True)
+
+
+def test_clamped_swiglu_needs_a_gate():
+    good = arguments()
+    good["mlp"] |= {"activation": "swiglu_clamped", "limit": 7.0}
+    _C.DecoderLayer(**good)
+    good["mlp"]["gate"] = None
+    with pytest.raises(ValueError, match="mlp.gate: expected one, as the activation is gated"):
+        _C.DecoderLayer(**good)
 
 
 def test_site_names_must_be_strings():

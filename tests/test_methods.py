@@ -47,7 +47,8 @@ def test_each_row_has_the_functions_that_it_promises(row):
         return
     module = row.implementation()
     for name, needed in (("build", row.rotates), ("online_bytes", row.rotates),
-                         ("balance", row.balances), ("prepare", row.residual)):
+                         ("balance", row.balances), ("align", row.aligns),
+                         ("align_bytes", row.aligns), ("prepare", row.residual)):
         assert hasattr(module, name) or not needed, name
 
 

@@ -170,7 +170,7 @@ def test_other_bits_with_high_inputs_are_refused(bits):
 # ---- a layer ------------------------------------------------------------------------------------
 
 HIDDEN, INTERMEDIATE = 64, 96
-GEOMETRY = geometry(HIDDEN, INTERMEDIATE, 2, 2, 32, rotary=(np.ones(16, np.float32), 1.0))
+GEOMETRY = geometry(HIDDEN, INTERMEDIATE, 2, 2, 32, rotary={"inv_freq": np.ones(16, np.float32)})
 
 
 def layer(highs, bits=4):
@@ -220,7 +220,8 @@ def test_layer_of_other_bits_refuses_high_inputs(bits):
 @pytest.fixture(params=[0, 32])
 def folder(request, make_checkpoint, tmp_path, text):
     model = make_checkpoint(tmp_path / "m", hidden=128, intermediate=256, heads=4, kv_heads=2)
-    config = sq.QuantConfig(method="balanced", calibration_tokens=256, group_size=request.param)
+    config = sq.QuantConfig("w4a4", "balanced", bits=4, calibration_tokens=256,
+                            group_size=request.param)
     sq.quantize_folder(model, tmp_path / "out", config, text)
     return tmp_path / "out"
 
@@ -228,7 +229,7 @@ def folder(request, make_checkpoint, tmp_path, text):
 def test_balanced_folder_has_high_inputs_everywhere(folder):
     layers = [sq.load_checkpoint(folder).layer(i) for i in range(2)]
     for weights in layers:
-        assert weights.int8_inputs == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
+        assert weights.int8_inputs == {"qkv": 32, "o": 32, "gate_up": 32, "down": 64}
 
 
 def test_prefill_equals_decode_bit_for_bit_with_high_inputs(table, folder):

@@ -66,7 +66,7 @@ def test_pack_error_texts():
     with pytest.raises(ValueError, match="codes: expected k >= 1, got 0"):
         _C.pack(np.zeros((2, 0), np.int8))
     words = np.zeros((2, 3), np.int32)
-    text = r"words: expected \(n, ceil\(k / 8\)\) = \(2, 4\), got \(2, 3\)"
+    text = r"words: expected \(n, ceil\(k \* 4 / 32\)\) = \(2, 4\), got \(2, 3\)"
     with pytest.raises(ValueError, match=text):
         _C.unpack(words, 25)
     with pytest.raises(ValueError, match="k: expected k >= 1, got 0"):
@@ -89,7 +89,8 @@ def test_packed_weight_says_what_it_is():
     assert weight.group == 32
     assert weight.kernels == table
     assert weight.nbytes >= 5 * 64 // 2 + 5 * 2 * 4
-    assert repr(weight) == f"PackedWeight(shape=(5, 64), group=32, kernels='{table}')"
+    assert weight.bits == 4
+    assert repr(weight) == f"PackedWeight(shape=(5, 64), bits=4, group=32, kernels='{table}')"
 
 
 def test_packed_weight_is_immutable():
@@ -127,7 +128,7 @@ def test_packed_weight_ignores_tail_nibbles_of_the_words():
 
 def test_packed_weight_error_texts():
     words, scales = np.zeros((5, 12), np.int32), np.ones((5, 3), np.float32)
-    words_text = r"words: expected \(n, ceil\(k / 8\)\) = "
+    words_text = r"words: expected \(n, ceil\(k \* 4 / 32\)\) = "
     group_text = "group: expected 0 or a multiple of 32 that divides k = 96, got "
     scales_text = r"scales: expected \(n, groups\) = "
     finite_text = "scales: expected finite values, got "
@@ -144,7 +145,8 @@ def test_packed_weight_error_texts():
         ((words, infinite, 96, 32), finite_text + "Inf in row 2"),
         ((words, nan, 96, 32), finite_text + "NaN in row 4"),
         ((words[:0], scales[:0], 96, 32), "words: expected n >= 1, got 0"),
-        ((np.zeros((1, 2**18), np.int32), [1.0], 2**21), "k: expected k <= 1048576, got 2097152"),
+        ((np.zeros((1, 2**18), np.int32), [1.0], 2**21),
+         "k: expected k <= 1048576 with 4 bits, got 2097152"),
     ]
     for arguments, text in cases:
         with pytest.raises(ValueError, match=text):

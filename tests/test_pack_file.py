@@ -33,7 +33,8 @@ from singlequant.rotations import Factor, SiteRotation
 def test_written_folder_reads_back(make_checkpoint, tmp_path, out, dtype, group_size, scheme):
     path = make_checkpoint(tmp_path / "model", dtype=dtype, tie=False, bias=True)
     source = load_checkpoint(path)
-    config = QuantConfig(scheme=scheme, group_size=group_size, ignore=("model.layers.1.mlp.*",))
+    config = QuantConfig(bits=4, scheme=scheme, group_size=group_size,
+                         ignore=("model.layers.1.mlp.*",), head_bits=16, embedding_bits=16)
     clips = {"qkv": 0.75, "o": config.activation_clip}
     layers = write(source, out, config, orders=ORDERS, clips=clips)
 
@@ -81,7 +82,7 @@ def test_large_factors_come_back_as_chains(make_checkpoint, tmp_path, out):
 
 
 def test_sites_without_a_rotation_have_none(source, out):
-    config = QuantConfig(method="none")
+    config = QuantConfig("w4a4", bits=4, method="none")
     identity = SiteRotation(Factor.identity(8), Factor.identity(8))
     layer, _ = random_layer(source, config, 0)
     with_identity = type(layer)(0, layer.packed, layer.dense, {"qkv": identity})
@@ -134,11 +135,13 @@ def test_folder_is_one_other_tools_can_read(source, out):
     assert config.pop("quantization_config")["format_version"] == 2
     assert config == source.config
     recipe = json.loads((out / "recipe.json").read_text())
-    assert QuantConfig.from_json(recipe["config"]) == CONFIG
+    assert QuantConfig.from_json(recipe["config"]) == CONFIG.settled(tied=True)
     assert recipe["source_sha256"] == source.fingerprint
 
 
-@pytest.mark.parametrize("config", [CONFIG, QuantConfig(group_size=32, ignore=("*.o_proj",))])
+@pytest.mark.parametrize("config", [CONFIG,
+                                    QuantConfig(bits=4, group_size=32, ignore=("*.o_proj",)),
+                                    QuantConfig(bits=4, head_bits=4, embedding_bits=16)])
 def test_estimated_size_is_the_size(make_checkpoint, tmp_path, out, config):
     source = load_checkpoint(
         make_checkpoint(tmp_path / "model", hidden=256, intermediate=512, tie=False)
@@ -316,7 +319,8 @@ def test_truncated_layer_is_not_finished(source, out):
 @pytest.mark.parametrize(
     ("config", "provenance", "message"),
     [
-        (QuantConfig(seed=1), {}, "cannot resume: config.seed: expected 1, found 0"),
+        (QuantConfig("w4a4", bits=4, seed=1), {},
+         "cannot resume: config.seed: expected 1, found 0"),
         (CONFIG, {"text": "b"}, "cannot resume: provenance.text: expected 'b', found 'a'"),
     ],
 )
@@ -341,7 +345,7 @@ def test_resume_refuses_another_model(make_checkpoint, tmp_path, source, out):
 
 
 def test_stale_partial_is_started_again_without_resume(source, out):
-    interrupt(source, out, QuantConfig(seed=1))
+    interrupt(source, out, QuantConfig("w4a4", bits=4, seed=1))
     with ModelWriter(out, source, CONFIG) as writer:
         assert writer.finished_layers() == set()
         assert not (partial(out) / "model-00002-of-00003.safetensors").exists()
@@ -379,7 +383,7 @@ from conftest import random_layer
 from singlequant.config import QuantConfig
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.export.writer import ModelWriter
-source, config = load_checkpoint({model!r}), QuantConfig()
+source, config = load_checkpoint({model!r}), QuantConfig("w4a4", bits=4)
 layers = [random_layer(source, config, i)[0] for i in range(2)]
 with ModelWriter({out!r}, source, config) as writer:
     writer.write_layer(layers[0])

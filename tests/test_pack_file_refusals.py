@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_factor, random_layer, write_json
+from ml_dtypes import bfloat16
 from packed_folders import CONFIG, ORDERS, Q0, edit_tensors, partial, write
 
 from singlequant._C import FormatError
@@ -26,15 +27,15 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 
 def test_group_size_that_divides_no_row_is_refused_before_any_work(source, out):
-    config = QuantConfig(group_size=64)
+    config = QuantConfig("w4a4", bits=4, group_size=64)
     with pytest.raises(ValueError, match=r"divisor of model\.layers\.0\.mlp\.down_proj's 96"):
         ModelWriter(out, source, config)
-    ModelWriter(out, source, QuantConfig(group_size=64, ignore=("*.down_proj",)))
+    ModelWriter(out, source, QuantConfig("w4a4", bits=4, group_size=64, ignore=("*.down_proj",)))
     assert not partial(out).exists()
 
 
 def test_pattern_that_matches_no_linear_is_refused_before_any_work(source, out):
-    config = QuantConfig(ignore=("*.q_proj", "nomatch*"))
+    config = QuantConfig("w4a4", bits=4, ignore=("*.q_proj", "nomatch*"))
     with pytest.raises(ValueError, match=r"ignore: 'nomatch\*' matches no linear of the model"):
         ModelWriter(out, source, config)
 
@@ -78,6 +79,7 @@ def packed(source: Checkpoint, out: Path) -> Path:
 
 
 LEFT = "model.layers.0.rotations.qkv.left"
+ALIGN = "model.layers.0.rotations.qkv.align"
 CLIP = "model.layers.0.activations.qkv.clip"
 HIGH = "model.layers.0.activations.qkv.high"
 NAN = np.full((64, 1), np.nan, np.float32)
@@ -89,6 +91,13 @@ NAN = np.full((64, 1), np.nan, np.float32)
         (f"{Q0}.weight_packed", np.zeros((64, 8), np.int64), "expected dtype I32, found I64"),
         (f"{Q0}.weight_packed", np.zeros((64, 9), np.int32), r"\[64, 8\], found \[64, 9\]"),
         (f"{Q0}.weight_packed", None, "q_proj.weight: missing tensor"),
+        (f"{Q0}.weight_bits", np.array([4]), "weight_bits: expected 5 or 6 or 8, found 4"),
+        (f"{Q0}.weight_bits", np.array([7]), "weight_bits: expected 5 or 6 or 8, found 7"),
+        (f"{Q0}.weight_bits", np.array([-(2**62)]), "weight_bits: expected 5 or 6 or 8"),
+        (f"{Q0}.weight_bits", np.array([5]), r"weight_packed: expected shape \[64, 10\], found"),
+        (f"{Q0}.weight_bits", np.array([8], np.int32), "expected dtype I64, found I32"),
+        (f"{Q0}.weight_bits", np.array([8, 8]), r"expected shape \[1\], found \[2\]"),
+        (f"{Q0}.weight_scale", np.ones((64, 1), bfloat16), "expected dtype F32, found BF16"),
         (f"{Q0}.weight_scale", None, "q_proj.weight_scale: missing tensor"),
         (f"{Q0}.weight_scale", np.ones((64, 2), np.float32), r"shape \[64, 1\], found \[64, 2\]"),
         (f"{Q0}.weight_scale", NAN, "expected finite scales of at least 0"),
@@ -106,6 +115,12 @@ NAN = np.full((64, 1), np.nan, np.float32)
         (LEFT, None, "rotations.qkv.right: unexpected tensor"),
         (LEFT.replace("left", "right"), None, "rotations.qkv.right: missing tensor"),
         (LEFT.replace("qkv", "kv"), np.eye(8, dtype=np.float32), "unexpected tensor"),
+        (ALIGN, np.zeros((8, 8, 8), np.float16), "align: expected invertible matrices"),
+        (ALIGN, np.full((8, 8, 8), np.nan, np.float32), "align: expected invertible matrices"),
+        (ALIGN, np.ones((4, 8, 8), np.float32), r"align: expected shape \[8, 8, 8\]"),
+        (ALIGN, np.ones((8, 8, 8)), "align: expected dtype F16 or F32, found F64"),
+        (ALIGN, np.array(1, np.float16), r"align: expected shape \[64, 1, 1\]"),
+        (ALIGN.replace("qkv", "kv"), np.ones((8, 8, 8), np.float16), "unexpected tensor"),
         (LEFT + "_chain", np.array([8, 1]), "left_pairs: missing tensor"),
         (CLIP, np.array([1.5], np.float32), r"clip: expected a number in \(0, 1\], found 1\.5"),
         (CLIP, np.array([np.nan], np.float32), "clip: expected a number"),
@@ -132,10 +147,12 @@ def test_packed_tensors_that_lie_are_refused(packed, name, value, message):
 @pytest.mark.parametrize(
     ("config", "high", "message"),
     [
-        (QuantConfig(scheme="w4a8"), 32, "qkv.high: expected 0 with w4a8, found 32"),
-        (QuantConfig(scheme="w4a16"), 32, "qkv.high: expected 0 with w4a16, found 32"),
-        (QuantConfig(group_size=64), 32, "qkv.high: expected a multiple of 64 below 128, found 32"),
-        (QuantConfig(group_size=64), 128, "qkv.high: expected a multiple of 64 below 128"),
+        (QuantConfig(bits=4, scheme="w4a8"), 32, "qkv.high: expected 0 with w4a8, found 32"),
+        (QuantConfig(bits=4, scheme="w4a16"), 32, "qkv.high: expected 0 with w4a16, found 32"),
+        (QuantConfig("w4a4", bits=4, group_size=64), 32,
+         "qkv.high: expected a multiple of 64 below 128, found 32"),
+        (QuantConfig("w4a4", bits=4, group_size=64), 128,
+         "qkv.high: expected a multiple of 64 below 128"),
     ],
 )
 def test_high_inputs_that_do_not_suit_the_scheme_are_refused(
@@ -199,12 +216,14 @@ def test_chains_that_lie_are_refused(make_checkpoint, tmp_path, out, part, value
         load_checkpoint(out).layer(0)
 
 
-def test_tail_that_is_not_zero_is_refused(make_checkpoint, tmp_path, out):
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_tail_that_is_not_zero_is_refused(make_checkpoint, tmp_path, out, bits):
     source = load_checkpoint(make_checkpoint(tmp_path / "model", intermediate=90))
-    write(source, out)
+    write(source, out, bits={"mlp.down_proj": bits})
     name = "model.layers.0.mlp.down_proj.weight_packed"
     words = load_checkpoint(out).tensor(name).copy()
-    words[3, -1] ^= 1 << 8  # the first nibble behind column 89
+    load_checkpoint(out).layer(0)
+    words[3, -1] ^= np.int32(1 << 90 * bits % 32)  # the first bit behind column 89
     edit_tensors(out, **{name: words})
     with pytest.raises(FormatError, match="expected code 0 in the tail"):
         load_checkpoint(out).layer(0)
@@ -242,7 +261,7 @@ def test_unquantized_config_with_packed_weights_is_refused(packed):
     config = json.loads((packed / "config.json").read_text())
     del config["quantization_config"]
     write_json(packed / "config.json", config)
-    with pytest.raises(FormatError, match=r"q_proj\.weight: missing tensor"):
+    with pytest.raises(FormatError, match=r"embed_tokens\.weight: missing tensor"):
         load_checkpoint(packed)
 
 

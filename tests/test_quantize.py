@@ -132,8 +132,8 @@ def test_quantize_largest_floats_do_not_overflow(table):
 
 def test_quantize_error_texts():
     x = np.ones((2, 6), np.float32)
-    with pytest.raises(ValueError, match="bits: expected 4 or 8, got 5"):
-        _C.quantize(x, 5)
+    with pytest.raises(ValueError, match="bits: expected 4, 5, 6 or 8, got 7"):
+        _C.quantize(x, 7)
     with pytest.raises(ValueError, match="group: expected 0 or a divisor of k = 6, got 4"):
         _C.quantize(x, group=4)
     with pytest.raises(ValueError, match="group: expected 0 or a divisor of k = 6, got -1"):

@@ -27,7 +27,8 @@ def texts(reference_model):
 def kl_mean(model, texts, tmp_path, capsys, scheme, method, weights, clip):
     out = tmp_path / f"{scheme}-{method}-{weights}"
     assert main(["quantize", str(model), str(out), "--scheme", scheme, "--method", method,
-                 "--weights", weights, "--clip", str(clip), "--calibration-tokens", "2048",
+                 "--weights", weights, "--clip", str(clip), "--bits", "4", "--no-check",
+                 "--calibration-tokens", "2048",
                  "--calibration", str(texts / "calibration.txt")]) == 0
     capsys.readouterr()
     assert main(["eval", str(out), "--text", str(texts / "wikitext2-short.txt"), "--seq-len", "512",

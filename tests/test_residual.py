@@ -1,6 +1,7 @@
 """QuaRot and SpinQuant by their definition: the rotated model is the same model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,7 +197,8 @@ def test_online_rotations_act_as_published(model, kind):
 def test_view_passes_through_calibration_and_files(tmp_path, model):
     view = quarot_checkpoint(load_checkpoint(model))
     check_outer(view)
-    config = QuantConfig(method="hadamard", weights="rtn", clip=1.0)
+    config = QuantConfig("w4a4", bits=4, method="hadamard", weights="rtn", clip=1.0, head_bits=16,
+                         embedding_bits=16)
     layers = list(solve_rotations(calibrate(view, tokens_of(view)), "hadamard"))
     out = save(quantize(view, layers, config), tmp_path / "out", view, config)
     written = json.loads((out / "config.json").read_text())
@@ -211,7 +213,7 @@ def test_view_passes_through_calibration_and_files(tmp_path, model):
 def test_quarot_beats_plain_rounding_on_the_bundled_model(tmp_path):
     checkpoint, reference = load_checkpoint(bundled_model()), load(bundled_model())
     text = bundled_text("heldout")[:12000]
-    config = QuantConfig(method="none", weights="rtn", clip=1.0)
+    config = QuantConfig("w4a4", bits=4, method="none", weights="rtn", clip=1.0)
 
     def score(name, source, layers):
         out = save(quantize(source, layers, config), tmp_path / name, source, config)
@@ -234,3 +236,22 @@ def test_rotated_reference_model_equals_the_original(reference_model, view):
     tokens = tokens_of(checkpoint, 1, 256)
     expected = Model(checkpoint).forward(tokens)
     assert relative(Model(VIEWS[view](checkpoint)).forward(tokens), expected) < 2e-5
+
+
+GOLDEN = Path(__file__).parent / "data" / "families"
+
+
+@pytest.mark.parametrize("name", ["gemma-tied", "gpt-oss-tied", "granitemoeshared-shared",
+                                  "phi3-longrope", "qwen2-moe-shared", "qwen3-tied"])
+def test_families_of_rms_norms_compute_the_same_rotated(name):
+    """Norms of 1 + w, q/k norms, fused tensors, routers and shared experts."""
+    checkpoint, tokens = load_checkpoint(GOLDEN / name), np.load(GOLDEN / name / "tokens.npy")
+    found = Model(quarot_checkpoint(checkpoint)).forward(tokens[None])
+    np.testing.assert_allclose(found, Model(checkpoint).forward(tokens[None]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["bloom-power-of-two", "gemma2-tied", "deepseek-v2-latent",
+                                  "opt-350m", "olmo2-tied"])
+def test_families_whose_norms_do_not_commute_are_refused(name):
+    with pytest.raises(ValueError, match="checkpoint: expected RMSNorms in front of attention"):
+        quarot_checkpoint(load_checkpoint(GOLDEN / name))

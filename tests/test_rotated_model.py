@@ -1,20 +1,23 @@
 """A whole model in float32 with rotated inputs and rotated weights is the model itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import singlequant as sq
 from singlequant import _C, _reference
 from singlequant.methods.registry import METHODS
-from singlequant.rows import rotate_rows
 from singlequant.runtime.layers import flat_positions, layer_blocks
+from singlequant.sweep.layer import transform_inputs, transform_rows
 
 
 def rotated_linear(weight, rotation):
     if rotation is None:
         return lambda x: _C.linear_dense(x.astype(np.float32), _C.to_float32(weight))
-    turned = rotate_rows(_C.to_float32(weight), rotation)
-    return lambda x: _C.linear_dense(rotate_rows(x.astype(np.float32), rotation), turned)
+    plain = replace(rotation, balance=None)  # on both sides it cancels
+    turned = transform_rows(_C.to_float32(weight), plain)
+    return lambda x: _C.linear_dense(transform_inputs(x.astype(np.float32), plain), turned)
 
 
 def rotated_logits(checkpoint, rotations, tokens):

@@ -34,6 +34,10 @@ def kinds():
         _C.Rotation(48, orthogonal(6), chain(8)),
         _C.Rotation(48, right=chain(8)),
         _C.Rotation.blocks(blocks, np.random.default_rng(0).permutation(48), blocks[::-1]),
+        _C.Rotation(48, orthogonal(6), align=blocks),
+        _C.Rotation(48, orthogonal(6), orthogonal(8), blocks),
+        _C.Rotation(48, None, chain(8), blocks),
+        _C.Rotation(48, align=blocks),
     ]
 
 

@@ -19,7 +19,7 @@ def model(request, tmp_path_factory):
     source = make_checkpoint(folder / "source", hidden=96, intermediate=176, heads=6, kv_heads=2,
                              tie=False, layers=3)
     checkpoint = sq.load_checkpoint(source)
-    config = sq.QuantConfig(scheme=request.param, calibration_tokens=64)
+    config = sq.QuantConfig(scheme=request.param, bits=4, calibration_tokens=64)
     windows = np.arange(64).reshape(2, 32)
     rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows))
     out = sq.save(sq.quantize(checkpoint, rotations, config), folder / "out", checkpoint, config)
@@ -186,6 +186,15 @@ def test_stream_waits_for_whole_characters(model):
     shown = [step(token) for token in new]
     assert "".join(shown) == "\u20ac!"
     assert shown[0] == ""
+
+
+def test_stream_ends_with_what_waits(model):
+    new = model.encode("a\u20ac", special=False).tolist()[:-1]  # a character without its end
+    step = stream_text(model, [5])
+    shown = [step(token) for token in new]
+    assert "".join(shown) == "a"
+    assert step.finish() == model.decode_after([5], new)[1:]
+    assert step.finish() == ""
 
 
 def test_generate_ends_at_a_stop_token(model):

@@ -18,13 +18,13 @@ from singlequant.methods import spinquant, spinquant_learn, spinquant_network  #
 from singlequant.methods.quarot import quarot_checkpoint  # noqa: E402
 from singlequant.methods.spinquant import online_rotations, spinquant_checkpoint  # noqa: E402
 from singlequant.models.families import FAMILIES  # noqa: E402
-from singlequant.models.family import Stored  # noqa: E402
+from singlequant.models.parts import Stored  # noqa: E402
 from singlequant.runtime.model import Model  # noqa: E402
 from singlequant.runtime.open import load  # noqa: E402
 from singlequant.study.evaluate import perplexity  # noqa: E402
 from singlequant.sweep.layer import quantize  # noqa: E402
 from singlequant.sweep.run import save  # noqa: E402
-from singlequant.sweep.texts import bundled_model, bundled_text, calibration_windows  # noqa: E402
+from singlequant.sweep.texts import bundled_model, bundled_path, bundled_text, calibration_windows  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -87,8 +87,8 @@ def test_linears_that_share_a_tensor_are_the_runtimes(tmp_path, monkeypatch):
     """Phi-3's q, k and v are rows of one tensor, its gate and up of another."""
     row = dataclasses.replace(
         FAMILIES["LlamaForCausalLM"], name="Phi3ForCausalLM",
-        fused=(Stored("model.layers.{i}.self_attn.qkv_proj", ("q", "k", "v")),
-               Stored("model.layers.{i}.mlp.gate_up_proj", ("gate", "up"))),
+        fused=(Stored("model.layers.{i}.self_attn.qkv_proj.weight", ("q", "k", "v")),
+               Stored("model.layers.{i}.mlp.gate_up_proj.weight", ("gate", "up"))),
         ignored_keys=("original_max_position_embeddings",),
     )  # fmt: skip
     monkeypatch.setitem(FAMILIES, row.name, row)
@@ -133,7 +133,8 @@ KEPT = {
 @pytest.mark.parametrize("bits", KEPT)
 def test_losses_and_gradients_are_those_of_an_independent_decoder(bits):
     checkpoint = load_checkpoint(bundled_model())
-    windows = calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
+    windows = calibration_windows(checkpoint, QuantConfig(calibration_tokens=512),
+                                  bundled_path("calibration"))[:, :256]
     R1, R2 = (r.requires_grad_() for r in random_rotations(checkpoint.spec))
     network = spinquant_network.Network(checkpoint)
     loss = network.loss(torch.from_numpy(windows), R1, R2, bits, 1.0)
@@ -161,7 +162,7 @@ def test_rounded_logits_are_those_of_the_packed_folder(tmp_path, make_checkpoint
     checkpoint = load_checkpoint(make_checkpoint(tmp_path / "m", dtype="float32", bias=True))
     R1, R2 = random_rotations(checkpoint.spec)
     view = spinquant_checkpoint(checkpoint, R1.numpy(), R2.numpy())
-    config = QuantConfig(method="none", weights="rtn", clip=0.9)
+    config = QuantConfig("w4a4", "none", "rtn", 4, clip=0.9, head_bits=16, embedding_bits=16)
     layers = [online_rotations(view.spec, i) for i in range(view.spec.layers)]
     out = save(quantize(view, layers, config), tmp_path / "out", view, config)
     packed = load(out, kv_bits=32)  # as torch's attention
@@ -275,7 +276,8 @@ def test_retract_gives_the_nearby_orthogonal_matrix():
 def bundled_run(tmp_path_factory):
     """30 steps on the bundled model, as published but shorter, and the file of its state."""
     checkpoint = load_checkpoint(bundled_model())
-    windows = calibration_windows(checkpoint, QuantConfig(calibration_tokens=512))[:, :256]
+    windows = calibration_windows(checkpoint, QuantConfig(calibration_tokens=512),
+                                  bundled_path("calibration"))[:, :256]
     path = tmp_path_factory.mktemp("spinquant") / "learned.safetensors"
     calls = []
     learned = spinquant.learn_rotations(
@@ -304,7 +306,7 @@ def test_learning_lowers_the_loss_and_stays_orthogonal(bundled_run):
 def test_learned_rotations_beat_their_start_on_held_out_text(bundled_run, tmp_path):
     checkpoint, _, learned, _, _ = bundled_run
     reference, text = load(bundled_model()), bundled_text("heldout")[:20000]
-    config = QuantConfig(method="none", weights="rtn", clip=1.0)
+    config = QuantConfig("w4a4", "none", "rtn", 4, clip=1.0)
     start = spinquant.starting_rotations(checkpoint.spec)
     perplexities = []
     for name, (r1, r2) in {"start": start, "end": (learned.R1, learned.R2)}.items():

@@ -26,6 +26,14 @@ def test_function_signature_equals_stub(name):
     assert list(parameters) == [a.arg for a in arguments.posonlyargs + arguments.args]
 
 
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_constructor_signature_equals_stub(name):
+    made = [n for n in CLASSES[name].body if getattr(n, "name", None) == "__init__"]
+    if made:
+        parameters = inspect.signature(getattr(_C, name)).parameters
+        assert list(parameters) == [a.arg for a in made[0].args.args[1:]]
+
+
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_function_has_a_docstring(name):
     assert getattr(_C, name).__doc__.strip()

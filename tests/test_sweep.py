@@ -24,7 +24,7 @@ from singlequant.sweep.sweep import Job, sweep
 
 
 def config(**changes) -> sq.QuantConfig:
-    return sq.QuantConfig(**{"calibration_tokens": 64, **changes})
+    return sq.QuantConfig(**{"bits": 4, "calibration_tokens": 64, **changes})
 
 
 def digests(folder):
@@ -72,22 +72,27 @@ def test_same_input_gives_the_same_bytes_at_any_thread_count(model, tmp_path, te
 
 
 def test_stages_chained_by_hand_give_the_same_folder(model, tmp_path, text):
-    sq.quantize_folder(model, tmp_path / "a", config(), text)
+    sq.quantize_folder(model, tmp_path / "a", config(bits=4.85), text)
     checkpoint = sq.load_checkpoint(model)
     windows = sq.calibration_windows(checkpoint, config(), text)
-    rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows))
-    sq.save(sq.quantize(checkpoint, rotations, config()), tmp_path / "b", checkpoint, config())
+    given = config(bits=4.85)
+    rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows), given)
+    bits = sq.assign_bits(checkpoint, given, windows)
+    layers = sq.quantize(checkpoint, rotations, given, bits)
+    sq.save(layers, tmp_path / "b", checkpoint, given)
     a, b = digests(tmp_path / "a"), digests(tmp_path / "b")
     assert {k: v for k, v in a.items() if k != "recipe.json"} == {
         k: v for k, v in b.items() if k != "recipe.json"
     }
+    with pytest.raises(ValueError, match=r"bits: config.bits is 4.85: expected what assign_bits"):
+        sq.quantize(checkpoint, [], given)
 
 
 def test_recipe_beside_the_result_makes_it_again(model, tmp_path, text):
     used = config(scheme="w4a8", group_size=32, seed=3, ignore=("*.q_proj",))
     sq.quantize_folder(model, tmp_path / "a", used, text)
     again = sq.QuantConfig.from_file(tmp_path / "a" / "recipe.json")
-    assert again == used
+    assert again == used.settled(tied=True)
     sq.quantize_folder(model, tmp_path / "b", again, text)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
@@ -230,8 +235,8 @@ def test_killed_run_leaves_at_most_the_partial_folder(make_checkpoint, tmp_path,
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     assert not out.exists()
-    sq.quantize_folder(model, out, config(), text, resume=True)
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["scheme"] == "w4a4"
+    sq.quantize_folder(model, out, sq.QuantConfig(calibration_tokens=64), text, resume=True)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["scheme"] == "w4a8"
 
 
 def test_dry_run_writes_nothing_and_tells_the_size(model, tmp_path, text):

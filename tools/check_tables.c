@@ -143,17 +143,20 @@ code_of(const int32_t *words, int64_t index)
     return (int)((uint32_t)words[index / 8] >> (4 * (index % 8)) & 15) - 8;
 }
 
-/* Output j of one row of codes or values, as sq_kernels.h defines it. scales [k / g][ld_scales] */
+/* Output j of one row of codes or values, as sq_kernels.h defines it. weights: words of w_bits 4,
+ * codes of 8. scales [k / g][ld_scales] */
 static float
-expected_output(const struct sq_panel_args *args, const int32_t *words, int64_t row, int64_t j,
-                int bits)
+expected_output(const struct sq_panel_args *args, const void *weights, int w_bits, int64_t row,
+                int64_t j, int bits)
 {
     float total = 0.0f;
     for (int64_t begin = 0; begin < args->k; begin += args->g) {
         int64_t sum = 0;
         float chain = 0.0f;
         for (int64_t k = begin; k < begin + args->g; k++) {
-            const int code = code_of(words, j * args->k + k);
+            const int64_t index = j * args->k + k;
+            const int code =
+                w_bits == 8 ? ((const int8_t *)weights)[index] : code_of(weights, index);
             if (bits == 16) {
                 chain = fmaf(((const float *)args->a)[row * args->ld_a + k], (float)code, chain);
             }
@@ -179,19 +182,34 @@ fill_sums(const int8_t *codes, int64_t k, int32_t *sums)
     }
 }
 
+/* The kernel of activations and weights of so many bits. */
+static sq_panel_kernel
+kernel_of(const struct sq_kernels *t, int bits, int w_bits)
+{
+    if (w_bits == 8) {
+        return bits == 16 ? t->gemm_a16w8 : t->gemm_a8w8;
+    }
+    return bits == 4 ? t->gemm_a4w4 : bits == 8 ? t->gemm_a8w4 : t->gemm_a16w4;
+}
+
 /* One panel kernel on m rows of k inputs, all buffers guarded. */
 static void
-check_panel(const struct sq_kernels *t, int bits, int64_t m, int64_t k, int64_t g, int accumulate,
-            enum weights kind)
+check_panel(const struct sq_kernels *t, int bits, int w_bits, int64_t m, int64_t k, int64_t g,
+            int accumulate, enum weights kind)
 {
     const int64_t nr = t->nr, blocks = k / SQ_K_ALIGN + 1;
-    int32_t *words = guarded(0, nr * k / 2);
-    uint8_t *panel = guarded(1, nr * k / 2);
+    void *weights = guarded(0, nr * k * w_bits / 8);
+    uint8_t *panel = guarded(1, nr * k * w_bits / 8);
     float *w_scales = guarded_floats(2, k / g * nr), *y = guarded_floats(3, m * nr);
     float *a_scales = guarded_floats(4, m), *want = guarded_floats(5, m * nr);
     int32_t *sums = guarded(6, m * blocks * (int64_t)sizeof *sums);
     void *a = guarded(7, m * k * (bits == 16 ? (int64_t)sizeof(float) : 1));
-    fill_words(words, nr * k / 8, kind);
+    if (w_bits == 8) {
+        fill_codes(weights, nr * k, 8, kind);
+    }
+    else {
+        fill_words(weights, nr * k / 8, kind);
+    }
     fill_floats(w_scales, k / g * nr);
     fill_floats(a_scales, m);
     fill_floats(y, m * nr);
@@ -207,30 +225,36 @@ check_panel(const struct sq_kernels *t, int bits, int64_t m, int64_t k, int64_t 
     const struct sq_panel_args args = {m,      k,     g,        a, k,  a_scales,  sums,
                                        blocks, panel, w_scales, y, nr, accumulate};
     for (int64_t i = 0; i < m * nr; i++) {
-        const float value = expected_output(&args, words, i / nr, i % nr, bits);
+        const float value = expected_output(&args, weights, w_bits, i / nr, i % nr, bits);
         want[i] = accumulate ? y[i] + value : value;
     }
-    t->pack_panel(words, k, panel);
-    (bits == 4 ? t->gemm_a4w4 : bits == 8 ? t->gemm_a8w4 : t->gemm_a16w4)(&args);
-    CHECK(same_floats(y, want, m * nr), "%s a%d panel: m %d k %d g %d accumulate %d weights %d",
-          t->name, bits, (int)m, (int)k, (int)g, accumulate, (int)kind);
+    if (w_bits == 8) {
+        t->pack_panel_w8(weights, k, panel);
+    }
+    else {
+        t->pack_panel(weights, k, panel);
+    }
+    kernel_of(t, bits, w_bits)(&args);
+    CHECK(same_floats(y, want, m * nr), "%s a%dw%d panel: m %d k %d g %d accumulate %d weights %d",
+          t->name, bits, w_bits, (int)m, (int)k, (int)g, accumulate, (int)kind);
 }
 
 static void
-check_panels(const struct sq_kernels *t, int bits)
+check_panels(const struct sq_kernels *t, int bits, int w_bits)
 {
     static const int64_t lengths[][2] = {{32, 32},   {64, 32},  {64, 64},    {96, 96},  {256, 128},
                                          {544, 544}, {544, 32}, {1088, 544}, {576, 576}};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
         for (int64_t m = 1; m <= 33; m++) {
-            check_panel(t, bits, m, lengths[i][0], lengths[i][1], (int)(m + (int64_t)i) % 2,
+            check_panel(t, bits, w_bits, m, lengths[i][0], lengths[i][1], (int)(m + (int64_t)i) % 2,
                         bits == 16 ? RANDOM : (enum weights)(m % WEIGHTS));
         }
     }
     /* The longest group: sums at the ends of 32 bits. */
     for (int kind = RANDOM; bits != 16 && kind < WEIGHTS; kind++) {
-        const int64_t k = SQ_PACKED_K_MAX * (int64_t)16 / (t->nr > 16 ? t->nr : 16);
-        check_panel(t, bits, 3, k, k, 0, (enum weights)kind);
+        const int64_t k = w_bits == 8 ? SQ_PACKED_K_MAX_W8
+                                      : SQ_PACKED_K_MAX * (int64_t)16 / (t->nr > 16 ? t->nr : 16);
+        check_panel(t, bits, w_bits, 3, k, k, 0, (enum weights)kind);
     }
 }
 
@@ -242,15 +266,15 @@ struct shape {
 
 /* y [m][n] of x through one table, into a guarded slot; NULL after an error. */
 static float *
-linear(const struct sq_kernels *t, int slot, int bits, const struct shape *s, const int32_t *words,
-       const float *scales, const float *x, struct sq_activations *a)
+linear(const struct sq_kernels *t, int slot, int bits, int w_bits, const struct shape *s,
+       const int32_t *words, const float *scales, const float *x, struct sq_activations *a)
 {
     sq_packed_t *w = NULL;
     float *y = guarded_floats(slot, s->m * s->n);
     const size_t bytes = sq_activations_workspace_bytes(bits, s->m, s->k);
     /* 64 bytes aligned at either end */
     void *memory = guarded(slot + 1, (int64_t)sq_align_bytes(bytes));
-    int status = sq_packed_create(t, words, scales, s->n, s->k, s->g, s->high, &w);
+    int status = sq_packed_create(t, words, scales, s->n, s->k, s->g, s->high, w_bits, &w);
     if (!status) {
         status =
             sq_activations_prepare(t, bits, 0.9f, s->high, NULL, x, s->m, s->k, NULL, memory, a);
@@ -265,18 +289,19 @@ linear(const struct sq_kernels *t, int slot, int bits, const struct shape *s, co
 /* A table against the generic one: equal for codes, within the bound of a float32 chain, (2 k + 2)
  * eps sum |x w|, otherwise. */
 static void
-check_linear(const struct sq_kernels *t, int bits, const struct shape *s)
+check_linear(const struct sq_kernels *t, int bits, int w_bits, const struct shape *s)
 {
-    const int64_t words_row = sq_packed_words(s->k), groups = s->g ? s->k / s->g : 1;
+    const int64_t words_row = sq_packed_words(w_bits, s->k), groups = s->g ? s->k / s->g : 1;
     int32_t *words = guarded(0, s->n * words_row * 4);
     float *scales = guarded_floats(1, s->n * groups), *x = guarded_floats(2, s->m * s->k);
     fill_words(words, s->n * words_row, s->m % 2 ? RANDOM : EXTREMES);
     fill_floats(scales, s->n * groups);
     fill_floats(x, s->m * s->k);
     struct sq_activations a, b;
-    const float *y = linear(t, 3, bits, s, words, scales, x, &a);
-    const float *z = linear(&sq_kernels_generic, 5, bits, s, words, scales, x, &b);
-    int same = y && z;
+    const float *y = linear(t, 3, bits, w_bits, s, words, scales, x, &a);
+    const float *z = linear(&sq_kernels_generic, 5, bits, w_bits, s, words, scales, x, &b);
+    int8_t *codes = guarded(7, s->n * s->k);
+    int same = y && z && !sq_unpack_codes(w_bits, words, s->n, s->k, codes);
     if (same && bits != 16) {
         same = same_bytes(y, z, s->m * s->n * 4) && same_bytes(a.codes, b.codes, s->m * a.ld) &&
                same_bytes(a.scales, b.scales, s->m * (s->high ? 8 : 4)) &&
@@ -287,12 +312,12 @@ check_linear(const struct sq_kernels *t, int bits, const struct shape *s)
         double size = 0.0;
         for (int64_t k = 0; k < s->k; k++) {
             const float scale = scales[j * groups + (s->g ? k / s->g : 0)];
-            size += fabs((double)x[row * s->k + k] * scale * code_of(words + j * words_row, k));
+            size += fabs((double)x[row * s->k + k] * scale * codes[j * s->k + k]);
         }
         same = fabs((double)y[i] - z[i]) <= (double)(4 * s->k + 4) * 0x1p-24 * size;
     }
-    CHECK(same, "%s a%d linear: m %d n %d k %d g %d high %d", t->name, bits, (int)s->m, (int)s->n,
-          (int)s->k, (int)s->g, (int)s->high);
+    CHECK(same, "%s a%dw%d linear: m %d n %d k %d g %d high %d", t->name, bits, w_bits, (int)s->m,
+          (int)s->n, (int)s->k, (int)s->g, (int)s->high);
 }
 
 static void
@@ -304,20 +329,22 @@ check_linears(const struct sq_kernels *t)
         {0, 0, 64, 32, 0},   {0, 0, 256, 128, 0}, {0, 0, 1088, 544, 0}, {0, 0, 100, 0, 32},
         {0, 0, 192, 64, 64}, {0, 0, 577, 0, 64}};
     static const int64_t outputs[] = {1, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65};
-    static const int all_bits[] = {4, 8, 16};
+    static const int all_bits[] = {4, 8, 16}, weight_bits[] = {5, 6, 8};
     for (size_t i = 0; i < sizeof inputs / sizeof inputs[0]; i++) {
         for (size_t j = 0; j < sizeof outputs / sizeof outputs[0]; j++) {
             struct shape s = inputs[i];
             s.n = outputs[j];
             s.m = 1 + (int64_t)(i * 12 + j * 5) % 33;
             for (int b = 0; b < (s.high ? 1 : 3); b++) { /* high inputs beside 4 bits only */
-                check_linear(t, all_bits[b], &s);
+                check_linear(t, all_bits[b], 4, &s);
+                check_linear(t, all_bits[b], weight_bits[(i + j) % 3], &s);
             }
         }
     }
     /* More rows than a block of them, more work than one thread keeps. */
     const struct shape large = {75, 41, 4096, 128, 0};
-    check_linear(t, 4, &large);
+    check_linear(t, 4, 4, &large);
+    check_linear(t, 8, 8, &large);
 }
 
 /* ---- other rows ------------------------------------------------------------------------- */
@@ -440,7 +467,10 @@ check_table(const struct sq_kernels *t)
     const int fused = strcmp(t->name, "generic") != 0; /* its chains are plain */
     for (at_end = 0; at_end < 2; at_end++) {
         for (int b = 0; b < 2 + fused; b++) {
-            check_panels(t, all_bits[b]);
+            check_panels(t, all_bits[b], 4);
+            if (all_bits[b] != 4) {
+                check_panels(t, all_bits[b], 8);
+            }
         }
         for (int64_t k = 1; k <= 70; k++) {
             check_extremes(t, k);

@@ -22,5 +22,5 @@ if [ "$state" != runs ]; then
     exit 0
 fi
 "$python" -m pytest -q -p no:cacheprovider --rootdir "$copy" tests/test_amx.py tests/test_linear.py \
-    tests/test_mixed_width.py tests/test_kernels.py tests/test_decoder.py tests/test_dense.py \
-    tests/test_blocks.py "$@"
+    tests/test_mixed_width.py tests/test_weight_bits.py tests/test_kernels.py tests/test_decoder.py \
+    tests/test_dense.py tests/test_blocks.py "$@"

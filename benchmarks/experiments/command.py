@@ -14,7 +14,7 @@ from typing import Any
 
 import singlequant as sq
 from singlequant.study.compare import ROWS_FILE
-from singlequant.sweep.texts import read_text
+from singlequant.sweep.text_file import read_text
 
 from .. import common
 

@@ -38,6 +38,7 @@ from .laboratory import Laboratory
 NAME = "convergence"
 SEQ_LEN = 512
 CLOSED_FORMS = ("hadamard", "duquant", "singlequant")
+TABLES = {"head_bits": 16, "embedding_bits": 16}  # SpinQuant learns without rounding them
 COLUMNS = (  # header, key of a row, format
     ("method", "method", ""), ("weights", "weights", ""), ("clip", "clip", "g"),
     ("calibration loss", "calibration_loss", ".4f"), ("perplexity", "perplexity", ".3f"),
@@ -157,7 +158,7 @@ class Bench:
 
     def residual(self, r1: NDArray, r2: NDArray, clip: float) -> dict[str, Any]:
         """The model with r1 and r2 fused, down_proj's Hadamard online, rounded to nearest."""
-        config = sq.QuantConfig(method="spinquant", weights="rtn", clip=clip)
+        config = sq.QuantConfig("w4a4", "spinquant", "rtn", 4.0, clip=clip, **TABLES)
         view = spinquant.spinquant_checkpoint(self.checkpoint, r1, r2)
         rotations = [spinquant.online_rotations(view.spec, i) for i in range(view.spec.layers)]
         return self._packed(
@@ -257,7 +258,8 @@ def say(line: str) -> None:
 
 def rows_of(bench: Bench, run: spinquant.Learned, repeats: int) -> list[dict[str, Any]]:
     """One row per method: the original, SpinQuant before and after its steps, closed forms."""
-    default, clip = sq.QuantConfig(calibration_tokens=bench.windows.size), run.settings["clip"]
+    default = sq.QuantConfig("w4a4", bits=4.0, calibration_tokens=bench.windows.size, **TABLES)
+    clip = run.settings["clip"]
     methods = dict.fromkeys((*CLOSED_FORMS, default.method))
     configs = {m: dataclasses.replace(default, method=m, weights="rtn", clip=clip)
                for m in methods}

@@ -85,15 +85,14 @@ class Laboratory:
     def run(
         self, trials: Sequence[Trial], progress: Callable[[int, int], None] | None = None
     ) -> dict[str, Row]:
-        """name -> Row of each trial, and of the original. Trials share config's tokens and seed.
+        """name -> Row of each trial, and of the original. Trials share one sample.
 
         Rows found in the file are taken from there. ValueError for trials that do not share.
         """
         first, *_ = trials
         for trial in trials:
-            if any(getattr(trial.config, name) != getattr(first.config, name)
-                   for name in ("calibration_tokens", "seed")):
-                raise ValueError("trials: expected the same calibration_tokens and seed in all")
+            if trial.config.sample != first.config.sample:
+                raise ValueError("trials: expected the same calibration windows in all")
         windows = self.calibration_windows(first.config)
         keys = {trial.name: self._key(windows, trial.config.to_json(), trial.facts)
                 for trial in trials}

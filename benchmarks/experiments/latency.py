@@ -143,7 +143,7 @@ def build(arguments: argparse.Namespace, folder: Path) -> dict[tuple[str, str], 
     for scheme in arguments.schemes:
         for method in arguments.methods:
             out = folder / f"{scheme}-{method}"
-            config = sq.QuantConfig(scheme=scheme, method=method)
+            config = sq.QuantConfig(scheme=scheme, method=method, bits=4.0)
             sq.quantize_folder(arguments.model, out, config, arguments.calibration)
             folders[scheme, method] = out
     return folders

@@ -38,6 +38,11 @@ SECTIONS = {
     "compare": ("Methods side by side", "All rows of a model share one calibration. Rows of equal "
                 "weights and clip differ in the transformation alone. `(default)` is what "
                 "`singlequant quantize` does when no option is given."),
+    "formats": ("Beside llama.cpp's formats", "llama.cpp's own quantizer made its formats of the "
+                "same weights, and llama.cpp ran them. All rows have the same original, tokens and "
+                "judge. KL, weights alone, is that of a file's weights in our decoder, whose "
+                "activations are float32. llama.cpp itself rounds activations to 8 bits. Each of "
+                "our folders is compared with the format of least KL that takes no more bytes."),
     "convergence": ("Baselines and speed", "SpinQuant learns its rotations by a thousand steps of "
                     "Cayley SGD. The closed forms take no steps."),
     "ablation": ("Ablation", "The tables show what each part of the transformation contributes. "

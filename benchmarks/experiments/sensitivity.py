@@ -113,7 +113,7 @@ def threshold_trials(config: sq.QuantConfig, quick: bool) -> list[Trial]:
 
 
 def thresholds(arguments: Namespace) -> None:
-    config = recipe(arguments, method="paper", weights="rtn", clip=1.0)
+    config = recipe(arguments, method="paper", weights="rtn", bits=4.0, clip=1.0)
     lab = laboratory(arguments, arguments.tasks)
     with command.progress("thresholds") as progress:
         found = lab.run(threshold_trials(config, arguments.quick), progress)
@@ -317,7 +317,7 @@ def resized(site: SiteStatistics, scale: Fraction) -> SiteStatistics:
 
 
 def factors(arguments: Namespace) -> None:
-    config = recipe(arguments, method=arguments.method, weights=arguments.weights)
+    config = recipe(arguments, method=arguments.method, weights=arguments.weights, bits=4.0)
     lab = laboratory(arguments)
     sizes: dict[str, dict[str, tuple[int, int]]] = {}
 

@@ -30,7 +30,7 @@ from singlequant.study.evaluate import default_seq_len
 from singlequant.sweep.measure import PeakMemory, anonymous_bytes, measure, reason
 from singlequant.sweep.prepare import prepare
 from singlequant.sweep.sweep import Job, sweep
-from singlequant.sweep.texts import read_text
+from singlequant.sweep.text_file import read_text
 
 from . import command, report
 from .kept import KeptRows

@@ -7,111 +7,32 @@ many users has it, in the default 16 bits; flash attention is left to llama.cpp.
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 
 import numpy as np
 
 from .e2e_worker import serve
+from .gguf_files import gguf_file
 
 MICRO_BATCH = 512  # llama.cpp's default n_ubatch
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
-               "lm_head": "output"}
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name of a tensor of a LLaMA folder."""
-    stem = name.removesuffix(".weight")
-    if stem in OUTER_NAMES:
-        return f"{OUTER_NAMES[stem]}.weight"
-    index, _, rest = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{int(index)}.{LAYER_NAMES[rest]}.weight"
-
-
-def interleave_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * d, k] in the order that llama.cpp's rotary embedding wants.
-
-    It turns the pairs (2i, 2i + 1) of a head where the folder's model turns (i, i + d / 2).
-    """
-    n, k = weight.shape
-    return weight.reshape(heads, 2, n // heads // 2, k).swapaxes(1, 2).reshape(n, k)
-
-
-def write_gguf(folder: Path, path: Path) -> None:
-    """The folder's weights in float16, norms in float32, no tokenizer."""
-    import gguf
-    from safetensors import safe_open
-
-    config = json.loads((folder / "config.json").read_text())
-    heads = config["num_attention_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("none")
-    with safe_open(folder / "model.safetensors", "np") as file:
-        for name in list(file.keys()):
-            tensor = file.get_tensor(name)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                count = heads if "q_proj" in name else config["num_key_value_heads"]
-                tensor = interleave_pairs(tensor, count)
-            kind = np.float32 if tensor.ndim == 1 else np.float16
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(tensor, kind))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_file(folder: Path, kind: str, threads: int) -> Path:
-    """The file of this type, F16, BF16, Q8_0, Q4_0 or Q4_K_M, made unless it is there."""
-    import llama_cpp
-
-    path = folder.with_name(f"{folder.name}-{kind}.gguf")
-    partial = path.with_suffix(".partial")
-    if path.exists():
-        return path
-    if kind == "F16":
-        write_gguf(folder, partial)
-    else:
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.nthread = threads
-        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        source = gguf_file(folder, "F16", threads)
-        failed = llama_cpp.llama_model_quantize(bytes(source), bytes(partial),
-                                                ctypes.byref(options))
-        if failed:
-            raise RuntimeError(f"llama_model_quantize: {kind}: status {failed}")
-    partial.replace(path)
-    return path
 
 
 class LlamaCpp:
-    def __init__(self, folder: Path, kind: str, threads: int) -> None:
+    def __init__(self, folder: Path, kind: str, threads: int, work: Path | None = None,
+                 importance: Path | None = None) -> None:
+        """work: where the GGUF files are kept, beside the folder by default. importance: as for
+        `gguf_file`."""
         import llama_cpp
 
         self.c, self.threads = llama_cpp, threads
         llama_cpp.llama_backend_init()
-        path = gguf_file(folder, kind, threads)
+        path = gguf_file(folder, kind, threads, work, importance)
         self.model = llama_cpp.llama_model_load_from_file(
             bytes(path), llama_cpp.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
+        self.path = path
         self.vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
         self.version = f"llama-cpp-python {llama_cpp.__version__}"
         features = llama_cpp.llama_print_system_info().decode().partition("AVX2")

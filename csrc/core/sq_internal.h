@@ -67,6 +67,16 @@ sq_align_bytes(size_t bytes)
     return (bytes + SQ_ALIGN_BYTES - 1) & ~(size_t)(SQ_ALIGN_BYTES - 1);
 }
 
+/* The next bytes of a workspace that is laid out part by part, *used of it so far; NULL where base
+ * is, when only *used is wanted. */
+static inline void *
+sq_take_bytes(char *base, size_t *used, size_t bytes)
+{
+    void *p = base ? base + *used : NULL;
+    *used += sq_align_bytes(bytes);
+    return p;
+}
+
 /* *out = a * b, or 0 is returned on overflow or a negative operand. */
 static inline int
 sq_product(int64_t a, int64_t b, int64_t *out)

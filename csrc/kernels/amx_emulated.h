@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* AMX tiles in plain C, for tests on machines without them: the semantics of the Intel SDM (volume
- * 2, LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBSUD, TILERELEASE), palette 1. What the CPU
+ * 2, LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBSSD, TILERELEASE), palette 1. What the CPU
  * answers with #GP or #UD ends the process here, aloud. Never part of an ordinary build. */
 #ifndef SQ_AMX_EMULATED_H
 #define SQ_AMX_EMULATED_H
@@ -87,26 +87,25 @@ amx_store(int t, void *to, int64_t stride_bytes)
     }
 }
 
-/* c [i][j] += sum over k and 4 bytes b of a [i][4 k + b], signed, times w [k][4 j + b], unsigned.
- */
+/* c [i][j] += sum over k and 4 bytes b of a [i][4 k + b], times w [k][4 j + b], all signed. */
 static inline void
-amx_dpbsud(int c, int a, int w)
+amx_dpbssd(int c, int a, int w)
 {
     struct amx_tile *sums = amx_tile(c);
     const struct amx_tile *first = amx_tile(a), *second = amx_tile(w);
-    amx_require(c != a && c != w && a != w, "tdpbsud: a tile is used twice");
-    amx_require(sums->rows == first->rows, "tdpbsud: rows of sums and first factor differ");
-    amx_require(sums->colsb == second->colsb, "tdpbsud: columns of sums and second factor differ");
-    amx_require(first->colsb == 4 * second->rows, "tdpbsud: the factors' inner sizes differ");
-    amx_require(sums->colsb % 4 == 0, "tdpbsud: columns are not dwords");
+    amx_require(c != a && c != w && a != w, "tdpbssd: a tile is used twice");
+    amx_require(sums->rows == first->rows, "tdpbssd: rows of sums and first factor differ");
+    amx_require(sums->colsb == second->colsb, "tdpbssd: columns of sums and second factor differ");
+    amx_require(first->colsb == 4 * second->rows, "tdpbssd: the factors' inner sizes differ");
+    amx_require(sums->colsb % 4 == 0, "tdpbssd: columns are not dwords");
     for (int i = 0; i < sums->rows; i++) {
         uint32_t row[AMX_COLSB / 4]; /* wraps around, as the instruction does */
         memcpy(row, sums->data[i], sizeof row);
         for (int k = 0; k < second->rows; k++) {
             for (int j = 0; j < sums->colsb / 4; j++) {
                 for (int b = 0; b < 4; b++) {
-                    row[j] +=
-                        (uint32_t)((int8_t)first->data[i][4 * k + b] * second->data[k][4 * j + b]);
+                    row[j] += (uint32_t)((int8_t)first->data[i][4 * k + b] *
+                                         (int8_t)second->data[k][4 * j + b]);
                 }
             }
         }

@@ -10,7 +10,7 @@
 
 #include "core/sq_cpu.h"
 
-/* ---- packed int4 ------------------------------------------------------------------------ */
+/* ---- packed weights --------------------------------------------------------------------- */
 
 static void
 sq_pack_panel_4x32__avx2(const int32_t *words, int64_t k, uint8_t *panel)
@@ -21,19 +21,37 @@ sq_pack_panel_4x32__avx2(const int32_t *words, int64_t k, uint8_t *panel)
 static void
 sq_gemm_a4w4_f32_4x32__avx2(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_codes, BLOCKS_A4)
+    FOR_TILES(tile_codes, 4, BLOCKS_A4)
 }
 
 static void
 sq_gemm_a8w4_f32_4x32__avx2(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_codes, BLOCKS_A8)
+    FOR_TILES(tile_codes, 4, BLOCKS_A8)
 }
 
 static void
 sq_gemm_a16w4_f32_4x32__avx2(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_values)
+    FOR_TILES(tile_values, 4)
+}
+
+static void
+sq_pack_panel_w8_4x32__avx2(const int8_t *codes, int64_t k, uint8_t *panel)
+{
+    pack_sub_panels_w8(codes, k, SUBS, SUB, 128, panel);
+}
+
+static void
+sq_gemm_a8w8_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 8, BLOCKS_W8)
+}
+
+static void
+sq_gemm_a16w8_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_values, 8)
 }
 
 /* ---- float32 gemm ----------------------------------------------------------------------- */
@@ -50,6 +68,13 @@ sq_gemm_half__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x,
                    const uint16_t *w, float *y, int64_t ld_y)
 {
     gemm_half(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
+}
+
+static void
+sq_gemm_rows__avx2(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x, int64_t ld_x,
+                   float *y, int64_t ld_y)
+{
+    gemm_rows(w, m, n, x, ld_x, y, ld_y);
 }
 
 /* ---- quantizers ------------------------------------------------------------------------- */
@@ -479,6 +504,13 @@ kv_values(__m256i codes, __m256 scale, __m256 minimum)
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, minimum);
 }
 
+/* The first count floats at in, zeros behind them. */
+static ALWAYS_INLINE __m256
+load_f32(const float *in, int64_t count)
+{
+    return count >= 8 ? _mm256_loadu_ps(in) : _mm256_maskload_ps(in, lane_mask(count));
+}
+
 /* The first count floats, of 8 or more that there are, at out. */
 static ALWAYS_INLINE void
 store_f32(float *out, int64_t count, __m256 values)
@@ -511,15 +543,15 @@ kv_group(const int bits, const uint8_t *codes, const __m256 scale[2], const __m2
 /* Rows one after the other where each has its scale, otherwise groups of columns, whose scales
  * stay in registers from row to row. */
 static ALWAYS_INLINE void
-kv_to_f32(const int bits, const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+kv_to_f32(const int bits, const uint8_t *codes, const float *scales, const float *minima,
           int by_row, int64_t rows, int64_t n, float *out)
 {
     const int64_t group = 64 / bits, row_bytes = sq_ceil_div(n, group) * 8;
     __m256 scale[2], minimum[2];
     if (by_row) {
         for (int64_t r = 0; r < rows; r++) {
-            scale[0] = scale[1] = _mm256_set1_ps(_cvtsh_ss(scales[r]));
-            minimum[0] = minimum[1] = _mm256_set1_ps(_cvtsh_ss(minima[r]));
+            scale[0] = scale[1] = _mm256_set1_ps(scales[r]);
+            minimum[0] = minimum[1] = _mm256_set1_ps(minima[r]);
             int64_t i = 0;
             for (; i + group <= n; i += group) {
                 kv_group(bits, codes + r * row_bytes + i / group * 8, scale, minimum, group,
@@ -536,8 +568,8 @@ kv_to_f32(const int bits, const uint8_t *codes, const uint16_t *scales, const ui
         const int64_t count = sq_min_i64(group, n - i);
         for (int64_t h = 0; h < group / 8; h++) {
             const int64_t left = sq_max_i64(0, count - 8 * h);
-            scale[h] = _mm256_cvtph_ps(load_halves(left ? scales + i + 8 * h : scales, left));
-            minimum[h] = _mm256_cvtph_ps(load_halves(left ? minima + i + 8 * h : minima, left));
+            scale[h] = load_f32(left ? scales + i + 8 * h : scales, left);
+            minimum[h] = load_f32(left ? minima + i + 8 * h : minima, left);
         }
         if (count == group) {
             for (int64_t r = 0; r < rows; r++) {
@@ -555,15 +587,15 @@ kv_to_f32(const int bits, const uint8_t *codes, const uint16_t *scales, const ui
 }
 
 static void
-sq_kv8_to_f32__avx2(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
-                    int by_row, int64_t rows, int64_t n, float *out)
+sq_kv8_to_f32__avx2(const uint8_t *codes, const float *scales, const float *minima, int by_row,
+                    int64_t rows, int64_t n, float *out)
 {
     kv_to_f32(8, codes, scales, minima, by_row, rows, n, out);
 }
 
 static void
-sq_kv4_to_f32__avx2(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
-                    int by_row, int64_t rows, int64_t n, float *out)
+sq_kv4_to_f32__avx2(const uint8_t *codes, const float *scales, const float *minima, int by_row,
+                    int64_t rows, int64_t n, float *out)
 {
     kv_to_f32(4, codes, scales, minima, by_row, rows, n, out);
 }
@@ -579,8 +611,12 @@ const struct sq_kernels sq_kernels_avx2 = {
     .gemm_a4w4 = sq_gemm_a4w4_f32_4x32__avx2,
     .gemm_a8w4 = sq_gemm_a8w4_f32_4x32__avx2,
     .gemm_a16w4 = sq_gemm_a16w4_f32_4x32__avx2,
+    .pack_panel_w8 = sq_pack_panel_w8_4x32__avx2,
+    .gemm_a8w8 = sq_gemm_a8w8_f32_4x32__avx2,
+    .gemm_a16w8 = sq_gemm_a16w8_f32_4x32__avx2,
     .gemm_f32 = sq_gemm_f32_6x16__avx2,
     .gemm_half = sq_gemm_half__avx2,
+    .gemm_rows = sq_gemm_rows__avx2,
     .extremes = sq_extremes__avx2,
     .quantize_codes = sq_quantize_codes__avx2,
     .quantize_errors = sq_quantize_errors__avx2,

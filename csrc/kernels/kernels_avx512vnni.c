@@ -12,13 +12,25 @@
 static void
 sq_gemm_a8w4_f32_12x32__avx512vnni(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_codes, BLOCKS_A8)
+    FOR_TILES(tile_codes, 4, BLOCKS_A8)
 }
 
 static void
 sq_gemm_a16w4_f32_12x32__avx512vnni(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_values)
+    FOR_TILES(tile_values, 4)
+}
+
+static void
+sq_gemm_a8w8_f32_12x32__avx512vnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 8, BLOCKS_W8)
+}
+
+static void
+sq_gemm_a16w8_f32_12x32__avx512vnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_values, 8)
 }
 
 static void
@@ -35,6 +47,13 @@ sq_gemm_half__avx512vnni(int is_bf16, int64_t m, int64_t n, int64_t k, const flo
     gemm_half(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
 }
 
+static void
+sq_gemm_rows__avx512vnni(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x,
+                         int64_t ld_x, float *y, int64_t ld_y)
+{
+    gemm_rows(w, m, n, x, ld_x, y, ld_y);
+}
+
 const struct sq_kernels sq_kernels_avx512vnni = {
     .name = "avx512vnni",
     .required_features = SQ_CPU_AVX512_VNNI,
@@ -44,6 +63,9 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a4w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
     .gemm_a8w4 = sq_gemm_a8w4_f32_12x32__avx512vnni,
     .gemm_a16w4 = sq_gemm_a16w4_f32_12x32__avx512vnni,
+    .gemm_a8w8 = sq_gemm_a8w8_f32_12x32__avx512vnni,
+    .gemm_a16w8 = sq_gemm_a16w8_f32_12x32__avx512vnni,
     .gemm_f32 = sq_gemm_f32_12x32__avx512vnni,
     .gemm_half = sq_gemm_half__avx512vnni,
+    .gemm_rows = sq_gemm_rows__avx512vnni,
 };

@@ -10,7 +10,13 @@
 static void
 sq_gemm_a8w4_f32_6x32__avxvnni(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_codes, BLOCKS_A8)
+    FOR_TILES(tile_codes, 4, BLOCKS_A8)
+}
+
+static void
+sq_gemm_a8w8_f32_6x32__avxvnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 8, BLOCKS_W8)
 }
 
 const struct sq_kernels sq_kernels_avxvnni = {
@@ -21,4 +27,5 @@ const struct sq_kernels sq_kernels_avxvnni = {
     .mr = 12, /* of 6 here and of 4 in the base's float kernel */
     .gemm_a4w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
     .gemm_a8w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
+    .gemm_a8w8 = sq_gemm_a8w8_f32_6x32__avxvnni,
 };

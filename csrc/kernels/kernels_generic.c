@@ -10,7 +10,7 @@
 
 enum { MR = 4, NR = 8, LANES = 8 };
 
-/* ---- packed int4 ------------------------------------------------------------------------ */
+/* ---- packed weights --------------------------------------------------------------------- */
 
 /* A panel is the words themselves: NR rows of k / 8, low nibble first, code + 8. */
 static void
@@ -19,9 +19,19 @@ sq_pack_panel_4x8__generic(const int32_t *words, int64_t k, uint8_t *panel)
     memcpy(panel, words, (size_t)(NR * k / 2));
 }
 
-static int
-weight_code(const uint8_t *row, int64_t k)
+/* Of bytes: the codes themselves. */
+static void
+sq_pack_panel_w8_4x8__generic(const int8_t *codes, int64_t k, uint8_t *panel)
 {
+    memcpy(panel, codes, (size_t)(NR * k));
+}
+
+static ALWAYS_INLINE int
+weight_code(const uint8_t *row, int64_t k, const int bits)
+{
+    if (bits == 8) {
+        return (int8_t)row[k];
+    }
     const int byte = row[k / 2];
     return (k % 2 ? byte >> 4 : byte & 15) - 8;
 }
@@ -36,18 +46,18 @@ store(const struct sq_panel_args *args, int64_t i, int64_t j, float value)
     *y = args->accumulate ? *y + value : value;
 }
 
-static void
-gemm_codes(const struct sq_panel_args *args)
+static ALWAYS_INLINE void
+gemm_codes(const struct sq_panel_args *args, const int bits)
 {
     for (int64_t i = 0; i < args->m; i++) {
         const int8_t *a = (const int8_t *)args->a + i * args->ld_a;
         for (int64_t j = 0; j < NR; j++) {
-            const uint8_t *row = args->panel + j * (args->k / 2);
+            const uint8_t *row = args->panel + j * (args->k * bits / 8);
             float total = 0.0f;
             for (int64_t begin = 0; begin < args->k; begin += args->g) {
                 int32_t sum = 0;
                 for (int64_t k = begin; k < begin + args->g; k++) {
-                    sum += a[k] * weight_code(row, k);
+                    sum += a[k] * weight_code(row, k, bits);
                 }
                 total += args->w_scales[begin / args->g * NR + j] * (float)sum;
             }
@@ -56,24 +66,48 @@ gemm_codes(const struct sq_panel_args *args)
     }
 }
 
-static void
-sq_gemm_a16w4_f32_4x8__generic(const struct sq_panel_args *args)
+static ALWAYS_INLINE void
+gemm_values(const struct sq_panel_args *args, const int bits)
 {
     for (int64_t i = 0; i < args->m; i++) {
         const float *a = (const float *)args->a + i * args->ld_a;
         for (int64_t j = 0; j < NR; j++) {
-            const uint8_t *row = args->panel + j * (args->k / 2);
+            const uint8_t *row = args->panel + j * (args->k * bits / 8);
             float total = 0.0f;
             for (int64_t begin = 0; begin < args->k; begin += args->g) {
                 float sum = 0.0f;
                 for (int64_t k = begin; k < begin + args->g; k++) {
-                    sum += a[k] * (float)weight_code(row, k);
+                    sum += a[k] * (float)weight_code(row, k, bits);
                 }
                 total += args->w_scales[begin / args->g * NR + j] * sum;
             }
             store(args, i, j, total);
         }
     }
+}
+
+static void
+sq_gemm_a8w4_f32_4x8__generic(const struct sq_panel_args *args)
+{
+    gemm_codes(args, 4);
+}
+
+static void
+sq_gemm_a8w8_f32_4x8__generic(const struct sq_panel_args *args)
+{
+    gemm_codes(args, 8);
+}
+
+static void
+sq_gemm_a16w4_f32_4x8__generic(const struct sq_panel_args *args)
+{
+    gemm_values(args, 4);
+}
+
+static void
+sq_gemm_a16w8_f32_4x8__generic(const struct sq_panel_args *args)
+{
+    gemm_values(args, 8);
 }
 
 /* ---- float32 ---------------------------------------------------------------------------- */
@@ -259,18 +293,46 @@ widened(int is_bf16, uint16_t bits)
     return is_bf16 ? float_of_bits((uint32_t)bits << 16) : float_of_f16(bits);
 }
 
+/* Weights that are widened when they are used: 16-bit floats [n][k], or rows of codes. */
+struct narrow {
+    int64_t k;
+    int is_bf16;
+    const uint16_t *halves; /* or NULL */
+    const struct sq_code_rows *codes;
+};
+
+/* out [count] <- row j's weights from input p on. */
+static void
+widen_run(const struct narrow *w, int64_t j, int64_t p, int64_t count, float *out)
+{
+    if (w->halves) {
+        for (int64_t i = 0; i < count; i++) {
+            out[i] = widened(w->is_bf16, w->halves[j * w->k + p + i]);
+        }
+        return;
+    }
+    const int bits = w->codes->bits;
+    const uint8_t *row = w->codes->codes + j * sq_code_row_bytes(bits, w->k);
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = (float)sq_code_of_row(bits, row, p + i) * sq_scale_of_row(w->codes, j, p + i);
+    }
+}
+
 /* A piece of HALF_OUTPUTS rows of w is widened, transposed, and serves all tokens, whose sums are
  * as many chains side by side: one alone would wait for every addition. From HALF_TOKENS on that
  * wins over the plain loop, with the same sums: each is one chain over k, ascending, from zero. */
 enum { HALF_OUTPUTS = 32, HALF_INPUTS = 128, HALF_TOKENS = 4 };
 
+/* outputs rows from j on, inputs columns from p on. */
 static void
-widen_piece(int is_bf16, int64_t outputs, int64_t inputs, int64_t k, const uint16_t *w,
+widen_piece(const struct narrow *w, int64_t j, int64_t outputs, int64_t p, int64_t inputs,
             float piece[HALF_INPUTS][HALF_OUTPUTS])
 {
-    for (int64_t j = 0; j < outputs; j++) {
-        for (int64_t p = 0; p < inputs; p++) {
-            piece[p][j] = widened(is_bf16, w[j * k + p]);
+    float run[HALF_INPUTS];
+    for (int64_t o = 0; o < outputs; o++) {
+        widen_run(w, j + o, p, inputs, run);
+        for (int64_t i = 0; i < inputs; i++) {
+            piece[i][o] = run[i];
         }
     }
 }
@@ -291,8 +353,8 @@ add_piece(int64_t outputs, int64_t inputs, const float *x, float piece[HALF_INPU
 }
 
 static void
-gemm_half_by_piece(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
-                   const uint16_t *w, float *y, int64_t ld_y)
+gemm_by_piece(const struct narrow *w, int64_t m, int64_t n, const float *x, int64_t ld_x, float *y,
+              int64_t ld_y)
 {
     float piece[HALF_INPUTS][HALF_OUTPUTS] = {{0}};
     for (int64_t j = 0; j < n; j += HALF_OUTPUTS) {
@@ -300,9 +362,9 @@ gemm_half_by_piece(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x,
         for (int64_t i = 0; i < m; i++) {
             memset(y + i * ld_y + j, 0, (size_t)outputs * sizeof *y);
         }
-        for (int64_t p = 0; p < k; p += HALF_INPUTS) {
-            const int64_t inputs = sq_min_i64(HALF_INPUTS, k - p);
-            widen_piece(is_bf16, outputs, inputs, k, w + j * k + p, piece);
+        for (int64_t p = 0; p < w->k; p += HALF_INPUTS) {
+            const int64_t inputs = sq_min_i64(HALF_INPUTS, w->k - p);
+            widen_piece(w, j, outputs, p, inputs, piece);
             for (int64_t i = 0; i < m; i++) {
                 add_piece(outputs, inputs, x + i * ld_x + p, piece, y + i * ld_y + j);
             }
@@ -310,23 +372,46 @@ gemm_half_by_piece(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x,
     }
 }
 
+/* The same sums, one after the other. */
 static void
-sq_gemm_half__generic(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
-                      const uint16_t *w, float *y, int64_t ld_y)
+gemm_by_output(const struct narrow *w, int64_t m, int64_t n, const float *x, int64_t ld_x, float *y,
+               int64_t ld_y)
 {
-    if (m >= HALF_TOKENS) {
-        gemm_half_by_piece(is_bf16, m, n, k, x, ld_x, w, y, ld_y);
-        return;
-    }
+    float run[HALF_INPUTS];
     for (int64_t i = 0; i < m; i++) {
         for (int64_t j = 0; j < n; j++) {
             float sum = 0.0f;
-            for (int64_t p = 0; p < k; p++) {
-                sum += x[i * ld_x + p] * widened(is_bf16, w[j * k + p]);
+            for (int64_t p = 0; p < w->k; p += HALF_INPUTS) {
+                const int64_t inputs = sq_min_i64(HALF_INPUTS, w->k - p);
+                widen_run(w, j, p, inputs, run);
+                for (int64_t q = 0; q < inputs; q++) {
+                    sum += x[i * ld_x + p + q] * run[q];
+                }
             }
             y[i * ld_y + j] = sum;
         }
     }
+}
+
+static void
+gemm_narrow(const struct narrow *w, int64_t m, int64_t n, const float *x, int64_t ld_x, float *y,
+            int64_t ld_y)
+{
+    (m >= HALF_TOKENS ? gemm_by_piece : gemm_by_output)(w, m, n, x, ld_x, y, ld_y);
+}
+
+static void
+sq_gemm_half__generic(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
+                      const uint16_t *w, float *y, int64_t ld_y)
+{
+    gemm_narrow(&(struct narrow){.k = k, .is_bf16 = is_bf16, .halves = w}, m, n, x, ld_x, y, ld_y);
+}
+
+static void
+sq_gemm_rows__generic(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x,
+                      int64_t ld_x, float *y, int64_t ld_y)
+{
+    gemm_narrow(&(struct narrow){.k = w->k, .codes = w}, m, n, x, ld_x, y, ld_y);
 }
 
 static int
@@ -385,8 +470,8 @@ sq_f32_to_f16__generic(const float *in, int64_t count, uint16_t *out)
 /* ---- KV cache --------------------------------------------------------------------------- */
 
 static void
-kv_to_f32(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima, int by_row,
-          int64_t rows, int64_t n, float *out, int bits)
+kv_to_f32(const uint8_t *codes, const float *scales, const float *minima, int by_row, int64_t rows,
+          int64_t n, float *out, int bits)
 {
     const int64_t group = 64 / bits, row_bytes = sq_ceil_div(n, group) * 8;
     for (int64_t r = 0; r < rows; r++) {
@@ -394,21 +479,21 @@ kv_to_f32(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima, 
             const int byte = codes[r * row_bytes + i / group * 8 + i % 8];
             const int code = bits == 8 ? byte : i % group < 8 ? byte & 15 : byte >> 4;
             const int64_t of = by_row ? r : i;
-            out[r * n + i] = float_of_f16(scales[of]) * (float)code + float_of_f16(minima[of]);
+            out[r * n + i] = scales[of] * (float)code + minima[of];
         }
     }
 }
 
 static void
-sq_kv8_to_f32__generic(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
-                       int by_row, int64_t rows, int64_t n, float *out)
+sq_kv8_to_f32__generic(const uint8_t *codes, const float *scales, const float *minima, int by_row,
+                       int64_t rows, int64_t n, float *out)
 {
     kv_to_f32(codes, scales, minima, by_row, rows, n, out, 8);
 }
 
 static void
-sq_kv4_to_f32__generic(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
-                       int by_row, int64_t rows, int64_t n, float *out)
+sq_kv4_to_f32__generic(const uint8_t *codes, const float *scales, const float *minima, int by_row,
+                       int64_t rows, int64_t n, float *out)
 {
     kv_to_f32(codes, scales, minima, by_row, rows, n, out, 4);
 }
@@ -420,11 +505,15 @@ const struct sq_kernels sq_kernels_generic = {
     .nr = NR,
     .row_block_bytes = 1 << 18,
     .pack_panel = sq_pack_panel_4x8__generic,
-    .gemm_a4w4 = gemm_codes,
-    .gemm_a8w4 = gemm_codes,
+    .gemm_a4w4 = sq_gemm_a8w4_f32_4x8__generic,
+    .gemm_a8w4 = sq_gemm_a8w4_f32_4x8__generic,
     .gemm_a16w4 = sq_gemm_a16w4_f32_4x8__generic,
+    .pack_panel_w8 = sq_pack_panel_w8_4x8__generic,
+    .gemm_a8w8 = sq_gemm_a8w8_f32_4x8__generic,
+    .gemm_a16w8 = sq_gemm_a16w8_f32_4x8__generic,
     .gemm_f32 = sq_gemm_f32__generic,
     .gemm_half = sq_gemm_half__generic,
+    .gemm_rows = sq_gemm_rows__generic,
     .extremes = sq_extremes__generic,
     .quantize_codes = sq_quantize_codes__generic,
     .quantize_errors = sq_quantize_errors__generic,

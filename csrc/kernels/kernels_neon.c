@@ -5,8 +5,10 @@
  * k 0..3 in the low nibbles of its bytes and k 4..7 in the high ones, all as code + 8. So v &
  * 0x0f.. and v >> 4 (by bytes) are bytes in k order, and sdot takes 4 k of one row from a lane of
  * the activation codes as they lie in memory. The + 8 is taken back once per group: sum (w + 8) a -
- * 8 sum a. Shifting signed nibbles up to 16 times the code instead would leave 2^31 / (16 * 8 *
- * 128) = 2^17 k for a 32-bit sum, less than SQ_PACKED_K_MAX.
+ * 8 sum a. A panel of 8 bits has a signed byte for each code in the same order, [k / 4][8] dwords,
+ * and needs no correction; the functions below that take `bits` are inlined with either. Shifting
+ * signed nibbles up to 16 times the code instead would leave 2^31 / (16 * 8 * 128) = 2^17 k for a
+ * 32-bit sum, less than SQ_PACKED_K_MAX.
  *
  * Tiles keep 16 vectors of sums: up to 4 rows take the panel's 16 outputs at once, 5 to 8 rows one
  * sub-panel after the other. The other 16 registers hold a vector of every row, the weights and
@@ -25,8 +27,7 @@ enum {
     SUB = 8,  /* outputs of a sub-panel */
     SUBS = 2, /* sub-panels of a panel */
     NR = SUB * SUBS,
-    BLOCK_K = 8, /* k of a dword: two steps of 4 */
-    SUB_BLOCK_BYTES = SUB * 4,
+    BLOCK_K = 8, /* two steps of 4 k, a dword of nibbles */
     VECS_OF_SUB = SUB / 4,
     VECS_MAX = NR / 4
 };
@@ -35,28 +36,28 @@ _Static_assert(NR *SQ_K_ALIGN / 2 % SQ_ALIGN_BYTES == 0,
                "the panel behind 8-bit inputs is aligned");
 _Static_assert(SQ_K_ALIGN % (2 * BLOCK_K) == 0, "a group is whole pairs of blocks");
 
-/* Rows times outputs; tile is (args, row, rows, vecs, sub). */
-#define TILE_WIDE(tile, rows)               \
-    case rows:                              \
-        tile(args, row, rows, VECS_MAX, 0); \
+/* Rows times outputs; tile is (args, row, rows, vecs, sub, ...). */
+#define TILE_WIDE(tile, rows, ...)                         \
+    case rows:                                             \
+        tile(args, row, rows, VECS_MAX, 0, ##__VA_ARGS__); \
         break;
-#define TILE_TALL(tile, rows)                      \
-    case rows:                                     \
-        for (int s = 0; s < SUBS; s++) {           \
-            tile(args, row, rows, VECS_OF_SUB, s); \
-        }                                          \
+#define TILE_TALL(tile, rows, ...)                                \
+    case rows:                                                    \
+        for (int s = 0; s < SUBS; s++) {                          \
+            tile(args, row, rows, VECS_OF_SUB, s, ##__VA_ARGS__); \
+        }                                                         \
         break;
-#define FOR_TILES(tile)                               \
+#define FOR_TILES(tile, ...)                          \
     for (int64_t row = 0; row < args->m; row += MR) { \
         switch (sq_min_i64(MR, args->m - row)) {      \
-            TILE_WIDE(tile, 1)                        \
-            TILE_WIDE(tile, 2)                        \
-            TILE_WIDE(tile, 3)                        \
-            TILE_WIDE(tile, 4)                        \
-            TILE_TALL(tile, 5)                        \
-            TILE_TALL(tile, 6)                        \
-            TILE_TALL(tile, 7)                        \
-            TILE_TALL(tile, 8)                        \
+            TILE_WIDE(tile, 1, ##__VA_ARGS__)         \
+            TILE_WIDE(tile, 2, ##__VA_ARGS__)         \
+            TILE_WIDE(tile, 3, ##__VA_ARGS__)         \
+            TILE_WIDE(tile, 4, ##__VA_ARGS__)         \
+            TILE_TALL(tile, 5, ##__VA_ARGS__)         \
+            TILE_TALL(tile, 6, ##__VA_ARGS__)         \
+            TILE_TALL(tile, 7, ##__VA_ARGS__)         \
+            TILE_TALL(tile, 8, ##__VA_ARGS__)         \
         }                                             \
     }
 
@@ -67,6 +68,15 @@ sq_pack_panel_8x16__neon(const int32_t *words, int64_t k, uint8_t *panel)
 {
     pack_sub_panels(words, k, SUBS, SUB, panel);
 }
+
+static void
+sq_pack_panel_w8_8x16__neon(const int8_t *codes, int64_t k, uint8_t *panel)
+{
+    pack_sub_panels_w8(codes, k, SUBS, SUB, 0, panel);
+}
+
+/* Bytes of a block of 8 k of a sub-panel. */
+#define BLOCK_BYTES(bits) (SUB * (bits))
 
 /* Vector v of a block that starts at w, sub-panels being sub_bytes apart. */
 static ALWAYS_INLINE uint8x16_t
@@ -109,11 +119,12 @@ add_scaled(const int rows, const int vecs, const float *scales, float32x4_t sums
     }
 }
 
-/* ---- int4 x codes ----------------------------------------------------------------------- */
+/* ---- weights x codes -------------------------------------------------------------------- */
 
 /* The 32-bit sums hold all of k: 15 * 128 * 2^20 < 2^31. (A sum that starts at -8 sum a may wrap on
  * its way; what it ends at, at most 8 * 128 * 2^20 = 2^30, is exact modulo 2^32.) */
 _Static_assert((int64_t)15 * 128 * SQ_PACKED_K_MAX <= INT32_MAX, "32-bit sums over all of k");
+_Static_assert((int64_t)128 * 128 * SQ_PACKED_K_MAX_W8 <= INT32_MAX, "and of 8-bit weights");
 
 /* The instruction's lane must be a literal; lane is a constant after inlining. */
 static ALWAYS_INLINE int32x4_t
@@ -138,7 +149,7 @@ typedef int32x4_t chains[2][MR][VECS_MAX];
 /* acc += the products of two blocks of 8 k. */
 static ALWAYS_INLINE void
 multiply_blocks(const int rows, const int vecs, const int8_t *a, int64_t ld_a, const uint8_t *w,
-                int64_t sub_bytes, chains acc)
+                int64_t sub_bytes, const int bits, chains acc)
 {
     const int odd = rows * vecs <= 8;
     int8x16_t codes[MR];
@@ -150,9 +161,16 @@ multiply_blocks(const int rows, const int vecs, const int8_t *a, int64_t ld_a, c
     for (int b = 0; b < 2; b++) {
         UNROLL
         for (int v = 0; v < vecs; v++) {
-            const uint8x16_t raw = load_block(w + b * SUB_BLOCK_BYTES, sub_bytes, v);
-            const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(raw, vdupq_n_u8(15)));
-            const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(raw, 4));
+            const uint8_t *block = w + b * BLOCK_BYTES(bits);
+            const uint8x16_t raw = load_block(block, sub_bytes, v);
+            int8x16_t low = vreinterpretq_s8_u8(raw), high;
+            if (bits == 8) {
+                high = vreinterpretq_s8_u8(load_block(block + SUB * 4, sub_bytes, v));
+            }
+            else {
+                low = vreinterpretq_s8_u8(vandq_u8(raw, vdupq_n_u8(15)));
+                high = vreinterpretq_s8_u8(vshrq_n_u8(raw, 4));
+            }
             UNROLL
             for (int r = 0; r < rows; r++) {
                 acc[0][r][v] = dot_lane(acc[0][r][v], low, codes[r], 2 * b);
@@ -165,15 +183,17 @@ multiply_blocks(const int rows, const int vecs, const int8_t *a, int64_t ld_a, c
 /* sums = those of one group, whose activations and weights start at a and w. */
 static ALWAYS_INLINE void
 group_of_codes(const struct sq_panel_args *args, const int rows, const int vecs, const int8_t *a,
-               const int32_t *a_sums, const uint8_t *w, float32x4_t sums[MR][VECS_MAX])
+               const int32_t *a_sums, const uint8_t *w, const int bits,
+               float32x4_t sums[MR][VECS_MAX])
 {
-    const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
+    const int64_t sub_bytes = args->k / BLOCK_K * BLOCK_BYTES(bits);
     const int odd = rows * vecs <= 8;
     chains acc;
     UNROLL
     for (int r = 0; r < rows; r++) {
         const int32_t *before = a_sums + r * args->ld_sums;
-        const int32x4_t offset = vdupq_n_s32(-8 * (before[args->g / SQ_K_ALIGN] - before[0]));
+        const int32x4_t offset =
+            vdupq_n_s32(bits == 4 ? -8 * (before[args->g / SQ_K_ALIGN] - before[0]) : 0);
         UNROLL
         for (int v = 0; v < vecs; v++) {
             acc[1][r][v] = vdupq_n_s32(0);
@@ -181,8 +201,8 @@ group_of_codes(const struct sq_panel_args *args, const int rows, const int vecs,
         }
     }
     for (int64_t k = 0; k < args->g; k += 2 * BLOCK_K) {
-        multiply_blocks(rows, vecs, a + k, args->ld_a, w + k / BLOCK_K * SUB_BLOCK_BYTES, sub_bytes,
-                        acc);
+        multiply_blocks(rows, vecs, a + k, args->ld_a, w + k / BLOCK_K * BLOCK_BYTES(bits),
+                        sub_bytes, bits, acc);
     }
     UNROLL
     for (int r = 0; r < rows; r++) {
@@ -208,16 +228,16 @@ clear(const int rows, const int vecs, float32x4_t values[MR][VECS_MAX])
 
 static ALWAYS_INLINE void
 tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const int vecs,
-           int64_t sub)
+           int64_t sub, const int bits)
 {
     const int8_t *a = (const int8_t *)args->a + row * args->ld_a;
     const int32_t *a_sums = args->a_sums + row * args->ld_sums;
-    const uint8_t *w = args->panel + sub * (args->k / BLOCK_K * SUB_BLOCK_BYTES);
+    const uint8_t *w = args->panel + sub * (args->k / BLOCK_K * BLOCK_BYTES(bits));
     float32x4_t total[MR][VECS_MAX], sums[MR][VECS_MAX];
     clear(rows, vecs, total);
     for (int64_t begin = 0; begin < args->k; begin += args->g) {
         group_of_codes(args, rows, vecs, a + begin, a_sums + begin / SQ_K_ALIGN,
-                       w + begin / BLOCK_K * SUB_BLOCK_BYTES, sums);
+                       w + begin / BLOCK_K * BLOCK_BYTES(bits), bits, sums);
         add_scaled(rows, vecs, args->w_scales + begin / args->g * NR + sub * SUB, sums, total);
     }
     store_tile(args, row, rows, vecs, sub, args->a_scales, total);
@@ -227,7 +247,13 @@ tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const 
 static void
 sq_gemm_a8w4_f32_8x16__neon(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_codes)
+    FOR_TILES(tile_codes, 4)
+}
+
+static void
+sq_gemm_a8w8_f32_8x16__neon(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 8)
 }
 
 /* ---- float32 ---------------------------------------------------------------------------- */
@@ -247,11 +273,12 @@ fma_lane(float32x4_t sum, float32x4_t row, float32x4_t values, const int lane)
     }
 }
 
-/* acc += the products of 4 k, b a step of 4 in a block of 8: k number j is nibble b of byte j. With
- * code + 8 XORed by 8 the nibble is two's complement, and two shifts extend its sign. */
+/* acc += the products of 4 k, b a step of 4 in a block of 8: k number j is byte j, or with 4 bits
+ * nibble b of it. With code + 8 XORed by 8 the nibble is two's complement. Two shifts extend the
+ * sign. */
 static ALWAYS_INLINE void
-multiply_values(const int rows, const int vecs, const int b, const float *a, int64_t ld_a,
-                const int32x4_t raw[VECS_MAX], float32x4_t acc[MR][VECS_MAX])
+multiply_values(const int rows, const int vecs, const int b, const int bits, const float *a,
+                int64_t ld_a, const int32x4_t raw[VECS_MAX], float32x4_t acc[MR][VECS_MAX])
 {
     float32x4_t values[MR];
     UNROLL
@@ -260,10 +287,11 @@ multiply_values(const int rows, const int vecs, const int b, const float *a, int
     }
     UNROLL
     for (int j = 0; j < 4; j++) {
-        const int32x4_t up = vdupq_n_s32(28 - 8 * j - 4 * b);
+        const int32x4_t up = vdupq_n_s32(32 - bits - 8 * j - (bits == 4 ? 4 * b : 0));
         UNROLL
         for (int v = 0; v < vecs; v++) {
-            const int32x4_t code = vshrq_n_s32(vshlq_s32(raw[v], up), 28);
+            const int32x4_t top = vshlq_s32(raw[v], up);
+            const int32x4_t code = bits == 4 ? vshrq_n_s32(top, 28) : vshrq_n_s32(top, 24);
             const float32x4_t weight = vcvtq_f32_s32(code);
             UNROLL
             for (int r = 0; r < rows; r++) {
@@ -275,9 +303,10 @@ multiply_values(const int rows, const int vecs, const int b, const float *a, int
 
 static ALWAYS_INLINE void
 tile_values(const struct sq_panel_args *args, int64_t row, const int rows, const int vecs,
-            int64_t sub)
+            int64_t sub, const int bits)
 {
-    const int64_t sub_bytes = args->k / BLOCK_K * SUB_BLOCK_BYTES;
+    const int64_t sub_bytes = args->k / BLOCK_K * BLOCK_BYTES(bits);
+    const uint8x16_t sign = vdupq_n_u8(bits == 4 ? 0x88 : 0);
     const float *a = (const float *)args->a + row * args->ld_a;
     const uint8_t *w = args->panel + sub * sub_bytes;
     float32x4_t total[MR][VECS_MAX], acc[MR][VECS_MAX];
@@ -287,14 +316,18 @@ tile_values(const struct sq_panel_args *args, int64_t row, const int rows, const
         for (int64_t k = 0; k < args->g; k += BLOCK_K) {
             int32x4_t raw[VECS_MAX];
             UNROLL
-            for (int v = 0; v < vecs; v++) {
-                const uint8x16_t block = load_block(w, sub_bytes, v);
-                raw[v] = vreinterpretq_s32_u8(veorq_u8(block, vdupq_n_u8(0x88)));
+            for (int b = 0; b < 2; b++) {
+                if (b == 0 || bits == 8) {
+                    UNROLL
+                    for (int v = 0; v < vecs; v++) {
+                        const uint8x16_t block = load_block(w + b * SUB * 4, sub_bytes, v);
+                        raw[v] = vreinterpretq_s32_u8(veorq_u8(block, sign));
+                    }
+                }
+                multiply_values(rows, vecs, b, bits, a + 4 * b, args->ld_a, raw, acc);
             }
-            multiply_values(rows, vecs, 0, a, args->ld_a, raw, acc);
-            multiply_values(rows, vecs, 1, a + 4, args->ld_a, raw, acc);
             a += BLOCK_K;
-            w += SUB_BLOCK_BYTES;
+            w += BLOCK_BYTES(bits);
         }
         add_scaled(rows, vecs, args->w_scales + begin / args->g * NR + sub * SUB, acc, total);
     }
@@ -304,7 +337,13 @@ tile_values(const struct sq_panel_args *args, int64_t row, const int rows, const
 static void
 sq_gemm_a16w4_f32_8x16__neon(const struct sq_panel_args *args)
 {
-    FOR_TILES(tile_values)
+    FOR_TILES(tile_values, 4)
+}
+
+static void
+sq_gemm_a16w8_f32_8x16__neon(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_values, 8)
 }
 
 /* m rows against NR columns of b and c, all of which exist. */
@@ -591,6 +630,9 @@ const struct sq_kernels sq_kernels_neon = {
     .gemm_a4w4 = sq_gemm_a8w4_f32_8x16__neon,
     .gemm_a8w4 = sq_gemm_a8w4_f32_8x16__neon,
     .gemm_a16w4 = sq_gemm_a16w4_f32_8x16__neon,
+    .pack_panel_w8 = sq_pack_panel_w8_8x16__neon,
+    .gemm_a8w8 = sq_gemm_a8w8_f32_8x16__neon,
+    .gemm_a16w8 = sq_gemm_a16w8_f32_8x16__neon,
     .gemm_f32 = sq_gemm_f32_8x16__neon,
     .extremes = sq_extremes__neon,
     .quantize_codes = sq_quantize_codes__neon,

@@ -248,14 +248,17 @@ gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const fl
     }
 }
 
-/* ---- float32 x 16-bit floats ------------------------------------------------------------ */
+/* ---- float32 x narrow weights ----------------------------------------------------------- */
+
+/* What a weight is widened from. Codes meet their block's scale here. */
+enum narrow { NARROW_F16, NARROW_BF16, NARROW_INT8, NARROW_INT4 };
 
 /* Of w and of x: 12 or 24 accumulators, and each widened weight meets all tokens of a tile. */
 enum { HALF_ROWS = 4, HALF_TOKENS = TILE_BITS == 256 ? 3 : 6 };
 
 /* LANES 16-bit floats, of which count exist; the others are 0. */
 static ALWAYS_INLINE vec_f
-load_widened(const uint16_t *from, int64_t count, const int is_bf16)
+load_widened_halves(const uint16_t *from, int64_t count, const int is_bf16)
 {
     uint16_t tail[LANES] = {0};
     if (count < LANES) {
@@ -273,6 +276,52 @@ load_widened(const uint16_t *from, int64_t count, const int is_bf16)
 #endif
 }
 
+/* LANES codes of a byte each, in the low bytes of the vector. */
+static ALWAYS_INLINE vec_f
+floats_of_int8(__m128i bytes)
+{
+#if TILE_BITS == 256
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#endif
+}
+
+/* LANES bytes; a vector of 512 bits takes 16 of them, one of 256 bits 8. */
+static ALWAYS_INLINE __m128i
+load_bytes(const uint8_t *from)
+{
+#if TILE_BITS == 256
+    return _mm_loadl_epi64((const __m128i *)from);
+#else
+    return _mm_loadu_si128((const __m128i *)from);
+#endif
+}
+
+/* LANES codes of 8 bits times their scale, of which count exist; the others are 0. */
+static ALWAYS_INLINE vec_f
+load_int8(const uint8_t *from, uint16_t scale, int64_t count)
+{
+    uint8_t tail[LANES] = {0};
+    if (count < LANES) {
+        memcpy(tail, from, (size_t)count);
+        from = tail;
+    }
+    return VEC(mul_ps)(floats_of_int8(load_bytes(from)), VEC(set1_ps)(sq_float_of_bf16(scale)));
+}
+
+/* Inputs first .. first + LANES - 1 of a block of 4-bit codes, times its scale. */
+static ALWAYS_INLINE vec_f
+load_int4(const uint8_t *block, uint16_t scale, const int first)
+{
+    enum { HALF = SQ_ROW_BLOCK / 2 };
+    const __m128i bytes = load_bytes(block + first % HALF);
+    const __m128i nibbles =
+        _mm_and_si128(first < HALF ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    return VEC(mul_ps)(floats_of_int8(_mm_sub_epi8(nibbles, _mm_set1_epi8(8))),
+                       VEC(set1_ps)(sq_float_of_bf16(scale)));
+}
+
 /* Lanes in halves, the upper onto the lower: the same order on every call. */
 static ALWAYS_INLINE float
 sum_lanes(vec_f x)
@@ -287,27 +336,49 @@ sum_lanes(vec_f x)
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-struct half_args {
+struct narrow_args {
     int64_t k;
     const float *x;
-    const uint16_t *w;
+    const void *w;          /* [rows][row_bytes] */
+    const uint16_t *scales; /* of codes, [rows][row_scales] */
+    int64_t row_bytes, row_scales;
     float *y;
     int64_t ld_x, ld_y;
 };
 
-/* acc += the products of count values of k from p on, count being LANES but at the end. */
+/* Row r's weights from input p + first on, of which count exist. first is 0 but for codes, where p
+ * is the first input of a block. */
+static ALWAYS_INLINE vec_f
+load_widened(const struct narrow_args *s, int r, int64_t p, const int first, int64_t count,
+             const enum narrow kind)
+{
+    const uint8_t *row = (const uint8_t *)s->w + r * s->row_bytes;
+    switch (kind) {
+        case NARROW_INT8:
+            return load_int8(row + p + first, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK],
+                             count);
+        case NARROW_INT4:
+            return load_int4(row + p / 2, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK], first);
+        default:
+            return load_widened_halves((const uint16_t *)(const void *)row + p, count,
+                                       kind == NARROW_BF16);
+    }
+}
+
+/* acc += the products of count values from input p + first on, LANES at most. */
 static ALWAYS_INLINE void
-multiply_halves(const struct half_args *s, int64_t p, int64_t count, const int tokens,
-                const int rows, const int is_bf16, vec_f acc[HALF_TOKENS][HALF_ROWS])
+multiply_narrow(const struct narrow_args *s, int64_t p, const int first, int64_t count,
+                const int tokens, const int rows, const enum narrow kind,
+                vec_f acc[HALF_TOKENS][HALF_ROWS])
 {
     vec_f value[HALF_TOKENS];
     UNROLL
     for (int t = 0; t < tokens; t++) {
-        value[t] = load_lanes(s->x + t * s->ld_x + p, lane_mask(count));
+        value[t] = load_lanes(s->x + t * s->ld_x + p + first, lane_mask(count));
     }
     UNROLL
     for (int r = 0; r < rows; r++) {
-        const vec_f weight = load_widened(s->w + r * s->k + p, count, is_bf16);
+        const vec_f weight = load_widened(s, r, p, first, count, kind);
         UNROLL
         for (int t = 0; t < tokens; t++) {
             acc[t][r] = VEC(fmadd_ps)(value[t], weight, acc[t][r]);
@@ -315,10 +386,47 @@ multiply_halves(const struct half_args *s, int64_t p, int64_t count, const int t
     }
 }
 
+/* The inputs of one step: a vector, or a block of codes. */
+static ALWAYS_INLINE int
+step_of(const enum narrow kind)
+{
+    return kind == NARROW_INT8 || kind == NARROW_INT4 ? SQ_ROW_BLOCK : LANES;
+}
+
+/* The same for one step. count is the step but at the end. */
+static ALWAYS_INLINE void
+multiply_step(const struct narrow_args *s, int64_t p, int64_t count, const int tokens,
+              const int rows, const enum narrow kind, vec_f acc[HALF_TOKENS][HALF_ROWS])
+{
+    UNROLL
+    for (int first = 0; first < step_of(kind); first += LANES) {
+        if (first < count) {
+            multiply_narrow(s, p, first, count - first, tokens, rows, kind, acc);
+        }
+    }
+}
+
+/* Asks for the line of input p in the rows of the tile after the next. HALF_ROWS short streams at
+ * once are more than the CPU foresees: from memory, one token took up to 3 times as long. */
+static ALWAYS_INLINE void
+prefetch_rows(const struct narrow_args *s, int64_t p, const int rows, const enum narrow kind)
+{
+    enum { LINE_BYTES = 64 };
+    const int64_t byte = kind == NARROW_INT8 ? p : kind == NARROW_INT4 ? p / 2 : 2 * p;
+    if (byte % LINE_BYTES == 0) {
+        const char *next = (const char *)s->w + 2 * rows * s->row_bytes + byte;
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            _mm_prefetch(next + r * s->row_bytes, _MM_HINT_T1);
+        }
+    }
+}
+
 /* y [tokens][rows]; lane l sums the products of k = l, l + LANES, ... */
 static ALWAYS_INLINE void
-tile_half(const struct half_args *s, const int tokens, const int rows, const int is_bf16)
+tile_narrow(const struct narrow_args *s, const int tokens, const int rows, const enum narrow kind)
 {
+    const int step = step_of(kind);
     vec_f acc[HALF_TOKENS][HALF_ROWS];
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -328,11 +436,12 @@ tile_half(const struct half_args *s, const int tokens, const int rows, const int
         }
     }
     int64_t p = 0;
-    for (; p + LANES <= s->k; p += LANES) {
-        multiply_halves(s, p, LANES, tokens, rows, is_bf16, acc);
+    for (; p + step <= s->k; p += step) {
+        prefetch_rows(s, p, rows, kind);
+        multiply_step(s, p, step, tokens, rows, kind, acc);
     }
     if (p < s->k) {
-        multiply_halves(s, p, s->k - p, tokens, rows, is_bf16, acc);
+        multiply_step(s, p, s->k - p, tokens, rows, kind, acc);
     }
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -343,14 +452,14 @@ tile_half(const struct half_args *s, const int tokens, const int rows, const int
     }
 }
 
-#define TOKENS_CASE(tokens)                        \
-    case tokens:                                   \
-        tile_half(&s, tokens, HALF_ROWS, is_bf16); \
+#define TOKENS_CASE(tokens)                       \
+    case tokens:                                  \
+        tile_narrow(&s, tokens, HALF_ROWS, kind); \
         break;
 
 /* HALF_ROWS outputs of all tokens. */
 static ALWAYS_INLINE void
-rows_half(struct half_args s, int64_t m, const int is_bf16)
+rows_narrow(struct narrow_args s, int64_t m, const enum narrow kind)
 {
     for (int64_t i = 0; i < m; i += HALF_TOKENS) {
         switch (sq_min_i64(HALF_TOKENS, m - i)) {
@@ -371,22 +480,25 @@ rows_half(struct half_args s, int64_t m, const int is_bf16)
 
 /* Rows of w outside, so that they stay in the cache while all tokens meet them. */
 static ALWAYS_INLINE void
-gemm_half_of(const int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
-             const uint16_t *w, float *y, int64_t ld_y)
+gemm_narrow(struct narrow_args s, int64_t m, int64_t n, const enum narrow kind)
 {
-    struct half_args s = {.k = k, .x = x, .w = w, .y = y, .ld_x = ld_x, .ld_y = ld_y};
     int64_t j = 0;
-    for (; j + HALF_ROWS <= n; j += HALF_ROWS) {
-        rows_half(s, m, is_bf16);
-        s.w += HALF_ROWS * k;
-        s.y += HALF_ROWS;
-    }
-    for (; j < n; j++) {
-        for (int64_t i = 0; i < m; i++) {
-            const struct half_args one = {
-                .k = k, .x = x + i * ld_x, .w = w + j * k, .y = y + i * ld_y + j};
-            tile_half(&one, 1, 1, is_bf16);
+    for (int64_t rows = HALF_ROWS; j < n; j += rows) {
+        if (n - j >= HALF_ROWS) {
+            rows_narrow(s, m, kind);
         }
+        else {
+            rows = 1;
+            for (int64_t i = 0; i < m; i++) {
+                struct narrow_args one = s;
+                one.x += i * s.ld_x;
+                one.y += i * s.ld_y;
+                tile_narrow(&one, 1, 1, kind);
+            }
+        }
+        s.w = (const uint8_t *)s.w + rows * s.row_bytes;
+        s.scales = s.scales ? s.scales + rows * s.row_scales : NULL;
+        s.y += rows;
     }
 }
 
@@ -394,10 +506,38 @@ static void
 gemm_half(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
           const uint16_t *w, float *y, int64_t ld_y)
 {
+    const struct narrow_args s = {.k = k,
+                                  .x = x,
+                                  .w = w,
+                                  .row_bytes = k * (int64_t)sizeof *w,
+                                  .y = y,
+                                  .ld_x = ld_x,
+                                  .ld_y = ld_y};
     if (is_bf16) {
-        gemm_half_of(1, m, n, k, x, ld_x, w, y, ld_y);
+        gemm_narrow(s, m, n, NARROW_BF16);
     }
     else {
-        gemm_half_of(0, m, n, k, x, ld_x, w, y, ld_y);
+        gemm_narrow(s, m, n, NARROW_F16);
+    }
+}
+
+static void
+gemm_rows(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x, int64_t ld_x,
+          float *y, int64_t ld_y)
+{
+    const struct narrow_args s = {.k = w->k,
+                                  .x = x,
+                                  .w = w->codes,
+                                  .scales = w->scales,
+                                  .row_bytes = sq_code_row_bytes(w->bits, w->k),
+                                  .row_scales = sq_code_row_scales(w->k),
+                                  .y = y,
+                                  .ld_x = ld_x,
+                                  .ld_y = ld_y};
+    if (w->bits == 8) {
+        gemm_narrow(s, m, n, NARROW_INT8);
+    }
+    else {
+        gemm_narrow(s, m, n, NARROW_INT4);
     }
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The order of the x86 and the neon panels (docs/kernels.md): sub-panels of dwords of 8 k each. */
+/* The order of the x86 and the neon panels (docs/kernels.md): sub-panels of dwords of 8 k each,
+ * or of 4 k where a code has a byte. */
 #ifndef SQ_PANEL_DWORDS_H
 #define SQ_PANEL_DWORDS_H
 
@@ -29,6 +30,23 @@ pack_sub_panels(const int32_t *words, int64_t k, int64_t subs, int64_t outputs, 
                 const uint32_t v =
                     interleave_nibbles((uint32_t)words[(s * outputs + j) * blocks + b]);
                 memcpy(panel + ((s * blocks + b) * outputs + j) * 4, &v, sizeof v);
+            }
+        }
+    }
+}
+
+/* codes [subs][outputs][k], to which offset is added, -> panel [subs][k / 4][outputs] dwords of 4
+ * bytes each. */
+static inline void
+pack_sub_panels_w8(const int8_t *codes, int64_t k, int64_t subs, int64_t outputs, int offset,
+                   uint8_t *panel)
+{
+    for (int64_t s = 0; s < subs; s++) {
+        for (int64_t j = 0; j < outputs; j++) {
+            const int8_t *row = codes + (s * outputs + j) * k;
+            uint8_t *to = panel + s * outputs * k + j * 4;
+            for (int64_t p = 0; p < k; p++) {
+                to[p / 4 * outputs * 4 + p % 4] = (uint8_t)(row[p] + offset);
             }
         }
     }

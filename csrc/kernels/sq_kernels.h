@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/code_rows.h"
+
 /* Arguments of the packed microkernels: rows of activations against one panel of nr outputs. */
 struct sq_panel_args {
     int64_t m;             /* rows, any number from 1 */
@@ -19,7 +21,7 @@ struct sq_panel_args {
     const float *a_scales; /* [m], unused for float activations, like the sums */
     const int32_t *a_sums; /* [m][ld_sums]: sum of the codes before each block of SQ_K_ALIGN */
     int64_t ld_sums;       /* at least k / SQ_K_ALIGN + 1 */
-    const uint8_t *panel;  /* nr * k / 2 bytes, in the table's own order, SQ_ALIGN_BYTES aligned */
+    const uint8_t *panel;  /* in the table's own order, SQ_ALIGN_BYTES aligned */
     const float *w_scales; /* [k / g][nr], zero padded */
     float *y;              /* [m][ld_y], nr columns are written */
     int64_t ld_y;
@@ -59,9 +61,10 @@ struct sq_fixed_errors {
 /* A block of the quantized KV cache: rows of n codes without sign to out [rows][n] = scale * code +
  * minimum. A row has its codes in groups of 8 bytes: with 8 bits a group is 8 codes, with 4 bits
  * 16, number j in the low nibble of byte j and number j + 8 in the high one; what lies behind n is
- * read, not used. scales and minima are float16, [rows] when by_row and [n] otherwise. A product of
- * 8 and 11 significant bits is exact in float32, so that every table gives the same bits. */
-typedef void (*sq_kv_kernel)(const uint8_t *codes, const uint16_t *scales, const uint16_t *minima,
+ * read, not used. scales and minima are [rows] when by_row and [n] otherwise, and each was a 16-bit
+ * float. A product of 8 and 11 significant bits is exact in float32, so that every table gives the
+ * same bits. */
+typedef void (*sq_kv_kernel)(const uint8_t *codes, const float *scales, const float *minima,
                              int by_row, int64_t rows, int64_t n, float *out);
 
 struct sq_kernels {
@@ -77,6 +80,10 @@ struct sq_kernels {
     /* words [nr][k / 8], k a multiple of SQ_K_ALIGN, into one panel of nr * k / 2 bytes. */
     void (*pack_panel)(const int32_t *words, int64_t k, uint8_t *panel);
     sq_panel_kernel gemm_a4w4, gemm_a8w4, gemm_a16w4;
+    /* The same of bytes: codes [nr][k] of at most 8 bits into one panel of nr * k bytes. Activation
+     * codes of 4 bits go through gemm_a8w8 too. */
+    void (*pack_panel_w8)(const int8_t *codes, int64_t k, uint8_t *panel);
+    sq_panel_kernel gemm_a8w8, gemm_a16w8;
 
     /* c [m][n] = a [m][k] b [k][n]: every element is one chain of fused (or, in the generic table,
      * plain) multiply-adds over k in ascending order, from zero, whatever m and n are. */
@@ -88,6 +95,10 @@ struct sq_kernels {
      * are. */
     void (*gemm_half)(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
                       const uint16_t *w, float *y, int64_t ld_y);
+    /* y [m][n] = x [m][k] w^T for the first n rows of codes, in the same way: y = sum of
+     * x * (scale * code). */
+    void (*gemm_rows)(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x,
+                      int64_t ld_x, float *y, int64_t ld_y);
 
     /* Smallest and largest of x [k], k >= 1, a zero of either sign where both are there; 1 is
      * returned if all are finite (else ignore them). */

@@ -138,6 +138,16 @@ sq_py_check_dim(PyArrayObject *a, int axis, int64_t expected, const char *name)
     return -1;
 }
 
+int
+sq_py_check_weight_bits(int bits)
+{
+    if (sq_weight_bits_valid(bits)) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "bits: expected 4, 5, 6 or 8, got %d", bits);
+    return -1;
+}
+
 PyObject *
 sq_py_raise(PyObject *module, sq_status status, const char *context)
 {

@@ -71,6 +71,10 @@ sq_py_check_ndim(PyArrayObject *a, int ndim, const char *name);
 int
 sq_py_check_dim(PyArrayObject *a, int axis, int64_t expected, const char *name);
 
+/* 0 if bits is a width of weight codes, otherwise -1 with ValueError. */
+int
+sq_py_check_weight_bits(int bits);
+
 /* Sets the exception of a status (not SQ_OK), its text prefixed with context; returns NULL. */
 PyObject *
 sq_py_raise(PyObject *module, sq_status status, const char *context);
@@ -88,11 +92,15 @@ extern PyMethodDef sq_py_transform_methods[];
 extern PyMethodDef sq_py_solve_methods[];
 extern PyMethodDef sq_py_rotation_methods[];
 extern PyMethodDef sq_py_statistics_methods[];
+extern PyMethodDef sq_py_alignment_methods[];
 extern PyMethodDef sq_py_duquant_methods[];
 extern PyMethodDef sq_py_quantize_methods[];
 extern PyMethodDef sq_py_gptq_methods[];
+extern PyMethodDef sq_py_decode_methods[];
 extern PyMethodDef sq_py_pack_methods[];
 extern PyMethodDef sq_py_runtime_methods[];
+extern PyMethodDef sq_py_rows_methods[];
+extern PyMethodDef sq_py_experts_methods[];
 extern PyMethodDef sq_py_outliers_methods[];
 extern PyMethodDef sq_py_bench_methods[];
 extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */

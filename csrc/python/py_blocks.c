@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A layer's blocks from dicts and tuples: types and lengths of arrays. sq_layer_seal checks all
  * that the blocks must agree on. */
-#include "python/py_layer.h"
+#include "python/py_blocks.h"
 
 #include <limits.h>
 
@@ -10,13 +10,10 @@
 #include "python/py_fields.h"
 #include "python/py_rotation.h"
 
-enum { NAME_BYTES = 64 };
-
 /* ---- arrays ----------------------------------------------------------------------------- */
 
-/* Keeps array (stolen) alive as long as self; its data, or NULL with an exception. */
-static void *
-keep(DecoderLayer *self, PyArrayObject *array)
+void *
+sq_py_keep(DecoderLayer *self, PyArrayObject *array)
 {
     if (!array) {
         return NULL;
@@ -26,23 +23,28 @@ keep(DecoderLayer *self, PyArrayObject *array)
     return failed ? NULL : PyArray_DATA(array);
 }
 
-/* A vector of float32, [n] or of any length where n < 0, kept; its length in *found. */
-static const float *
-take_vector(DecoderLayer *self, PyObject *o, int64_t n, const char *name, int64_t *found)
+PyArrayObject *
+sq_py_take_array(DecoderLayer *self, PyObject *o, int ndim, const char *name)
 {
-    PyArrayObject *array = sq_py_array(o, NPY_FLOAT, 1, name);
-    if (array && n >= 0 && sq_py_check_dim(array, 0, n, name)) {
-        Py_CLEAR(array);
-    }
-    if (array && found) {
-        *found = PyArray_DIM(array, 0);
-    }
-    return keep(self, array);
+    PyArrayObject *array = sq_py_array(o, NPY_FLOAT, ndim, name);
+    return sq_py_keep(self, array) ? array : NULL;
 }
 
-/* 0 if o is a tuple of `count`, otherwise -1 and TypeError that says `expected`. */
-static int
-check_tuple(PyObject *o, Py_ssize_t count, const char *name, const char *expected)
+const float *
+sq_py_take_vector(DecoderLayer *self, PyObject *o, int64_t n, const char *name, int64_t *found)
+{
+    PyArrayObject *array = sq_py_take_array(self, o, 1, name);
+    if (!array || (n >= 0 && sq_py_check_dim(array, 0, n, name))) {
+        return NULL;
+    }
+    if (found) {
+        *found = PyArray_DIM(array, 0);
+    }
+    return PyArray_DATA(array);
+}
+
+int
+sq_py_check_tuple(PyObject *o, Py_ssize_t count, const char *name, const char *expected)
 {
     if (PyTuple_Check(o) && PyTuple_GET_SIZE(o) == count) {
         return 0;
@@ -58,7 +60,7 @@ take_site(DecoderLayer *self, PyObject *module, PyObject *o, const char *name, s
 {
     int64_t bits;
     PyObject *object;
-    if (check_tuple(o, 4, name, "(k, rotation or None, bits, clip)") ||
+    if (sq_py_check_tuple(o, 4, name, "(k, rotation or None, bits, clip)") ||
         sq_py_integer(PyTuple_GET_ITEM(o, 0), name, "k", &s->k) ||
         sq_py_integer(PyTuple_GET_ITEM(o, 2), name, "bits", &bits) ||
         sq_py_number(PyTuple_GET_ITEM(o, 3), name, "clip", &s->clip)) {
@@ -96,7 +98,7 @@ take_sites(DecoderLayer *self, PyObject *module, PyObject *sites)
     self->layer.sites = self->sites;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PyList_GET_ITEM(items, i), *key = PyTuple_GET_ITEM(item, 0);
-        char name[NAME_BYTES];
+        char name[SQ_PY_NAME_BYTES];
         const char *text = PyUnicode_CheckExact(key) ? PyUnicode_AsUTF8(key) : NULL;
         if (!text) { /* a subclass of str may compare as it likes */
             if (!PyErr_Occurred()) {
@@ -141,16 +143,15 @@ take_weight(DecoderLayer *self, PyObject *module, PyObject *o, const char *name,
     }
     l->n = PyArray_DIM(array, 0);
     l->k = PyArray_DIM(array, 1);
-    l->dense = keep(self, array);
+    l->dense = sq_py_keep(self, array);
     return l->dense ? 0 : -1;
 }
 
-/* (site name, weight, bias or None). */
-static int
-take_linear(DecoderLayer *self, PyObject *module, PyObject *o, const char *name,
-            struct sq_linear *l)
+int
+sq_py_take_linear(DecoderLayer *self, PyObject *module, PyObject *o, const char *name,
+                  struct sq_linear *l)
 {
-    if (check_tuple(o, 3, name, "(site, weight, bias or None)")) {
+    if (sq_py_check_tuple(o, 3, name, "(site, weight, bias or None)")) {
         return -1;
     }
     PyObject *site = PyTuple_GET_ITEM(o, 0), *bias = PyTuple_GET_ITEM(o, 2);
@@ -167,9 +168,9 @@ take_linear(DecoderLayer *self, PyObject *module, PyObject *o, const char *name,
         return -1;
     }
     if (bias != Py_None) {
-        char text[NAME_BYTES];
+        char text[SQ_PY_NAME_BYTES];
         PyOS_snprintf(text, sizeof text, "%s: bias", name);
-        l->bias = take_vector(self, bias, l->n, text, NULL);
+        l->bias = sq_py_take_vector(self, bias, l->n, text, NULL);
         return l->bias ? 0 : -1;
     }
     return 0;
@@ -193,42 +194,102 @@ norm_kind(PyObject *o, const char *name, enum sq_norm_kind *kind)
     return 0;
 }
 
-/* A new vector offset + weight [n], kept. */
+/* A new vector offset + weight, kept. */
 static const float *
-add_offset(DecoderLayer *self, float offset, const float *weight, int64_t n)
+add_offset(DecoderLayer *self, float offset, PyArrayObject *array)
 {
+    const float *weight = PyArray_DATA(array);
+    const int64_t n = PyArray_SIZE(array);
     const npy_intp dims[1] = {n};
-    float *sum = keep(self, sq_py_empty(1, dims, NPY_FLOAT));
+    float *sum = sq_py_keep(self, sq_py_empty(1, dims, NPY_FLOAT));
     for (int64_t i = 0; sum && i < n; i++) {
         sum[i] = offset + weight[i];
     }
     return sum;
 }
 
-/* (kind, eps, offset, weight [n], bias [n] or None); NULL or None: no norm. */
+/* Fills rows and n from the shape of a weight of heads, see sq_py_take_norm. */
 static int
-take_norm(DecoderLayer *self, PyObject *o, int64_t n, const char *name, struct sq_norm *norm)
+head_norm_shape(PyArrayObject *weight, int64_t n, int64_t heads, const char *name,
+                struct sq_norm *norm)
+{
+    const npy_intp *dims = PyArray_DIMS(weight);
+    const int ndim = PyArray_NDIM(weight);
+    int64_t all;
+    if (ndim == 1 && dims[0] == n) {
+        return 0;
+    }
+    if (ndim == 1 && sq_product(heads, n, &all) && dims[0] == all) {
+        norm->n = all;
+        return 0;
+    }
+    if (ndim == 2 && dims[0] == heads && dims[1] == n) {
+        norm->rows = heads;
+        return 0;
+    }
+    PyObject *found = PyObject_GetAttrString((PyObject *)weight, "shape");
+    if (found) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: expected shape (head_dim,), (heads, head_dim) or (heads * head_dim,) "
+                     "with heads, head_dim = %lld, %lld, got %R",
+                     name, (long long)heads, (long long)n, found);
+        Py_DECREF(found);
+    }
+    return -1;
+}
+
+/* 0 if a norm's weight has a shape it may have, which goes to norm; otherwise -1 and ValueError. */
+static int
+norm_shape(PyArrayObject *weight, int64_t n, int64_t heads, const char *name, struct sq_norm *norm)
+{
+    norm->n = n;
+    norm->rows = 1;
+    if (heads > 0) {
+        return head_norm_shape(weight, n, heads, name, norm);
+    }
+    return sq_py_check_ndim(weight, 1, name) ||
+                   (n >= 0 && sq_py_check_dim(weight, 0, n, name)) /* sq_layer_seal sees n < 0 */
+               ? -1
+               : 0;
+}
+
+static const float *
+take_norm_bias(DecoderLayer *self, PyObject *o, PyArrayObject *weight, const char *name)
+{
+    PyArrayObject *bias = sq_py_take_array(self, o, PyArray_NDIM(weight), name);
+    for (int axis = 0; bias && axis < PyArray_NDIM(weight); axis++) {
+        if (sq_py_check_dim(bias, axis, PyArray_DIM(weight, axis), name)) {
+            return NULL;
+        }
+    }
+    return bias ? PyArray_DATA(bias) : NULL;
+}
+
+int
+sq_py_take_norm(DecoderLayer *self, PyObject *o, int64_t n, int64_t heads, const char *name,
+                struct sq_norm *norm)
 {
     float offset;
-    char text[NAME_BYTES];
+    char text[SQ_PY_NAME_BYTES];
     if (!o || o == Py_None) {
         return 0;
     }
-    if (check_tuple(o, 5, name, "(kind, eps, offset, weight, bias or None)") ||
+    if (sq_py_check_tuple(o, 5, name, "(kind, eps, offset, weight, bias or None)") ||
         norm_kind(PyTuple_GET_ITEM(o, 0), name, &norm->kind) ||
         sq_py_number(PyTuple_GET_ITEM(o, 1), name, "eps", &norm->eps) ||
         sq_py_number(PyTuple_GET_ITEM(o, 2), name, "offset", &offset)) {
         return -1;
     }
-    PyObject *weight = PyTuple_GET_ITEM(o, 3), *bias = PyTuple_GET_ITEM(o, 4);
+    PyObject *weight_object = PyTuple_GET_ITEM(o, 3), *bias = PyTuple_GET_ITEM(o, 4);
     PyOS_snprintf(text, sizeof text, "%s: weight", name);
-    norm->weight = take_vector(self, weight, n, text, NULL);
-    if (norm->weight && offset != 0) {
-        norm->weight = add_offset(self, offset, norm->weight, n);
+    PyArrayObject *weight = sq_py_take_array(self, weight_object, -1, text);
+    if (!weight || norm_shape(weight, n, heads, text, norm)) {
+        return -1;
     }
+    norm->weight = offset != 0 ? add_offset(self, offset, weight) : PyArray_DATA(weight);
     if (norm->weight && bias != Py_None) {
         PyOS_snprintf(text, sizeof text, "%s: bias", name);
-        norm->bias = take_vector(self, bias, n, text, NULL);
+        norm->bias = take_norm_bias(self, bias, weight, text);
     }
     return norm->weight && (bias == Py_None || norm->bias) ? 0 : -1;
 }
@@ -248,108 +309,12 @@ take_norms(DecoderLayer *self, PyObject *dict)
     PyObject *copy = sq_py_fields(dict, "norms", fields, sizeof fields / sizeof *fields);
     const int failed =
         !copy ||
-        take_norm(self, before_attention, l->hidden, "norms.before_attention",
-                  &l->before_attention) ||
-        take_norm(self, after_attention, l->hidden, "norms.after_attention", &l->after_attention) ||
-        take_norm(self, before_mlp, l->hidden, "norms.before_mlp", &l->before_mlp) ||
-        take_norm(self, after_mlp, l->hidden, "norms.after_mlp", &l->after_mlp);
-    Py_XDECREF(copy);
-    return failed ? -1 : 0;
-}
-
-/* ---- attention -------------------------------------------------------------------------- */
-
-/* (inv_freq [dim / 2], scale), or None. */
-static int
-take_rotary(DecoderLayer *self, PyObject *o, struct sq_rotary *r)
-{
-    if (o == Py_None) {
-        return 0;
-    }
-    if (check_tuple(o, 2, "attention.rotary", "(inv_freq, scale) or None") ||
-        sq_py_number(PyTuple_GET_ITEM(o, 1), "attention.rotary", "scale", &r->scale)) {
-        return -1;
-    }
-    r->inv_freq = take_vector(self, PyTuple_GET_ITEM(o, 0), -1, "attention.rotary", &r->dim);
-    if (r->inv_freq && r->dim == 0) {
-        PyErr_SetString(PyExc_ValueError,
-                        "attention.rotary: expected frequencies or None, got none");
-        return -1;
-    }
-    r->dim *= 2;
-    return r->inv_freq ? 0 : -1;
-}
-
-static int
-take_attention(DecoderLayer *self, PyObject *module, PyObject *dict)
-{
-    struct sq_attention *a = &self->layer.attention;
-    PyObject *rotary, *q, *k, *v, *o, *q_norm = NULL, *k_norm = NULL;
-    const struct sq_py_field fields[] = {
-        {"heads", SQ_PY_INTEGER, 0, &a->heads},
-        {"kv_heads", SQ_PY_INTEGER, 0, &a->kv_heads},
-        {"head_dim", SQ_PY_INTEGER, 0, &a->head_dim},
-        {"window", SQ_PY_INTEGER, 0, &a->window},
-        {"scale", SQ_PY_NUMBER, 0, &a->scale},
-        {"rotary", SQ_PY_OBJECT, 0, &rotary},
-        {"q", SQ_PY_OBJECT, 0, &q},
-        {"k", SQ_PY_OBJECT, 0, &k},
-        {"v", SQ_PY_OBJECT, 0, &v},
-        {"o", SQ_PY_OBJECT, 0, &o},
-        {"q_norm", SQ_PY_OBJECT, 1, &q_norm},
-        {"k_norm", SQ_PY_OBJECT, 1, &k_norm},
-    };
-    PyObject *copy = sq_py_fields(dict, "attention", fields, sizeof fields / sizeof *fields);
-    const int failed = !copy || take_rotary(self, rotary, &a->rotary) ||
-                       take_norm(self, q_norm, a->head_dim, "attention.q_norm", &a->q_norm) ||
-                       take_norm(self, k_norm, a->head_dim, "attention.k_norm", &a->k_norm) ||
-                       take_linear(self, module, q, "attention.q", &a->q) ||
-                       take_linear(self, module, k, "attention.k", &a->k) ||
-                       take_linear(self, module, v, "attention.v", &a->v) ||
-                       take_linear(self, module, o, "attention.o", &a->o);
-    Py_XDECREF(copy);
-    return failed ? -1 : 0;
-}
-
-/* ---- MLP -------------------------------------------------------------------------------- */
-
-static int
-take_activation(PyObject *o, enum sq_activation *activation)
-{
-    static const char *const names[SQ_N_ACTIVATIONS] = {[SQ_SILU] = "silu",
-                                                        [SQ_GELU] = "gelu",
-                                                        [SQ_GELU_TANH] = "gelu_tanh",
-                                                        [SQ_RELU] = "relu",
-                                                        [SQ_RELU2] = "relu2"};
-    for (int i = 0; i < SQ_N_ACTIVATIONS; i++) {
-        if (PyUnicode_Check(o) && !PyUnicode_CompareWithASCIIString(o, names[i])) {
-            *activation = i;
-            return 0;
-        }
-    }
-    PyErr_Format(PyExc_ValueError,
-                 "mlp: activation: expected 'silu', 'gelu', 'gelu_tanh', 'relu' or 'relu2', got %R",
-                 o);
-    return -1;
-}
-
-static int
-take_mlp(DecoderLayer *self, PyObject *module, PyObject *dict)
-{
-    struct sq_mlp *mlp = &self->layer.mlp;
-    PyObject *activation, *gate, *up, *down;
-    const struct sq_py_field fields[] = {
-        {"activation", SQ_PY_OBJECT, 0, &activation},
-        {"gate", SQ_PY_OBJECT, 0, &gate},
-        {"up", SQ_PY_OBJECT, 0, &up},
-        {"down", SQ_PY_OBJECT, 0, &down},
-    };
-    PyObject *copy = sq_py_fields(dict, "mlp", fields, sizeof fields / sizeof *fields);
-    int failed = !copy || take_activation(activation, &mlp->activation);
-    mlp->gated = !failed && gate != Py_None;
-    failed = failed || (mlp->gated && take_linear(self, module, gate, "mlp.gate", &mlp->gate)) ||
-             take_linear(self, module, up, "mlp.up", &mlp->up) ||
-             take_linear(self, module, down, "mlp.down", &mlp->down);
+        sq_py_take_norm(self, before_attention, l->hidden, 0, "norms.before_attention",
+                        &l->before_attention) ||
+        sq_py_take_norm(self, after_attention, l->hidden, 0, "norms.after_attention",
+                        &l->after_attention) ||
+        sq_py_take_norm(self, before_mlp, l->hidden, 0, "norms.before_mlp", &l->before_mlp) ||
+        sq_py_take_norm(self, after_mlp, l->hidden, 0, "norms.after_mlp", &l->after_mlp);
     Py_XDECREF(copy);
     return failed ? -1 : 0;
 }
@@ -361,7 +326,8 @@ sq_py_parse_layer(DecoderLayer *self, PyObject *module, const struct sq_py_block
 {
     struct sq_fault fault;
     if (take_sites(self, module, blocks->sites) ||
-        take_attention(self, module, blocks->attention) || take_mlp(self, module, blocks->mlp) ||
+        sq_py_take_attention(self, module, blocks->attention) ||
+        sq_py_take_feed(self, module, blocks->mlp, blocks->experts) ||
         take_norms(self, blocks->norms)) {
         return -1;
     }

@@ -11,13 +11,17 @@
 
 PyDoc_STRVAR(
     cache_doc,
-    "KVCache(layers, sequences, kv_heads, head_dim, capacity, bits=32, hadamard=True, limit=0)\n"
+    "KVCache(layers, sequences, kv_heads, head_dim, capacity, bits=32, hadamard=True, limit=0,\n"
+    "        bfloat16=False)\n"
     "--\n\n"
     "Keys and values of every layer: at most capacity positions for each of the sequences.\n\n"
     "bits: 32, 16 (floats; the latter clamped to finite values), 8 or 4 (codes without sign, with "
     "a\n    float16 scale and minimum per token and head).\n"
     "hadamard: with 8 and 4 bits queries and keys take a Hadamard after the rotary embedding.\n"
-    "limit: bytes of pages that may be held, 0 for no limit.\n\n"
+    "limit: bytes of pages that may be held, 0 for no limit.\n"
+    "bfloat16: in place of float16, for keys and values beyond 65504.\n\n"
+    "largest is the largest magnitude that was stored, NaN left out. clamped counts the numbers "
+    "that were\nbeyond what the cache can hold.\n\n"
     "A page is page_tokens positions of one sequence in one layer. It is taken, as zeros, when a\n"
     "position is first written, and given back by release(); nbytes counts the pages in memory: "
     "those of\nsequences and at most as many free ones. May be shared between threads: calls that "
@@ -101,13 +105,13 @@ static PyObject *
 cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"layers", "sequences", "kv_heads", "head_dim", "capacity",
-                            "bits",   "hadamard",  "limit",    NULL};
+                            "bits",   "hadamard",  "limit",    "bfloat16", NULL};
     long long sizes[5], limit = 0;
-    int bits = 32, hadamard = 1;
+    int bits = 32, hadamard = 1, bfloat16 = 0;
     PyObject *module = PyType_GetModule(type);
-    if (!module ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "LLLLL|ipL:KVCache", names, &sizes[0], &sizes[1],
-                                     &sizes[2], &sizes[3], &sizes[4], &bits, &hadamard, &limit)) {
+    if (!module || !PyArg_ParseTupleAndKeywords(args, kwargs, "LLLLL|ipLp:KVCache", names,
+                                                &sizes[0], &sizes[1], &sizes[2], &sizes[3],
+                                                &sizes[4], &bits, &hadamard, &limit, &bfloat16)) {
         return NULL;
     }
     if (check_sizes(sizes, (const char *const *)names, bits, limit)) {
@@ -120,7 +124,8 @@ cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                                       .capacity = sizes[4],
                                       .limit_bytes = limit,
                                       .bits = bits,
-                                      .hadamard = hadamard};
+                                      .hadamard = hadamard,
+                                      .bfloat16 = bfloat16};
     KVCache *self = (KVCache *)type->tp_alloc(type, 0);
     if (!self) {
         return NULL;
@@ -161,9 +166,10 @@ cache_repr(PyObject *object)
     const struct sq_kv_shape *s = sq_kv_cache_shape(((const KVCache *)object)->cache);
     return PyUnicode_FromFormat(
         "KVCache(layers=%lld, sequences=%lld, kv_heads=%lld, head_dim=%lld, capacity=%lld, "
-        "bits=%d%s)",
+        "bits=%d%s%s)",
         (long long)s->layers, (long long)s->sequences, (long long)s->kv_heads,
-        (long long)s->head_dim, (long long)s->capacity, s->bits, s->hadamard ? ", hadamard" : "");
+        (long long)s->head_dim, (long long)s->capacity, s->bits, s->hadamard ? ", hadamard" : "",
+        s->bfloat16 ? ", bfloat16" : "");
 }
 
 /* A field of struct sq_kv_shape, at the offset that the closure is. */
@@ -185,6 +191,24 @@ static PyObject *
 cache_get_hadamard(PyObject *object, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(sq_kv_cache_shape(((const KVCache *)object)->cache)->hadamard);
+}
+
+static PyObject *
+cache_get_bfloat16(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(sq_kv_cache_shape(((const KVCache *)object)->cache)->bfloat16);
+}
+
+static PyObject *
+cache_get_largest(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyFloat_FromDouble((double)sq_kv_cache_largest(((const KVCache *)object)->cache));
+}
+
+static PyObject *
+cache_get_clamped(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(sq_kv_cache_clamped(((const KVCache *)object)->cache));
 }
 
 static PyObject *
@@ -216,6 +240,9 @@ static PyGetSetDef cache_attributes[] = {
      SIZE_OF(limit_bytes)},
     {"bits", cache_get_bits, NULL, "32, 16, 8 or 4", NULL},
     {"hadamard", cache_get_hadamard, NULL, "whether queries and keys are rotated", NULL},
+    {"bfloat16", cache_get_bfloat16, NULL, "whether 16-bit floats are bfloat16", NULL},
+    {"largest", cache_get_largest, NULL, "largest magnitude that was stored, NaN left out", NULL},
+    {"clamped", cache_get_clamped, NULL, "how many numbers the cache could not hold", NULL},
     {"nbytes", cache_get_nbytes, NULL, "bytes of the pages in memory", NULL},
     {"page_bytes", cache_get_page_bytes, NULL, "bytes of one page", NULL},
     {"page_tokens", cache_get_page_tokens, NULL, "positions of one page", NULL},

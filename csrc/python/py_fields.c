@@ -61,7 +61,9 @@ take_field(PyObject *value, const char *where, const struct sq_py_field *field)
         case SQ_PY_NUMBER:
             return sq_py_number(value, where, field->key, field->place);
         default:
-            *(PyObject **)field->place = value;
+            if (field->kind == SQ_PY_OBJECT || value != Py_None) {
+                *(PyObject **)field->place = value;
+            }
             return 0;
     }
 }

@@ -15,7 +15,8 @@ sq_py_number(PyObject *o, const char *where, const char *key, float *out);
 enum sq_py_field_kind {
     SQ_PY_INTEGER, /* int64_t */
     SQ_PY_NUMBER,  /* float, finite */
-    SQ_PY_OBJECT   /* PyObject *, borrowed from the copy */
+    SQ_PY_OBJECT,  /* PyObject *, borrowed from the copy */
+    SQ_PY_PART     /* the same, but None leaves its place as it is */
 };
 
 /* One entry: where it goes. A key that may be absent leaves its place as it is. */

@@ -169,10 +169,13 @@ done:
 
 PyDoc_STRVAR(
     gptq_round_doc,
-    "gptq_round(weights, factor, permutation, bits=4, group=0, search=False)\n--\n\n"
+    "gptq_round(weights, factor, permutation, bits=4, group=0, search=False, "
+    "bfloat16=False)\n--\n\n"
     "Round weights [n, k] to (codes [n, k] int8, scales [n, k / g] float32) with error feedback "
-    "through\ngptq_factor's factor [k, k] and permutation [k]. Symmetric grid; search as in "
-    "quantize. group = g\ninputs share a scale, taken when their first column is reached, of the "
+    "through\ngptq_factor's factor [k, k] and permutation [k]. Symmetric grid; bits, search and "
+    "bfloat16 as "
+    "in quantize. group = g\ninputs share a scale, taken when their first column is reached, of "
+    "the "
     "updated weights; with act\norder of the weights as given (static groups), as are those of "
     "whole rows (group 0). The same bytes\nat any thread count; rows do not depend on each other. "
     "ValueError for NaN, Inf, bad shapes, a\npermutation or a factor that is none. Source: GPTQ, "
@@ -182,8 +185,7 @@ PyDoc_STRVAR(
 static int
 check_grid(const struct sq_quantizer *q, int64_t k)
 {
-    if (q->bits != 4 && q->bits != 8) {
-        PyErr_Format(PyExc_ValueError, "bits: expected 4 or 8, got %d", q->bits);
+    if (sq_py_check_weight_bits(q->bits)) {
         return -1;
     }
     if (q->group < 0 || (q->group && k % q->group)) {
@@ -197,15 +199,16 @@ check_grid(const struct sq_quantizer *q, int64_t k)
 static PyObject *
 gptq_round(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"weights", "factor", "permutation", "bits", "group", "search", NULL};
+    static char *names[] = {"weights", "factor", "permutation", "bits",
+                            "group",   "search", "bfloat16",    NULL};
     PyObject *weights_object, *factor_object, *permutation_object, *result = NULL;
     PyArrayObject *weights = NULL, *factor = NULL, *permutation = NULL, *codes = NULL,
                   *scales = NULL;
     struct sq_quantizer q = {.bits = 4, .symmetric = 1, .clip = 1.0f};
     long long group = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|iLp:gptq_round", names, &weights_object,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|iLpp:gptq_round", names, &weights_object,
                                      &factor_object, &permutation_object, &q.bits, &group,
-                                     &q.search)) {
+                                     &q.search, &q.bfloat16_scales)) {
         return NULL;
     }
     q.group = group;

@@ -255,7 +255,7 @@ PyDoc_STRVAR(kv_doc,
              "out [rows, n] <- the active table's kv8_to_f32 or kv4_to_f32 (for tests).\n\n"
              "codes: uint8 [rows, 8 ceil(n / group)], in groups of 8 codes (8 bits) or 16 (4 bits: "
              "number j in\n    the low nibble of byte j, j + 8 in the high one).\n"
-             "scales, minima: uint16, bits of float16, [rows] with by_row, otherwise [n].");
+             "scales, minima: float32 [rows] with by_row, otherwise [n].");
 
 static PyObject *
 kernel_kv(PyObject *Py_UNUSED(module), PyObject *args)
@@ -272,8 +272,8 @@ kernel_kv(PyObject *Py_UNUSED(module), PyObject *args)
     }
     float *y = writable(out, 2, "out");
     codes = y ? sq_py_bits_array(codes_object, NPY_UINT8, 2, "codes") : NULL;
-    scales = codes ? sq_py_bits_array(scales_object, NPY_UINT16, 1, "scales") : NULL;
-    minima = scales ? sq_py_bits_array(minima_object, NPY_UINT16, 1, "minima") : NULL;
+    scales = codes ? sq_py_array(scales_object, NPY_FLOAT, 1, "scales") : NULL;
+    minima = scales ? sq_py_array(minima_object, NPY_FLOAT, 1, "minima") : NULL;
     if (!minima) {
         goto done;
     }

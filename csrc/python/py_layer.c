@@ -13,7 +13,8 @@ _Static_assert(((int64_t)1 << 31) % WORKSPACE_STEP == 0, "a cache's capacity, ro
 
 PyDoc_STRVAR(
     layer_doc,
-    "DecoderLayer(hidden, sites, attention, mlp, norms, parallel=False, residual_scale=1.0)\n"
+    "DecoderLayer(hidden, sites, attention, mlp, norms, parallel=False, residual_scale=1.0, "
+    "experts=None, norm_sums=False)\n"
     "--\n\n"
     "One decoder layer, proved once and ready to run.\n\n"
     "hidden: channels of the residual stream.\n"
@@ -22,15 +23,53 @@ PyDoc_STRVAR(
     "value times\n    clip (more than 0, at most 1) being the largest code. The rotation is "
     "a Rotation of\n    k inputs.\n"
     "attention: dict of heads, kv_heads, head_dim, window (positions that a token sees, 0: all "
-    "before it),\n    scale (of the scores), rotary (inv_freq [dim / 2], scale) or None, where "
-    "channels from dim on\n    stay as they are, the linears q, k, v, o, and optionally q_norm "
-    "and k_norm, of each head.\n"
-    "mlp: dict of activation ('silu', 'gelu', 'gelu_tanh', 'relu', 'relu2': max(x, 0)^2) and the "
-    "linears\n    gate (None: the activation is of up), up, down.\n"
+    "before it),\n    scale (of the scores), rotary (below) or None, the linears q, k, v, o, and "
+    "optionally:\n    q_norm, k_norm: weight [head_dim] for all heads, [heads, head_dim] a row for "
+    "each, or\n        [heads * head_dim] one norm of all of them;\n"
+    "    qkv_clip: q, k and v are clamped to +-qkv_clip behind the norms (0: they are not);\n"
+    "    softcap: scores become softcap tanh(scale q.k / softcap) (0: they do not);\n"
+    "    slopes [heads]: scores get slope * (position of the key - that of the query);\n"
+    "    slopes_bfloat16: they get scale * slope * position of the key instead, in bfloat16;\n"
+    "    query_growth, query_original (1 or more): q is multiplied by 1 + query_growth ln(1 +\n"
+    "        floor(position / query_original)) behind the rotary embedding (growth 0: it is not);\n"
+    "    sinks [heads]: one more score in each softmax, whose value is 0.\n"
+    "    In latent attention kv_a, kv_b and value_dim are in place of k and v, q_a and q_b may be "
+    "in "
+    "place of\n        q, and q_a_norm and kv_a_norm norm their inner vectors. kv_a gives [kv_rank "
+    "+ "
+    "rope], kv_b\n        [heads, nope + value_dim] from the first kv_rank of them, with rope = "
+    "dim "
+    "of the rotary and\n        nope = head_dim - rope. A key is a head's nope channels and the "
+    "rope "
+    "channels that all heads\n        share; those are turned. kv_heads is heads; o reads [heads * "
+    "value_dim].\n"
+    "rotary: dict of inv_freq [dim / 2] and optionally scale=1.0 (of cos and sin), "
+    "interleaved=False (pairs\n    are channels i, i + dim / 2; if so, 2 i, 2 i + 1), and one of\n"
+    "    long_inv_freq [dim / 2], original: the frequencies of a token whose sequence reaches a "
+    "length\n        L > original in this call (L is one more than its largest position);\n"
+    "    dynamic (s), theta, original: they are then theta'^(-2 i / dim), where theta' is\n"
+    "        theta (s L / original - (s - 1))^(dim / (dim - 2)).\n"
+    "    Channels of a head from dim on stay as they are, in latent attention those before the "
+    "last "
+    "dim.\n"
+    "mlp: dict of activation ('silu', 'gelu', 'gelu_tanh', 'relu', 'relu2': max(x, 0)^2, "
+    "'quick_gelu':\n    x sigmoid(1.702 x), or 'swiglu_clamped': (up + 1) gate sigmoid(1.702 "
+    "gate) with gate at most\n    `limit` and up within +-limit), limit (0 for the others), "
+    "and the linears gate (None: the\n    activation is of up), up, down. None where there are "
+    "experts.\n"
     "norms: dict of before_attention, after_attention, before_mlp, after_mlp: those that exist.\n"
     "parallel: attention and MLP read the same x; without before_mlp both read "
     "before_attention(x).\n"
-    "residual_scale: multiplies what attention and the MLP add.\n\n"
+    "residual_scale: multiplies what attention and the MLP add.\n"
+    "norm_sums: the norms after_attention and after_mlp are of the sum with the residual stream; "
+    "not in a\n    parallel layer.\n"
+    "experts: None, or dict of count, chosen, scoring ('softmax', 'sigmoid', or 'chosen': the "
+    "softmax\n    of the chosen logits), normalize=False (divide by the sum of the chosen), "
+    "scale=1.0, groups=1,\n    chosen_groups=1, group_score='max' (or 'top2', the sum of two), "
+    "router [count, hidden],\n    router_bias=None, correction=None ([count], added for choosing "
+    "only), activation, limit=0.0,\n    each: (gate, up, down) of each expert at sites of its own, "
+    "shared=None (a dict as mlp, of all\n    tokens), shared_gate=None ([1, hidden]: its sigmoid "
+    "multiplies the shared MLP). Equal scores: the\n    lower index.\n\n"
     "A linear is (site, weight, bias or None): the weight a PackedWeight or an array [n, k] of "
     "float32,\nfloat16 or bfloat16, which is kept and read in place. Dense linears read a site as "
     "it is. A norm is\n(kind, eps, offset, weight, bias or None) with kind 'rms' or 'layer'; it "
@@ -41,16 +80,17 @@ PyDoc_STRVAR(
 static PyObject *
 layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"hidden", "sites",    "attention",      "mlp",
-                            "norms",  "parallel", "residual_scale", NULL};
-    struct sq_py_blocks_of_layer blocks;
+    static char *names[] = {"hidden",   "sites",          "attention", "mlp",       "norms",
+                            "parallel", "residual_scale", "experts",   "norm_sums", NULL};
+    struct sq_py_blocks_of_layer blocks = {.experts = Py_None};
     long long hidden;
-    int parallel = 0;
+    int parallel = 0, norm_sums = 0;
     float residual_scale = 1.0f;
     PyObject *module = PyType_GetModule(type);
-    if (!module || !PyArg_ParseTupleAndKeywords(
-                       args, kwargs, "LOOOO|pf:DecoderLayer", names, &hidden, &blocks.sites,
-                       &blocks.attention, &blocks.mlp, &blocks.norms, &parallel, &residual_scale)) {
+    if (!module ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "LOOOO|pfOp:DecoderLayer", names, &hidden,
+                                     &blocks.sites, &blocks.attention, &blocks.mlp, &blocks.norms,
+                                     &parallel, &residual_scale, &blocks.experts, &norm_sums)) {
         return NULL;
     }
     DecoderLayer *self = (DecoderLayer *)type->tp_alloc(type, 0); /* zeroed */
@@ -60,6 +100,7 @@ layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->layer.hidden = hidden;
     self->layer.parallel = parallel;
     self->layer.residual_scale = residual_scale;
+    self->layer.norm_sums = norm_sums;
     self->owned = PyList_New(0);
     if (!self->owned || sq_py_parse_layer(self, module, &blocks)) {
         Py_CLEAR(self);
@@ -73,6 +114,7 @@ layer_dealloc(PyObject *object)
     DecoderLayer *self = (DecoderLayer *)object;
     PyTypeObject *type = Py_TYPE(object);
     PyMem_Free(self->sites);
+    PyMem_Free(self->mlps);
     Py_XDECREF(self->names);
     Py_XDECREF(self->owned);
     type->tp_free(object);
@@ -84,10 +126,18 @@ layer_repr(PyObject *object)
 {
     const DecoderLayer *self = (const DecoderLayer *)object;
     const struct sq_layer *l = &self->layer;
+    const struct sq_router *r = &l->experts.router;
+    char experts[64] = "";
+    if (r->count) {
+        PyOS_snprintf(experts, sizeof experts, "experts=%d of %d, ", (int)r->chosen, (int)r->count);
+    }
     return PyUnicode_FromFormat(
-        "DecoderLayer(hidden=%lld, intermediate=%lld, heads=%lld, kv_heads=%lld, %d of %d packed)",
-        (long long)l->hidden, (long long)l->mlp.up.n, (long long)l->attention.heads,
-        (long long)l->attention.kv_heads, self->packed, self->linears);
+        "DecoderLayer(hidden=%lld, %sintermediate=%lld, heads=%lld, kv_heads=%lld, %d of %d "
+        "packed)",
+        (long long)l->hidden, experts,
+        (long long)(r->count ? l->experts.each[0].up.n : l->mlp.up.n),
+        (long long)l->attention.heads, (long long)l->attention.kv_heads, self->packed,
+        self->linears);
 }
 
 /* ---- one call over layers --------------------------------------------------------------- */
@@ -98,7 +148,7 @@ struct run {
     Py_ssize_t count;
     KVCache *cache;
     int64_t first;
-    float *const *record; /* of the one layer's sites, or NULL */
+    struct sq_record *record; /* of the one layer's sites, or NULL */
 };
 
 static const struct sq_layer *
@@ -220,19 +270,48 @@ done:
 
 /* ---- DecoderLayer.forward --------------------------------------------------------------- */
 
-/* New dict of the arrays that receive the sites' inputs, whose data goes to inputs [n_sites]. */
+static void
+free_rows(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, NULL));
+}
+
+/* New array of a record's rows [count][k], which it takes over. */
 static PyObject *
-new_record(const DecoderLayer *self, int64_t m, float **inputs)
+take_record(struct sq_record *record, int64_t k)
+{
+    const npy_intp dims[2] = {record->count, k};
+    if (!record->rows) {
+        return (PyObject *)sq_py_empty(2, dims, NPY_FLOAT);
+    }
+    float *rows = realloc(record->rows, (size_t)(record->count * k) * sizeof *rows);
+    record->rows = rows ? rows : record->rows; /* shrunk, if that was possible */
+    PyObject *owner = PyCapsule_New(record->rows, NULL, free_rows);
+    if (!owner) {
+        return NULL;
+    }
+    rows = record->rows;
+    record->rows = NULL; /* the capsule's */
+    PyObject *array = PyArray_SimpleNewFromData(2, dims, NPY_FLOAT, rows);
+    if (!array) {
+        Py_DECREF(owner);
+        return NULL;
+    }
+    if (PyArray_SetBaseObject((PyArrayObject *)array, owner)) { /* steals owner either way */
+        Py_CLEAR(array);
+    }
+    return array;
+}
+
+/* New dict of the records [n_sites] by the names of their sites. */
+static PyObject *
+record_dict(const DecoderLayer *self, struct sq_record *records)
 {
     PyObject *dict = PyDict_New();
     for (int i = 0; dict && i < self->layer.n_sites; i++) {
-        const npy_intp dims[2] = {m, self->sites[i].k};
-        PyArrayObject *array = sq_py_empty(2, dims, NPY_FLOAT);
-        if (!array || PyDict_SetItem(dict, PyTuple_GET_ITEM(self->names, i), (PyObject *)array)) {
+        PyObject *array = take_record(&records[i], self->sites[i].k);
+        if (!array || PyDict_SetItem(dict, PyTuple_GET_ITEM(self->names, i), array)) {
             Py_CLEAR(dict);
-        }
-        else {
-            inputs[i] = PyArray_DATA(array);
         }
         Py_XDECREF(array); /* the dict holds it */
     }
@@ -248,7 +327,8 @@ PyDoc_STRVAR(
     "in cache at\nlayer, and it attends to positions 0 to position[t] (the last "
     "`window` of them) of its\nsequence. (sequence, position) must differ from token "
     "to token. With record, returns a dict of each\nsite's input [m, k] before any rotation, in "
-    "the order of the sites, otherwise None.\n\n"
+    "the order of the sites, otherwise None. The input of an\nexpert's site has the rows of the "
+    "tokens that were routed to it, in their order.\n\n"
     "ValueError if hidden is not C-contiguous and writable, or a shape, sequence or position "
     "does not fit;\nTypeError if hidden is not float32; MemoryError at the cache's limit, with "
     "nothing updated. After\nanother error hidden and cache may be partly updated.");
@@ -260,8 +340,8 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     const DecoderLayer *self = (const DecoderLayer *)object;
     PyObject *module = PyType_GetModule(Py_TYPE(object));
     const struct sq_module_state *state = module ? PyModule_GetState(module) : NULL;
-    PyObject *hidden_object, *sequence, *position, *cache_object, *recorded = NULL, *result = NULL;
-    float **inputs = NULL;
+    PyObject *hidden_object, *sequence, *position, *cache_object, *result = NULL;
+    struct sq_record *records = NULL;
     long long index;
     int wants_record = 0;
     if (!state || !PyArg_ParseTupleAndKeywords(
@@ -280,20 +360,20 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
                             (long long)layers - 1, index);
     }
     if (wants_record) {
-        inputs = PyMem_Calloc((size_t)self->layer.n_sites, sizeof *inputs);
-        recorded = inputs ? new_record(self, PyArray_DIM(hidden, 0), inputs) : PyErr_NoMemory();
-        if (!recorded) {
-            goto done;
+        records = PyMem_Calloc((size_t)self->layer.n_sites, sizeof *records);
+        if (!records) {
+            return PyErr_NoMemory();
         }
     }
     const struct run run = {
-        .layers = &object, .count = 1, .cache = cache, .first = index, .record = inputs};
+        .layers = &object, .count = 1, .cache = cache, .first = index, .record = records};
     if (!forward(&run, module, hidden, sequence, position)) {
-        result = Py_NewRef(recorded ? recorded : Py_None);
+        result = records ? record_dict(self, records) : Py_NewRef(Py_None);
     }
-done:
-    PyMem_Free(inputs);
-    Py_XDECREF(recorded);
+    for (int i = 0; records && i < self->layer.n_sites; i++) {
+        free(records[i].rows);
+    }
+    PyMem_Free(records);
     return result;
 }
 

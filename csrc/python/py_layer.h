@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The DecoderLayer type as its parser (py_blocks.c) and its methods (py_layer.c) use it. */
+/* The DecoderLayer type as its parsers (py_blocks.c, py_experts.c) and its methods (py_layer.c) use
+ * it. */
 #ifndef SQ_PY_LAYER_H
 #define SQ_PY_LAYER_H
 
@@ -10,12 +11,13 @@ typedef struct {
     PyObject *owned;       /* list of the arrays and weights that layer points into */
     PyObject *names;       /* tuple of the sites' names, in their order */
     struct sq_site *sites; /* owned, what layer.sites is */
+    struct sq_mlp *mlps;   /* owned, of the experts and the shared one, or NULL */
     int linears, packed;   /* how many there are, for repr */
 } DecoderLayer;
 
 /* What the constructor gets. Borrowed. */
 struct sq_py_blocks_of_layer {
-    PyObject *sites, *attention, *mlp, *norms;
+    PyObject *sites, *attention, *mlp, *norms, *experts;
 };
 
 /* Fills self->layer, whose hidden, parallel and residual_scale are there, and seals it. 0, or -1

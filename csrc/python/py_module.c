@@ -242,11 +242,12 @@ module_exec(PyObject *module)
         return -1;
     }
     PyMethodDef *const tables[] = {
-        module_methods,         sq_py_transform_methods,  sq_py_solve_methods,
-        sq_py_rotation_methods, sq_py_statistics_methods, sq_py_duquant_methods,
-        sq_py_quantize_methods, sq_py_gptq_methods,       sq_py_pack_methods,
-        sq_py_runtime_methods,  sq_py_outliers_methods,   sq_py_bench_methods,
-        sq_py_kernels_methods};
+        module_methods,          sq_py_transform_methods,  sq_py_solve_methods,
+        sq_py_rotation_methods,  sq_py_statistics_methods, sq_py_duquant_methods,
+        sq_py_quantize_methods,  sq_py_gptq_methods,       sq_py_decode_methods,
+        sq_py_pack_methods,      sq_py_runtime_methods,    sq_py_rows_methods,
+        sq_py_alignment_methods, sq_py_experts_methods,    sq_py_outliers_methods,
+        sq_py_bench_methods,     sq_py_kernels_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i])) {
             return -1;

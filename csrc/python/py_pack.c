@@ -10,10 +10,18 @@
 
 /* ---- words ------------------------------------------------------------------------------ */
 
-/* Codes as int8 [n][k]. Wider integers are clamped to int8 instead of wrapped, so that values out
- * of range stay out of range. New reference, or NULL with the error set. */
+static PyObject *
+raise_codes(int bits)
+{
+    const int half = 1 << (bits - 1);
+    return PyErr_Format(PyExc_ValueError, "codes: expected values in %d .. %d, got others", -half,
+                        half - 1);
+}
+
+/* Codes of so many bits as int8 [n][k], or values out of their range where o has such. New
+ * reference, or NULL with the error set. */
 static PyArrayObject *
-convert_codes(PyObject *o)
+convert_codes(PyObject *o, int bits)
 {
     PyArrayObject *any = (PyArrayObject *)PyArray_FromAny(o, NULL, 0, 0, 0, NULL);
     PyArrayObject *values = NULL, *codes = NULL;
@@ -30,8 +38,15 @@ convert_codes(PyObject *o)
     if (codes) {
         const double *from = PyArray_DATA(values);
         int8_t *to = PyArray_DATA(codes);
+        int fits = 1;
         for (npy_intp i = 0; i < PyArray_SIZE(values); i++) {
-            to[i] = (int8_t)(from[i] < -128 ? -128 : from[i] > 127 ? 127 : from[i]);
+            const int in_range = from[i] >= -128 && from[i] <= 127;
+            fits &= in_range;
+            to[i] = in_range ? (int8_t)from[i] : 0;
+        }
+        if (!fits) {
+            Py_CLEAR(codes);
+            raise_codes(bits);
         }
     }
 done:
@@ -42,21 +57,24 @@ done:
 
 PyDoc_STRVAR(
     pack_doc,
-    "pack(codes)\n--\n\n"
-    "Words [n, ceil(k / 8)] int32 of codes [n, k] in -8 .. 7: 8 codes along k per word, low "
-    "nibble first,\neach as code + 8 (the pack-quantized layout of compressed-tensors); the "
-    "tail is code 0.\nValueError for codes outside.");
+    "pack(codes, bits=4)\n--\n\n"
+    "Words [n, ceil(k bits / 32)] int32 of codes [n, k] in -2^(bits - 1) .. 2^(bits - 1) - 1, bits "
+    "4, 5, 6\nor 8: a stream of code + 2^(bits - 1) along k, low bits first (with 4 and 8 bits the "
+    "pack-quantized\nlayout of compressed-tensors); the tail is code 0. ValueError for codes "
+    "outside and other bits.");
 
 static PyObject *
 pack(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"codes", NULL};
+    static char *names[] = {"codes", "bits", NULL};
+    int bits = 4;
     PyObject *codes_object, *result = NULL;
     PyArrayObject *codes = NULL, *words = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:pack", names, &codes_object)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|i:pack", names, &codes_object, &bits) ||
+        sq_py_check_weight_bits(bits)) {
         return NULL;
     }
-    codes = convert_codes(codes_object);
+    codes = convert_codes(codes_object, bits);
     if (!codes) {
         goto done;
     }
@@ -65,17 +83,17 @@ pack(PyObject *module, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_ValueError, "codes: expected k >= 1, got 0");
         goto done;
     }
-    npy_intp dims[2] = {n, sq_packed_words(k)};
+    npy_intp dims[2] = {n, sq_packed_words(bits, k)};
     words = sq_py_empty(2, dims, NPY_INT32);
     if (!words) {
         goto done;
     }
     sq_status status;
     SQ_BEGIN_NOGIL(n * k);
-    status = sq_pack_int4(PyArray_DATA(codes), n, k, PyArray_DATA(words));
+    status = sq_pack_codes(bits, PyArray_DATA(codes), n, k, PyArray_DATA(words));
     SQ_END_NOGIL;
     if (status == SQ_ERR_RANGE) {
-        PyErr_SetString(PyExc_ValueError, "codes: expected values in -8 .. 7, got others");
+        raise_codes(bits);
         goto done;
     }
     if (status != SQ_OK) {
@@ -89,19 +107,21 @@ done:
     return result;
 }
 
-/* 0 if words [n][ceil(k / 8)] fit k, otherwise -1 with ValueError. */
+/* 0 if bits are a width and words [n][ceil(k bits / 32)] fit k, otherwise -1 with ValueError. */
 static int
-check_words(PyArrayObject *words, long long k)
+check_words(PyArrayObject *words, long long k, int bits)
 {
+    if (sq_py_check_weight_bits(bits)) {
+        return -1;
+    }
     if (k < 1) {
         PyErr_Format(PyExc_ValueError, "k: expected k >= 1, got %lld", k);
         return -1;
     }
-    if (PyArray_DIM(words, 1) != sq_packed_words(k)) {
+    if (PyArray_DIM(words, 1) != sq_packed_words(bits, k)) {
         PyErr_Format(PyExc_ValueError,
-                     "words: expected (n, ceil(k / 8)) = (%lld, %lld), got "
-                     "(%lld, %lld)",
-                     (long long)PyArray_DIM(words, 0), (long long)sq_packed_words(k),
+                     "words: expected (n, ceil(k * %d / 32)) = (%lld, %lld), got (%lld, %lld)",
+                     bits, (long long)PyArray_DIM(words, 0), (long long)sq_packed_words(bits, k),
                      (long long)PyArray_DIM(words, 0), (long long)PyArray_DIM(words, 1));
         return -1;
     }
@@ -110,22 +130,24 @@ check_words(PyArrayObject *words, long long k)
 
 PyDoc_STRVAR(
     unpack_doc,
-    "unpack(words, k)\n--\n\n"
-    "Codes [n, k] int8 of words [n, ceil(k / 8)] int32; the reverse of pack. ValueError for "
-    "shapes that\ndo not agree, TypeError for words of another width than 32 bits.");
+    "unpack(words, k, bits=4)\n--\n\n"
+    "Codes [n, k] int8 of words [n, ceil(k bits / 32)] int32; the reverse of pack. ValueError for "
+    "shapes that\ndo not agree and other bits, TypeError for words of another width than 32 bits.");
 
 static PyObject *
 unpack(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"words", "k", NULL};
+    static char *names[] = {"words", "k", "bits", NULL};
+    int bits = 4;
     PyObject *words_object, *result = NULL;
     PyArrayObject *words = NULL, *codes = NULL;
     long long k;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL:unpack", names, &words_object, &k)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|i:unpack", names, &words_object, &k,
+                                     &bits)) {
         return NULL;
     }
     words = sq_py_bits_array(words_object, NPY_INT32, 2, "words");
-    if (!words || check_words(words, k)) {
+    if (!words || check_words(words, k, bits)) {
         goto done;
     }
     const int64_t n = PyArray_DIM(words, 0);
@@ -136,7 +158,7 @@ unpack(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     sq_status status;
     SQ_BEGIN_NOGIL(n * k);
-    status = sq_unpack_int4(PyArray_DATA(words), n, k, PyArray_DATA(codes));
+    status = sq_unpack_codes(bits, PyArray_DATA(words), n, k, PyArray_DATA(codes));
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(module, status, "words");
@@ -192,10 +214,11 @@ convert_scales(PyObject *o, int64_t n, int64_t groups)
 
 /* 0 if the core will take k and group, otherwise -1 with ValueError. */
 static int
-check_group(long long k, long long group, long long int8_inputs)
+check_group(long long k, long long group, long long int8_inputs, int bits)
 {
-    if (k > SQ_PACKED_K_MAX) {
-        PyErr_Format(PyExc_ValueError, "k: expected k <= %d, got %lld", SQ_PACKED_K_MAX, k);
+    if (k > sq_packed_k_max(bits)) {
+        PyErr_Format(PyExc_ValueError, "k: expected k <= %lld with %d bits, got %lld",
+                     (long long)sq_packed_k_max(bits), bits, k);
         return -1;
     }
     if (group < 0 || (group && (group % SQ_K_ALIGN || k % group))) {
@@ -217,18 +240,19 @@ check_group(long long k, long long group, long long int8_inputs)
 static PyObject *
 packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"words", "scales", "k", "group", "int8_inputs", NULL};
+    static char *names[] = {"words", "scales", "k", "group", "int8_inputs", "bits", NULL};
     PyObject *words_object, *scales_object;
     PyArrayObject *words = NULL, *scales = NULL;
     packed_object *self = NULL;
     sq_packed_t *packed = NULL;
     long long k, group = 0, int8_inputs = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|LL:PackedWeight", names, &words_object,
-                                     &scales_object, &k, &group, &int8_inputs)) {
+    int bits = 4;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|LLi:PackedWeight", names, &words_object,
+                                     &scales_object, &k, &group, &int8_inputs, &bits)) {
         return NULL;
     }
     words = sq_py_bits_array(words_object, NPY_INT32, 2, "words");
-    if (!words || check_words(words, k) || check_group(k, group, int8_inputs)) {
+    if (!words || check_words(words, k, bits) || check_group(k, group, int8_inputs, bits)) {
         goto done;
     }
     const int64_t n = PyArray_DIM(words, 0);
@@ -244,7 +268,7 @@ packed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     const struct sq_kernels *kernels = sq_kernels_active();
     SQ_BEGIN_NOGIL(n * k);
     status = sq_packed_create(kernels, PyArray_DATA(words), PyArray_DATA(scales), n, k, group,
-                              int8_inputs, &packed);
+                              int8_inputs, bits, &packed);
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(PyType_GetModule(type), status, "PackedWeight");
@@ -294,6 +318,12 @@ packed_int8_inputs(PyObject *self, void *Py_UNUSED(closure))
 }
 
 static PyObject *
+packed_bits(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(sq_packed_bits(((packed_object *)self)->packed));
+}
+
+static PyObject *
 packed_kernels(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyUnicode_FromString(sq_packed_kernels(((packed_object *)self)->packed)->name);
@@ -311,9 +341,9 @@ packed_repr(PyObject *self)
     int64_t n, k, g;
     const sq_packed_t *packed = ((packed_object *)self)->packed;
     sq_packed_shape(packed, &n, &k, &g);
-    return PyUnicode_FromFormat("PackedWeight(shape=(%lld, %lld), group=%lld, kernels='%s')",
-                                (long long)n, (long long)k, (long long)g,
-                                sq_packed_kernels(packed)->name);
+    return PyUnicode_FromFormat(
+        "PackedWeight(shape=(%lld, %lld), bits=%d, group=%lld, kernels='%s')", (long long)n,
+        (long long)k, sq_packed_bits(packed), (long long)g, sq_packed_kernels(packed)->name);
 }
 
 static PyGetSetDef packed_getset[] = {
@@ -321,6 +351,7 @@ static PyGetSetDef packed_getset[] = {
     {"group", packed_group, NULL, "Inputs that share a scale; 0: one scale per output.", NULL},
     {"int8_inputs", packed_int8_inputs, NULL,
      "Leading inputs whose activations have 8 bits instead of 4.", NULL},
+    {"bits", packed_bits, NULL, "Bits of a stored code.", NULL},
     {"kernels", packed_kernels, NULL, "Name of the kernel table that made the panels.", NULL},
     {"nbytes", packed_nbytes, NULL, "Memory held by panels and scales.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -328,9 +359,10 @@ static PyGetSetDef packed_getset[] = {
 
 PyDoc_STRVAR(
     packed_doc,
-    "PackedWeight(words, scales, k, group=0, int8_inputs=0)\n--\n\n"
-    "int4 weights [n, k] in the panels of the active kernel table. words [n, ceil(k / 8)] "
-    "int32 as pack\nmakes them, scales [n, k / group] float32 (or [n]); group = 0 is one "
+    "PackedWeight(words, scales, k, group=0, int8_inputs=0, bits=4)\n--\n\n"
+    "Weights [n, k] of 4, 5, 6 or 8 bits in the panels of the active kernel table, where codes of "
+    "more than\n4 bits take a byte. words [n, ceil(k bits / 32)] int32 as pack\nmakes them, scales "
+    "[n, k / group] float32 (or [n]); group = 0 is one "
     "scale per output, otherwise a\nmultiple of 32 that divides k. int8_inputs: leading inputs "
     "whose activations get 8 bits "
     "where the others\nget 4, a multiple of 32 and of group. Immutable; copies its "

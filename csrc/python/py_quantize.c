@@ -5,24 +5,27 @@
 
 PyDoc_STRVAR(
     quantize_doc,
-    "quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False)\n--\n\n"
+    "quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False, bfloat16=False)\n--\n\n"
     "Round x [m, k] to codes: (codes [m, k] int8, scales [m, k / g] float32, zeros [m, k / g] "
     "int32\nor None when symmetric), x = scale * (code - zero). group = g inputs share a "
     "scale; 0 is the\nwhole row. Asymmetric codes are uint8 bits. clip in (0, 1] multiplies "
     "the scale; search takes the\nratio of least squared error per group, 1.00 down to 0.20 "
-    "times clip.\nRounding is half to even; the same bytes on every machine. ValueError for "
+    "times clip. bfloat16 rounds scales, of symmetric codes alone, to bfloat16 before their "
+    "use. bits are 4,\n5, 6 or 8.\nRounding is half to even; the same bytes on every machine. "
+    "ValueError for "
     "NaN, Inf and bad shapes.");
 
 static PyObject *
 quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "bits", "group", "symmetric", "clip", "search", NULL};
+    static char *names[] = {"x", "bits", "group", "symmetric", "clip", "search", "bfloat16", NULL};
     PyObject *x_object, *result = NULL;
     PyArrayObject *x = NULL, *codes = NULL, *scales = NULL, *zeros = NULL;
     struct sq_quantizer q = {.bits = 4, .symmetric = 1, .clip = 1.0f};
     long long group = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|iLpfp:quantize", names, &x_object, &q.bits,
-                                     &group, &q.symmetric, &q.clip, &q.search)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|iLpfpp:quantize", names, &x_object, &q.bits,
+                                     &group, &q.symmetric, &q.clip, &q.search,
+                                     &q.bfloat16_scales)) {
         return NULL;
     }
     q.group = group;
@@ -31,8 +34,11 @@ quantize(PyObject *module, PyObject *args, PyObject *kwargs)
         goto done;
     }
     const int64_t m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
-    if (q.bits != 4 && q.bits != 8) {
-        PyErr_Format(PyExc_ValueError, "bits: expected 4 or 8, got %d", q.bits);
+    if (sq_py_check_weight_bits(q.bits)) {
+        goto done;
+    }
+    if (q.bfloat16_scales && !q.symmetric) {
+        PyErr_SetString(PyExc_ValueError, "bfloat16: expected symmetric codes");
         goto done;
     }
     if (k < 1) {
@@ -207,30 +213,35 @@ raise_weight(PyObject *module, sq_status status, int64_t bad_row)
 
 PyDoc_STRVAR(
     quantize_weight_doc,
-    "quantize_weight(weight, group=0, search=False, rotation=None, columns=None, rows=None)\n--\n\n"
-    "(words [n, ceil(k / 8)] int32 as pack makes them, scales [n, k / g] float32) of a weight "
+    "quantize_weight(weight, group=0, search=False, rotation=None, columns=None, rows=None, "
+    "bits=4,\n"
+    "    bfloat16=False)\n--\n\n"
+    "(words [n, ceil(k bits / 32)] int32 as pack makes them, scales [n, k / g] float32) of a "
+    "weight "
     "[n, k] of\nfloat32, float16 or bfloat16, in one pass over blocks of rows that stay in cache: "
-    "columns [k] and\nrows [n] multiply it, a Rotation turns its rows, and quantize(bits=4) with "
-    "group and "
-    "search rounds them.\nThe same bytes at any thread count. ValueError for bad shapes, and "
+    "columns [k] and\nrows [n] multiply it, a Rotation turns its rows, and quantize with "
+    "bits, group, "
+    "search and bfloat16 rounds them.\nThe same bytes at any thread count. ValueError for bad "
+    "shapes, and "
     "naming the first row that holds, or\ncomes to hold, NaN or Inf.");
 
 static PyObject *
 quantize_weight(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"weight", "group", "search", "rotation", "columns", "rows", NULL};
+    static char *names[] = {"weight", "group", "search",   "rotation", "columns",
+                            "rows",   "bits",  "bfloat16", NULL};
     struct weight_arguments a = {
         .rotation_object = Py_None, .columns_object = Py_None, .rows_object = Py_None};
     struct sq_quantizer q = {.bits = 4, .symmetric = 1, .clip = 1.0f};
     long long group = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|LpOOO:quantize_weight", names,
-                                     &a.weight_object, &group, &q.search, &a.rotation_object,
-                                     &a.columns_object, &a.rows_object)) {
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O|LpOOOip:quantize_weight", names, &a.weight_object, &group, &q.search,
+            &a.rotation_object, &a.columns_object, &a.rows_object, &q.bits, &q.bfloat16_scales)) {
         return NULL;
     }
     PyObject *result = NULL;
     PyArrayObject *words = NULL, *scales = NULL;
-    if (take_weight_arguments(module, &a)) {
+    if (take_weight_arguments(module, &a) || sq_py_check_weight_bits(q.bits)) {
         goto done;
     }
     if (group < 0 || (group && a.k % group)) {
@@ -239,7 +250,8 @@ quantize_weight(PyObject *module, PyObject *args, PyObject *kwargs)
         goto done;
     }
     q.group = group;
-    npy_intp word_dims[2] = {a.n, sq_packed_words(a.k)}, dims[2] = {a.n, group ? a.k / group : 1};
+    npy_intp word_dims[2] = {a.n, sq_packed_words(q.bits, a.k)},
+             dims[2] = {a.n, group ? a.k / group : 1};
     words = sq_py_empty(2, word_dims, NPY_INT32);
     scales = sq_py_empty(2, dims, NPY_FLOAT32);
     if (!words || !scales) {

@@ -9,6 +9,9 @@
 
 /* Largest |M M^T - I| of a matrix that passes for orthogonal. */
 #define ORTHOGONAL_WITHIN 1e-4f
+/* Largest quotient of two pivots of a matrix that passes for invertible: float32 keeps some digits
+ * of what its inverse undoes. */
+#define PIVOT_RATIO_MAX 1e6
 
 /* Which factor of X it is; the right one needs its transpose too. */
 enum { LEFT, RIGHT };
@@ -17,7 +20,7 @@ static const char *const side_names[2] = {"left", "right"};
 typedef struct {
     PyObject_HEAD struct sq_rotation rotation;
     const double *angles[2]; /* of the factors that are chains, NULL otherwise */
-    void *memory[6];         /* owned: what the rotation and the angles point to */
+    void *memory[8];         /* owned: what the rotation and the angles point to */
     int n_memory;
 } Rotation;
 
@@ -82,6 +85,30 @@ check_orthogonal(const float *matrices, int64_t count, int64_t n, const char *na
         char found[32];
         PyOS_snprintf(found, sizeof found, "%.3g", (double)error);
         PyErr_Format(PyExc_ValueError, "%s: expected an orthogonal matrix, got |M M^T - I| = %s",
+                     name, status == SQ_OK ? found : sq_status_text(status));
+        return -1;
+    }
+    return 0;
+}
+
+/* 0 if matrices [count][n][n] are finite and far from singular, or -1 with ValueError. */
+static int
+check_invertible(const float *matrices, int64_t count, int64_t n, const char *name)
+{
+    sq_status status;
+    double ratio;
+    SQ_BEGIN_NOGIL(count * n * n);
+    status = sq_pivot_ratio(matrices, count, n, &ratio);
+    SQ_END_NOGIL;
+    if (status == SQ_ERR_NOMEM) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (status != SQ_OK || !(ratio <= PIVOT_RATIO_MAX)) { /* NaN as well */
+        char found[32];
+        PyOS_snprintf(found, sizeof found, "%.3g", ratio);
+        PyErr_Format(PyExc_ValueError,
+                     "%s: expected invertible matrices (a pivot ratio of at most 1e6), got %s",
                      name, status == SQ_OK ? found : sq_status_text(status));
         return -1;
     }
@@ -258,10 +285,12 @@ take_factors(Rotation *self, PyObject *const objects[2])
 
 /* ---- blocks ----------------------------------------------------------------------------- */
 
-/* Square blocks [count][b][b] of o, orthogonal, both sizes at least 1, b at most SQ_DUQUANT_B_MAX:
- * a copy that self keeps, the sizes to shape. NULL with an exception. */
+typedef int (*check_fn)(const float *matrices, int64_t count, int64_t n, const char *name);
+
+/* Square blocks [count][b][b] of o that pass the check, both sizes at least 1, b at most
+ * SQ_DUQUANT_B_MAX: a copy that self keeps, the sizes to shape. NULL with an exception. */
 static const float *
-take_blocks(Rotation *self, PyObject *o, const char *name, npy_intp shape[2])
+take_blocks(Rotation *self, PyObject *o, const char *name, check_fn check, npy_intp shape[2])
 {
     PyArrayObject *a = sq_py_array(o, NPY_FLOAT32, 3, name);
     const float *blocks = NULL;
@@ -277,7 +306,7 @@ take_blocks(Rotation *self, PyObject *o, const char *name, npy_intp shape[2])
         goto done;
     }
     blocks = keep(self, PyArray_DATA(a), (size_t)PyArray_NBYTES(a));
-    if (blocks && check_orthogonal(blocks, count, b, name)) {
+    if (blocks && check(blocks, count, b, name)) {
         blocks = NULL;
     }
     shape[0] = count;
@@ -294,8 +323,8 @@ take_parts(Rotation *self, PyObject *first, PyObject *permutation, PyObject *sec
     struct sq_rotation *r = &self->rotation;
     npy_intp shape[2], other[2];
     r->kind = SQ_BLOCKS;
-    if (!(r->blocks.first = take_blocks(self, first, "first", shape)) ||
-        !(r->blocks.second = take_blocks(self, second, "second", other))) {
+    if (!(r->blocks.first = take_blocks(self, first, "first", check_orthogonal, shape)) ||
+        !(r->blocks.second = take_blocks(self, second, "second", check_orthogonal, other))) {
         return -1;
     }
     if (other[0] != shape[0] || other[1] != shape[1]) {
@@ -322,27 +351,47 @@ take_parts(Rotation *self, PyObject *first, PyObject *permutation, PyObject *sec
     return result;
 }
 
+/* The invertible blocks in front of the factors, which self has. 0, or -1 with an exception. */
+static int
+take_align(Rotation *self, PyObject *align)
+{
+    struct sq_rotation *r = &self->rotation;
+    npy_intp shape[2];
+    r->kind = SQ_ALIGNED;
+    if (!(r->blocks.first = take_blocks(self, align, "align", check_invertible, shape))) {
+        return -1;
+    }
+    r->blocks.b = shape[1];
+    if (shape[0] != r->k / shape[1] || r->k % shape[1]) {
+        PyErr_Format(PyExc_ValueError, "align: expected blocks of k = %lld channels, got %zd x %zd",
+                     (long long)r->k, (Py_ssize_t)shape[0], (Py_ssize_t)shape[1]);
+        return -1;
+    }
+    return 0;
+}
+
 /* ---- the type --------------------------------------------------------------------------- */
 
 PyDoc_STRVAR(
     rotation_doc,
-    "Rotation(k, left=None, right=None)\n--\n\n"
+    "Rotation(k, left=None, right=None, align=None)\n--\n\n"
     "The rotation of a site's inputs, proved once and never changed.\n\n"
     "A row x [k], reshaped to X [k1, k2], becomes L X R^T. A factor is an orthogonal float32\n"
     "matrix [n, n], a tuple (order, hadamard, pairs [g, 2], angles [g] in radians) that stands\n"
-    "for v -> chain(H v), or None, which leaves its axis as it is. Rotation.blocks makes the\n"
-    "other kind. The arrays are copied. ValueError names the part, what was expected and what\n"
+    "for v -> chain(H v), or None, which leaves its axis as it is. align [k / b, b, b] float32\n"
+    "are invertible blocks that multiply the row before. Rotation.blocks makes the other kind.\n"
+    "The arrays are copied. ValueError names the part, what was expected and what\n"
     "was found: shapes, indices, angles, |M M^T - I| of 1e-4 or more. May be shared between\n"
     "threads.");
 
 static PyObject *
 rotation_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"k", "left", "right", NULL};
-    PyObject *factors[2] = {Py_None, Py_None};
+    static char *names[] = {"k", "left", "right", "align", NULL};
+    PyObject *factors[2] = {Py_None, Py_None}, *align = Py_None;
     long long k;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|OO:Rotation", names, &k, &factors[LEFT],
-                                     &factors[RIGHT])) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|OOO:Rotation", names, &k, &factors[LEFT],
+                                     &factors[RIGHT], &align)) {
         return NULL;
     }
     if (k < 1 || k > INT32_MAX) {
@@ -351,7 +400,7 @@ rotation_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     Rotation *self = (Rotation *)type->tp_alloc(type, 0); /* zeroed */
     if (self) {
         self->rotation.k = k;
-        if (take_factors(self, factors)) {
+        if (take_factors(self, factors) || (align != Py_None && take_align(self, align))) {
             Py_CLEAR(self);
         }
     }
@@ -406,7 +455,7 @@ rotation_sizes(const struct sq_rotation *r, long long sizes[2])
 static const char *
 kind_name(const struct sq_rotation *r)
 {
-    return r->kind == SQ_BLOCKS ? "blocks" : "kronecker";
+    return r->kind == SQ_BLOCKS ? "blocks" : r->kind == SQ_ALIGNED ? "aligned" : "kronecker";
 }
 
 static PyObject *
@@ -478,6 +527,10 @@ rotation_get_parts(PyObject *object, void *Py_UNUSED(closure))
         return Py_BuildValue("NN", factor_part(self, LEFT), factor_part(self, RIGHT));
     }
     const npy_intp k = r->k, blocks[] = {k / r->blocks.b, r->blocks.b, r->blocks.b};
+    if (r->kind == SQ_ALIGNED) {
+        return Py_BuildValue("NNN", factor_part(self, LEFT), factor_part(self, RIGHT),
+                             view(self, 3, blocks, NPY_FLOAT32, r->blocks.first));
+    }
     return Py_BuildValue("NNN", view(self, 3, blocks, NPY_FLOAT32, r->blocks.first),
                          view(self, 1, &k, NPY_INT32, r->blocks.permutation),
                          view(self, 3, blocks, NPY_FLOAT32, r->blocks.second));
@@ -485,10 +538,11 @@ rotation_get_parts(PyObject *object, void *Py_UNUSED(closure))
 
 static PyGetSetDef rotation_getset[] = {
     {"k", rotation_get_k, NULL, "Inputs of the site.", NULL},
-    {"kind", rotation_get_kind, NULL, "\"kronecker\" or \"blocks\".", NULL},
+    {"kind", rotation_get_kind, NULL, "\"kronecker\", \"aligned\" or \"blocks\".", NULL},
     {"sizes", rotation_get_sizes, NULL, "(k1, k2), or (k / b, b) of blocks.", NULL},
     {"parts", rotation_get_parts, NULL,
-     "(left, right) or (first, permutation, second) as given, read-only arrays.", NULL},
+     "(left, right), (left, right, align) or (first, permutation, second), read-only arrays.",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the runtime stage: dense linears, conversions, sampling, figures; the types are in
  * py_cache.c and py_layer.c. */
+#include "core/sq_threads.h"
 #include "python/py_dense.h"
 
 #include <string.h>
@@ -162,10 +163,8 @@ done:
     return (PyObject *)y;
 }
 
-/* New copy of an index [m], which nobody else can write to after the check that every entry is in
- * 0 .. limit - 1. NULL and an exception if one is not. */
-static PyArrayObject *
-take_index(PyObject *o, int64_t limit, const char *name)
+PyArrayObject *
+sq_py_index(PyObject *o, int64_t limit, const char *name)
 {
     PyArrayObject *given = sq_py_array(o, NPY_INT64, 1, name);
     PyArrayObject *index = given ? (PyArrayObject *)PyArray_NewCopy(given, NPY_CORDER) : NULL;
@@ -202,7 +201,7 @@ gather_rows(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     table = sq_py_dense(table_object, 2, "table", &dtype);
-    index = table ? take_index(index_object, PyArray_DIM(table, 0), "index") : NULL;
+    index = table ? sq_py_index(index_object, PyArray_DIM(table, 0), "index") : NULL;
     if (!index) {
         goto done;
     }
@@ -233,37 +232,124 @@ PyDoc_STRVAR(
     "ValueError if the shapes disagree or eps is negative. Source: Zhang and Sennrich, Root "
     "Mean Square\nLayer Normalization, arXiv 1910.07467.");
 
+/* x [..., n] normalized row by row; bias NULL or None: none. Borrows all. */
 static PyObject *
-rms_norm(PyObject *module, PyObject *args, PyObject *kwargs)
+normalize(enum sq_norm_kind kind, PyObject *x_object, PyObject *w_object, PyObject *b_object,
+          float eps)
 {
-    static char *names[] = {"x", "weight", "eps", NULL};
-    PyObject *x_object, *w_object;
-    PyArrayObject *x = NULL, *w = NULL, *y = NULL;
+    PyArrayObject *x = NULL, *w = NULL, *b = NULL, *y = NULL;
+    const int biased = b_object && b_object != Py_None;
+    struct sq_fault fault;
     int64_t m;
-    float eps;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOf:rms_norm", names, &x_object, &w_object,
-                                     &eps)) {
-        return NULL;
-    }
     w = sq_py_array(w_object, NPY_FLOAT, 1, "weight");
-    x = w ? rows_of(x_object, PyArray_DIM(w, 0), "x", &m) : NULL;
+    b = w && biased ? sq_py_array(b_object, NPY_FLOAT, 1, "bias") : NULL;
+    if (!w || (biased && (!b || sq_py_check_dim(b, 0, PyArray_DIM(w, 0), "bias")))) {
+        goto done;
+    }
+    x = rows_of(x_object, PyArray_DIM(w, 0), "x", &m);
+    const struct sq_norm norm = {.kind = kind,
+                                 .eps = eps,
+                                 .n = PyArray_DIM(w, 0),
+                                 .rows = 1,
+                                 .weight = PyArray_DATA(w),
+                                 .bias = b ? PyArray_DATA(b) : NULL};
+    if (x &&
+        sq_norm_seal(&norm, kind == SQ_NORM_RMS ? "rms_norm" : "layer_norm", &fault) != SQ_OK) {
+        PyErr_SetString(PyExc_ValueError, fault.text);
+        goto done;
+    }
     y = x ? sq_py_empty(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT) : NULL;
     if (!y) {
         goto done;
     }
-    sq_status status;
     SQ_BEGIN_NOGIL(PyArray_SIZE(x))
-    status =
-        sq_rms_norm(PyArray_DATA(x), PyArray_DATA(w), m, PyArray_DIM(w, 0), eps, PyArray_DATA(y));
+    sq_norm_rows(&norm, PyArray_DATA(x), m, PyArray_DATA(y));
     SQ_END_NOGIL;
-    if (status != SQ_OK) {
-        sq_py_raise(module, status, "rms_norm");
-        Py_CLEAR(y);
-    }
 done:
     Py_XDECREF(x);
     Py_XDECREF(w);
+    Py_XDECREF(b);
     return (PyObject *)y;
+}
+
+static PyObject *
+rms_norm(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "weight", "eps", NULL};
+    PyObject *x, *w;
+    float eps;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOf:rms_norm", names, &x, &w, &eps)) {
+        return NULL;
+    }
+    return normalize(SQ_NORM_RMS, x, w, NULL, eps);
+}
+
+PyDoc_STRVAR(layer_norm_doc,
+             "layer_norm(x, weight, bias, eps)\n--\n\n"
+             "x [..., n] less its mean, over its standard deviation, times weight [n] plus bias "
+             "[n] or None.\n\n"
+             "Row by row, float32. ValueError if the shapes disagree or eps is negative. Source: "
+             "Ba, Kiros and\nHinton, Layer Normalization, arXiv 1607.06450.");
+
+static PyObject *
+layer_norm(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "weight", "bias", "eps", NULL};
+    PyObject *x, *w, *b;
+    float eps;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOf:layer_norm", names, &x, &w, &b, &eps)) {
+        return NULL;
+    }
+    return normalize(SQ_NORM_LAYER, x, w, b, eps);
+}
+
+PyDoc_STRVAR(
+    sample_rows_doc,
+    "sample_rows(logits, temperature, top_k, top_p, uniform)\n--\n\n"
+    "Next tokens, int64 [m], of logits [m, v] by uniform [m]: `sample` of each row, on all "
+    "threads.");
+
+static PyObject *
+sample_rows(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"logits", "temperature", "top_k", "top_p", "uniform", NULL};
+    PyObject *logits_object, *uniform_object, *result = NULL;
+    PyArrayObject *logits = NULL, *uniform = NULL, *tokens = NULL;
+    void *workspace = NULL;
+    float temperature, top_p;
+    long long top_k;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OfLfO:sample_rows", names, &logits_object,
+                                     &temperature, &top_k, &top_p, &uniform_object)) {
+        return NULL;
+    }
+    logits = sq_py_array(logits_object, NPY_FLOAT, 2, "logits");
+    uniform = logits ? sq_py_array(uniform_object, NPY_DOUBLE, 1, "uniform") : NULL;
+    if (!uniform || sq_py_check_dim(uniform, 0, PyArray_DIM(logits, 0), "uniform")) {
+        goto done;
+    }
+    const int64_t m = PyArray_DIM(logits, 0), v = PyArray_DIM(logits, 1);
+    const int64_t workers = sq_max_i64(1, sq_min_i64(sq_get_num_threads(), m));
+    tokens = sq_py_empty(1, PyArray_DIMS(logits), NPY_INT64);
+    if (!tokens) {
+        goto done;
+    }
+    workspace = sq_alloc((size_t)(workers * v) * 16);
+    if (!workspace) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(logits))
+    status = sq_sample_rows(PyArray_DATA(logits), m, v, temperature, top_k, top_p,
+                            PyArray_DATA(uniform), workers, workspace, PyArray_DATA(tokens));
+    SQ_END_NOGIL;
+    result = status == SQ_OK ? Py_NewRef(tokens) : sq_py_raise(module, status, "sample_rows");
+done:
+    free(workspace);
+    Py_XDECREF(logits);
+    Py_XDECREF(uniform);
+    Py_XDECREF(tokens);
+    return result;
 }
 
 PyDoc_STRVAR(
@@ -330,7 +416,7 @@ negative_log_likelihood(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     logits = sq_py_array(logits_object, NPY_FLOAT, 2, "logits");
-    target = logits ? take_index(target_object, PyArray_DIM(logits, 1), "target") : NULL;
+    target = logits ? sq_py_index(target_object, PyArray_DIM(logits, 1), "target") : NULL;
     if (!target || sq_py_check_dim(target, 0, PyArray_DIM(logits, 0), "target")) {
         goto done;
     }
@@ -449,13 +535,10 @@ done:
 }
 
 PyMethodDef sq_py_runtime_methods[] = {
-    SQ_METHOD(linear_dense),
-    SQ_METHOD(to_float32),
-    SQ_METHOD(gather_rows),
-    SQ_METHOD(rms_norm),
-    SQ_METHOD(kv_quantize),
-    SQ_METHOD(sample),
-    SQ_METHOD(negative_log_likelihood),
-    SQ_METHOD(kl_divergence),
+    SQ_METHOD(linear_dense),  SQ_METHOD(to_float32),
+    SQ_METHOD(gather_rows),   SQ_METHOD(rms_norm),
+    SQ_METHOD(layer_norm),    SQ_METHOD(kv_quantize),
+    SQ_METHOD(sample),        SQ_METHOD(sample_rows),
+    SQ_METHOD(kl_divergence), SQ_METHOD(negative_log_likelihood),
     {NULL, NULL, 0, NULL},
 };

@@ -320,7 +320,7 @@ sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *
     if (valid < 0) {
         return SQ_ERR_NOMEM;
     }
-    if (!valid || (q->bits != 4 && q->bits != 8) || !q->symmetric ||
+    if (!valid || !sq_weight_bits_valid(q->bits) || !q->symmetric ||
         !sq_gptq_factor_usable(factor, k)) {
         return SQ_ERR_RANGE;
     }

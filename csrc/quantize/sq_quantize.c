@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Scales and rounding: float32 rows or groups to 4- and 8-bit codes and back. */
+/* Scales and rounding: float32 rows or groups to codes of 4 to 8 bits and back. */
 #include "quantize/sq_quantize.h"
 
 #include <float.h>
@@ -26,6 +26,18 @@ static float
 usable_scale(float scale)
 {
     return scale < FLT_MIN ? 0.0f : scale;
+}
+
+/* The nearest bfloat16, halves to even, of a finite number below Inf / 2. */
+static float
+to_bfloat16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits += 0x7fff + (bits >> 16 & 1);
+    bits &= 0xffff0000;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 static struct grid
@@ -56,8 +68,12 @@ asymmetric_grid(float min, float max, int bits, float clip)
 static struct grid
 make_grid(const struct sq_quantizer *q, float min, float max, float clip)
 {
-    return q->symmetric ? symmetric_grid(min, max, q->bits, clip)
-                        : asymmetric_grid(min, max, q->bits, clip);
+    struct grid grid = q->symmetric ? symmetric_grid(min, max, q->bits, clip)
+                                    : asymmetric_grid(min, max, q->bits, clip);
+    if (q->bfloat16_scales) {
+        grid.scale = to_bfloat16(grid.scale);
+    }
+    return grid;
 }
 
 /* The batches of the search in integers; what is past the last ratio repeats it and never wins. */
@@ -177,7 +193,8 @@ write_codes(const struct sq_kernels *kernels, const struct grid *grid, const flo
 sq_status
 sq_quantizer_check(const struct sq_quantizer *q, int64_t k)
 {
-    if ((q->bits != 4 && q->bits != 8) || !(q->clip > 0.0f && q->clip <= 1.0f)) {
+    if (!sq_weight_bits_valid(q->bits) || !(q->clip > 0.0f && q->clip <= 1.0f) ||
+        (q->bfloat16_scales && !q->symmetric)) {
         return SQ_ERR_RANGE;
     }
     return k < 1 || q->group < 0 || (q->group && k % q->group) ? SQ_ERR_SHAPE : SQ_OK;

@@ -16,11 +16,12 @@
  * a token (per token) or an output channel (per channel); groups of g columns along k. Every kernel
  * table gives the same bytes. */
 struct sq_quantizer {
-    int bits;      /* 4 or 8 */
+    int bits;      /* 4, 5, 6 or 8 */
     int symmetric; /* 1 or 0 */
     int64_t group; /* g, or 0 for the whole row */
     float clip;    /* in (0, 1] */
     int search;    /* 1: per row and group, clip times the SQ_CLIP_RATIO of least squared error */
+    int bfloat16_scales; /* 1, symmetric alone: scales are rounded to bfloat16 before their use */
 };
 
 /* Ratio i of the clip search, 1.00 down to 0.20; among equals the largest wins. On Gaussian,
@@ -67,10 +68,21 @@ sq_quantize_group(const struct sq_kernels *kernels, const struct sq_quantizer *q
                   int64_t k, int offset, int16_t *scratch, int8_t *codes, float *scale,
                   int32_t *zero);
 
-/* words [ceil(k / 8)] <- nibbles [k], code + 8 in each byte, which is readable and written as code
- * 0 up to the next multiple of eight. */
-void
-sq_pack_nibbles(uint8_t *nibbles, int64_t k, int32_t *words);
+/* ---- weights of other makers (quantize) ---------------------------------------------------- */
+
+/* out [count][n][k] (bfloat16, nearest) <- codes [count][n][k] (e4m3: no infinities, NaN is all
+ * ones) times the scale of their block, scales [count][ceil(n / block_rows)][ceil(k /
+ * block_columns)]. NaN and Inf pass on. Parallel over rows. */
+sq_status
+sq_decode_fp8(const uint8_t *codes, const float *scales, int64_t count, int64_t n, int64_t k,
+              int64_t block_rows, int64_t block_columns, uint16_t *out);
+
+/* out [count][groups * 32][rows] (bfloat16, exact) <- the transpose of blocks
+ * [count][rows][groups][16] (two e2m1 codes a byte, the low one first) times 2^(scale - 127),
+ * scales [count][rows][groups]; scale 255 is NaN. Parallel over groups. */
+sq_status
+sq_decode_mxfp4(const uint8_t *blocks, const uint8_t *scales, int64_t count, int64_t rows,
+                int64_t groups, uint16_t *out);
 
 /* ---- GPTQ (quantize) --------------------------------------------------------------------
  * Rounding column by column, each column's error spread over the columns still to come so that
@@ -122,15 +134,25 @@ struct sq_weight_transform {
     const struct sq_rotation *rotation; /* of the rows; or NULL */
 };
 
-/* weight [n][k] of dtype -> words [n][ceil(k / 8)] as sq_pack_int4 makes them and scales [n][k / g]
- * (q: 4 symmetric bits). Takes 10 bytes of scratch per element of the few rows that a thread has in
- * work. SQ_ERR_NONFINITE: *bad_row is the first row that holds NaN or Inf, or comes to hold it; the
- * outputs are then spoiled. Parallel over blocks of rows; a row's words depend on that row alone.
+/* weight [n][k] of dtype -> words [n][sq_packed_words] and scales [n][k / g] (q: symmetric). Takes
+ * 10 bytes of scratch per element of the few rows that a thread has in work. SQ_ERR_NONFINITE:
+ * *bad_row is the first row that holds NaN or Inf, or comes to hold it; the outputs are then
+ * spoiled. Parallel over blocks of rows; a row's words depend on that row alone.
  */
 sq_status
 sq_quantize_weight(const struct sq_quantizer *q, const struct sq_weight_transform *transform,
                    sq_dtype dtype, const void *weight, int64_t n, int64_t k, int32_t *words,
                    float *scales, int64_t *bad_row);
+
+/* table [rows][k] of dtype -> rows of codes as kernels/code_rows.h lays them out, of an embedding
+ * or a head: codes [rows][sq_code_row_bytes] and bfloat16 scales [rows][sq_code_row_scales]. The
+ * scale is rounded first, and the codes with what it became: 8 bits to nearest over the row's
+ * largest; 4 bits with the searched clip of sq_quantizer, of x and of -x (its scale is then below
+ * 0), as -8 reaches further than 7. SQ_ERR_NONFINITE: *bad_row is the first row that holds NaN or
+ * Inf. Parallel over rows; a row's codes depend on that row alone. */
+sq_status
+sq_quantize_rows(int bits, sq_dtype dtype, const void *table, int64_t rows, int64_t k,
+                 uint8_t *codes, uint16_t *scales, int64_t *bad_row);
 
 /* The rows as sq_quantize_weight would round them: out [n][k] in float32. */
 sq_status
@@ -146,29 +168,49 @@ sq_will_need(const void *address, size_t bytes);
 /* Codes come in blocks of so many along k; groups and 8-bit inputs are whole blocks. */
 #define SQ_K_ALIGN 32
 
-/* Words of one packed row: ceil(k / 8) int32, low nibble first, code + 8; the tail is code 0. */
+/* Bits of a stored weight code: 4, 5, 6 or 8. */
+int
+sq_weight_bits_valid(int bits);
+
+/* Words of one packed row: ceil(k bits / 32) int32. They hold a stream of bits, the lowest first:
+ * code + 2^(bits - 1) of each input, then of codes 0, the last of which may be cut off. With 4 and
+ * 8 bits this is the pack-quantized layout of compressed-tensors. */
 int64_t
-sq_packed_words(int64_t k);
+sq_packed_words(int bits, int64_t k);
 
-/* codes [n][k] in [-8, 7] -> words [n][ceil(k / 8)] (the pack-quantized layout). */
+/* codes [n][k] in -2^(bits - 1) .. 2^(bits - 1) - 1 -> words [n][sq_packed_words]; SQ_ERR_RANGE for
+ * codes outside and for other bits. Parallel over rows. */
 sq_status
-sq_pack_int4(const int8_t *codes, int64_t n, int64_t k, int32_t *words);
+sq_pack_codes(int bits, const int8_t *codes, int64_t n, int64_t k, int32_t *words);
 
 sq_status
-sq_unpack_int4(const int32_t *words, int64_t n, int64_t k, int8_t *codes);
+sq_unpack_codes(int bits, const int32_t *words, int64_t n, int64_t k, int8_t *codes);
 
-/* int4 weights in the panels of one kernel table. Made by _create, owned by the caller of it. */
+/* One row, serially: words from codes [k] that have the 2^(bits - 1) added already; and codes as
+ * they are. */
+void
+sq_pack_row(int bits, const uint8_t *codes, int64_t k, int32_t *words);
+
+void
+sq_unpack_row(int bits, const int32_t *words, int64_t k, int8_t *codes);
+
+/* Weights in the panels of one kernel table. Made by _create, owned by the caller of it. */
 typedef struct sq_packed_t sq_packed_t;
 
-/* words [n][ceil(k / 8)], scales [n][k / g]; g = 0 means one scale per output channel, otherwise g
- * must be a multiple of SQ_K_ALIGN that divides k. int8_inputs: leading inputs whose activations
- * come with 8 bits where the others have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none.
- * Copies; the copy is never written again and may be shared between threads. k <= SQ_PACKED_K_MAX,
- * so that integer sums fit 32 bits. */
+/* words [n][sq_packed_words], scales [n][k / g]; g = 0 means one scale per output channel,
+ * otherwise g must be a multiple of SQ_K_ALIGN that divides k. Codes of 4 bits stay in 4, others
+ * get a byte each. int8_inputs: leading inputs whose activations come with 8 bits where the others
+ * have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none. Copies; the copy is never written
+ * again and may be shared between threads. k <= sq_packed_k_max, so that integer sums fit 32 bits:
+ * 8 * 128 * 2^20 = 128 * 128 * 2^16 = 2^30. */
 #define SQ_PACKED_K_MAX (1 << 20)
+#define SQ_PACKED_K_MAX_W8 (1 << 16)
+int64_t
+sq_packed_k_max(int bits);
+
 sq_status
 sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
-                 int64_t n, int64_t k, int64_t g, int64_t int8_inputs, sq_packed_t **out);
+                 int64_t n, int64_t k, int64_t g, int64_t int8_inputs, int bits, sq_packed_t **out);
 
 void
 sq_packed_destroy(sq_packed_t *w);
@@ -178,6 +220,10 @@ sq_packed_shape(const sq_packed_t *w, int64_t *n, int64_t *k, int64_t *g);
 
 int64_t
 sq_packed_int8_inputs(const sq_packed_t *w);
+
+/* Bits of w's codes as they were stored. */
+int
+sq_packed_bits(const sq_packed_t *w);
 
 /* Memory held by w's panels and scales. */
 size_t
@@ -195,8 +241,10 @@ struct sq_packed_t {
     int64_t k_padded;     /* to SQ_K_ALIGN */
     int64_t group_length; /* g or k_padded */
     int64_t groups;       /* k_padded / group_length */
+    int bits;             /* of a stored code */
+    int panel_bits;       /* 4 or 8: of a code in the panels */
     int64_t n_panels;     /* of nr outputs */
-    int64_t panel_bytes;  /* nr * k_padded / 2 */
+    int64_t panel_bytes;  /* nr * k_padded * panel_bits / 8 */
     int64_t panel_stride_bytes;
     const uint8_t *panels; /* owned, [n_panels][panel_stride_bytes] */
     const float *scales;   /* owned, [n_panels][groups][nr], zero padded */

@@ -28,7 +28,7 @@ struct weight_job {
     int64_t n, k, block; /* block: rows at a time */
     int32_t *words;
     float *scales, *out;
-    size_t rows_bytes, rotate_bytes, fixed_bytes, nibbles_bytes;
+    size_t rows_bytes, rotate_bytes, fixed_bytes, codes_bytes;
     _Atomic int64_t next, bad_row;
     atomic_int status;
 };
@@ -37,8 +37,8 @@ struct weight_job {
 struct weight_scratch {
     float *x; /* [block][k] */
     void *rotate;
-    int16_t *fixed;   /* sq_quantize_scratch(g) */
-    uint8_t *nibbles; /* [k rounded up to whole words] */
+    int16_t *fixed; /* sq_quantize_scratch(g) */
+    uint8_t *codes; /* [k], 2^(bits - 1) added */
 };
 
 static size_t
@@ -94,15 +94,16 @@ static int
 pack_row(const struct weight_job *job, int64_t row, const float *x, const struct weight_scratch *s)
 {
     const int64_t k = job->k, group = job->q->group ? job->q->group : k, groups = k / group;
+    const int bits = job->q->bits;
     for (int64_t g = 0; g < groups; g++) {
         int32_t zero;
-        if (!sq_quantize_group(job->kernels, job->q, x + g * group, group, 8, s->fixed,
-                               (int8_t *)s->nibbles + g * group, job->scales + row * groups + g,
-                               &zero)) {
+        if (!sq_quantize_group(job->kernels, job->q, x + g * group, group, 1 << (bits - 1),
+                               s->fixed, (int8_t *)s->codes + g * group,
+                               job->scales + row * groups + g, &zero)) {
             return 0;
         }
     }
-    sq_pack_nibbles(s->nibbles, k, job->words + row * sq_packed_words(k));
+    sq_pack_row(bits, s->codes, k, job->words + row * sq_packed_words(bits, k));
     return 1;
 }
 
@@ -140,7 +141,7 @@ weight_worker(void *context, int64_t begin, int64_t end, int thread)
     struct weight_job *job = context;
     (void)thread;
     char *scratch =
-        sq_alloc(job->rows_bytes + job->rotate_bytes + job->fixed_bytes + job->nibbles_bytes);
+        sq_alloc(job->rows_bytes + job->rotate_bytes + job->fixed_bytes + job->codes_bytes);
     if (!scratch) {
         atomic_store(&job->status, SQ_ERR_NOMEM);
         return;
@@ -149,7 +150,7 @@ weight_worker(void *context, int64_t begin, int64_t end, int thread)
         .x = (float *)scratch,
         .rotate = scratch + job->rows_bytes,
         .fixed = (int16_t *)(scratch + job->rows_bytes + job->rotate_bytes),
-        .nibbles = (uint8_t *)scratch + job->rows_bytes + job->rotate_bytes + job->fixed_bytes};
+        .codes = (uint8_t *)scratch + job->rows_bytes + job->rotate_bytes + job->fixed_bytes};
     const int64_t blocks = sq_ceil_div(job->n, job->block);
     sq_status status = SQ_OK;
     for (int64_t worker = begin; worker < end && status == SQ_OK; worker++) {
@@ -187,7 +188,7 @@ run(struct weight_job *job, int64_t *bad_row)
     job->rotate_bytes = sq_align_bytes(job->rotate_bytes);
     const int64_t group = job->q && job->q->group ? job->q->group : k;
     job->fixed_bytes = sq_align_bytes((size_t)sq_quantize_scratch(group) * sizeof(int16_t));
-    job->nibbles_bytes = sq_align_bytes((size_t)sq_packed_words(k) * 8);
+    job->codes_bytes = sq_align_bytes((size_t)k);
     job->kernels = sq_kernels_active();
     atomic_store(&job->bad_row, INT64_MAX);
     sq_parallel_for(workers, 1, weight_worker, job);
@@ -222,7 +223,7 @@ sq_quantize_weight(const struct sq_quantizer *q, const struct sq_weight_transfor
         return SQ_ERR_NULL;
     }
     SQ_TRY(check(transform, dtype, weight, n, k, words, bad_row));
-    if (q->bits != 4 || !q->symmetric) {
+    if (!q->symmetric) {
         return SQ_ERR_RANGE;
     }
     SQ_TRY(sq_quantizer_check(q, k));

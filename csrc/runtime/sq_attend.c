@@ -117,6 +117,81 @@ struct item {
     float *tile, *queries, *out, *part, *scores;
 };
 
+/* To the nearest bfloat16, ties to even; x is finite. */
+static float
+bfloat16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* tanh x within 4e-7 of it, most of which is rounding: Lambert's continued fraction for half of
+ * x, t = tanh(x / 2), and tanh x = 2 t / (1 + t^2) are off by 2e-8 at most up to 9.5, from where on
+ * tanh is 1 in float32. No calls, so that loops vectorize. NaN stays. */
+static ALWAYS_INLINE float
+hyperbolic_tangent(float x)
+{
+    const float y = 0.5f * (x > 9.5f ? 9.5f : x < -9.5f ? -9.5f : x), s = y * y;
+    const float top = y * (135135.0f + s * (17325.0f + s * (378.0f + s)));
+    const float t = top / (135135.0f + s * (62370.0f + s * (3150.0f + s * 28.0f)));
+    return 2.0f * t / (1.0f + t * t);
+}
+
+/* What a head does to its scores x [n] before the softmax, scale included. x [i] belongs to the key
+ * n - 1 - i positions before the query, which stands at position. */
+static void
+shape_scores(const struct sq_attention *a, int64_t head, int64_t position, int64_t n, float *x)
+{
+    const float scale = a->scale, cap = a->softcap, slope = a->slopes ? a->slopes[head] : 0.0f;
+    for (int64_t i = 0; i < n; i++) {
+        x[i] *= scale;
+    }
+    for (int64_t i = 0; cap > 0 && i < n; i++) {
+        x[i] = cap * hyperbolic_tangent(x[i] / cap);
+    }
+    if (a->slopes_bfloat16) {
+        for (int64_t i = 0; i < n; i++) {
+            const float key = bfloat16((float)(position - (n - 1) + i));
+            x[i] += scale * bfloat16(bfloat16(slope) * key);
+        }
+        return;
+    }
+    const int32_t last = (int32_t)(n - 1); /* positions are below 2^31; the last key gets 0 */
+    for (int32_t i = 0; a->slopes && i < last; i++) {
+        x[i] += slope * (float)(i - last);
+    }
+}
+
+/* x [n_padded] <- probabilities of a head's n keys, zeros behind them. x [n] exists even where n is
+ * n_padded: a row of scores is longer than its columns. */
+static void
+soften(const struct attention_job *j, int64_t head, int64_t position, int64_t n, int64_t n_padded,
+       float *x)
+{
+    const struct sq_attention *a = j->a;
+    if (!a->sinks && !a->slopes && !(a->softcap > 0)) {
+        j->kernels->softmax_row(x, n, n_padded, a->scale);
+        return;
+    }
+    shape_scores(a, head, position, n, x);
+    if (a->sinks) {
+        x[n] = a->sinks[head]; /* one more key, whose value is 0 */
+        j->kernels->softmax_row(x, n + 1, sq_max_i64(n + 1, n_padded), 1.0f);
+        x[n] = 0;
+    }
+    else {
+        j->kernels->softmax_row(x, n, n_padded, 1.0f);
+    }
+    /* Slopes leave far keys probabilities that are subnormal, on which products take ten times as
+     * long. */
+    for (int64_t i = 0; a->slopes && i < n; i++) {
+        x[i] = x[i] < 0x1p-100f ? 0.0f : x[i];
+    }
+}
+
 /* scores [group][ld]: softmax over the keys this token sees, zeros on the other columns. */
 static void
 normalise_scores(const struct attention_job *j, const struct item *i, float *scores,
@@ -127,8 +202,8 @@ normalise_scores(const struct attention_job *j, const struct item *i, float *sco
     for (int64_t g = 0; g < group; g++) {
         float *row = scores + g * i->ld;
         memset(row, 0, (size_t)start * sizeof *row);
-        j->kernels->softmax_row(row + start, position - base - start + 1, columns - start,
-                                j->a->scale);
+        soften(j, i->kv_head * group + g, position, position - base - start + 1, columns - start,
+               row + start);
     }
 }
 

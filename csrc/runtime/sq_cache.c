@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The KV cache: pages taken and given back, and keys and values in 32, 16, 8 or 4 bits.
+/* The KV cache: pages taken and given back, and what is noted of the keys and values in them.
  *
- * A page is SQ_PAGE_TOKENS positions of one sequence in one layer, block by block of a kv head. An
- * item of attention reads one block after the other, so that a block lies together: codes of the
- * keys, codes of the values, then scales and minima. Keys are transposed, as the product with the
- * queries wants them, tokens side by side. */
+ * A page is SQ_PAGE_TOKENS positions of one sequence in one layer, block by block of a kv head: an
+ * item of attention reads one block after the other. sq_cache_block.c tells what a block holds. */
 #include "runtime/sq_cache.h"
 
 #include <math.h>
@@ -13,16 +11,12 @@
 
 #include "core/sq_internal.h"
 #include "kernels/sq_kernels.h"
+#include "runtime/sq_cache_block.h"
 
-enum {
-    TOKENS = SQ_PAGE_TOKENS,
-    STACK_CODES = 256, /* of a head at a time; a multiple of every group of codes */
-};
+enum { TOKENS = SQ_PAGE_TOKENS };
 #define MAX_SEQUENCES INT32_MAX
 #define MAX_CAPACITY ((int64_t)1 << 31)
 #define MAX_HEAD_DIM ((int64_t)1 << 24)
-#define F16_NAN 0x7e00
-_Static_assert(TOKENS % 16 == 0, "a row of transposed 4-bit keys has whole groups");
 
 struct page_table {
     int64_t count;
@@ -36,47 +30,17 @@ struct free_page {
 
 struct sq_kv_cache_t {
     struct sq_kv_shape shape;
+    struct sq_block_form form;
     float *hadamard_t;         /* owned, [head_dim][head_dim], transposed; NULL: fast, or none */
-    int64_t row_bytes;         /* of one value */
-    int64_t values, meta;      /* offsets of values and scales in a block */
-    int64_t block_bytes;       /* of one kv head */
-    int64_t page_bytes;        /* of all heads */
+    int64_t page_bytes;        /* of the blocks of all heads */
     struct page_table *tables; /* owned, [layers][sequences] */
     struct free_page *pool;    /* owned */
     int64_t pooled, used;
-    _Atomic int64_t bytes;
+    _Atomic int64_t bytes, clamped;
+    _Atomic float largest;
 };
 
-/* Scales and minima stand behind the codes, [TOKENS] each. They are float16, 4.25 bits a number at
- * 4 bits and head_dim 128 where float32 would be 4.5: rounding keys and values of a 25.7M-parameter
- * LLaMA (head_dim 64) alone gives a KL of 0.00255 against 0.00250 with float32 at 4 bits, of
- * 0.0000084 against 0.0000082 at 8. So little, because the codes are those of the rounded scale and
- * minimum. */
-enum { KEY_SCALES, KEY_MINIMA, VALUE_SCALES, VALUE_MINIMA, META };
-
 /* ---- making it -------------------------------------------------------------------------- */
-
-static int64_t
-row_bytes(int bits, int64_t n)
-{
-    return bits >= 16 ? n * (bits / 8) : sq_ceil_div(n, 64 / bits) * 8;
-}
-
-static int
-lay_out(sq_kv_cache_t *c)
-{
-    const struct sq_kv_shape *s = &c->shape;
-    c->row_bytes = row_bytes(s->bits, s->head_dim);
-    c->values = s->head_dim * row_bytes(s->bits, TOKENS);
-    c->meta = c->values + TOKENS * c->row_bytes;
-    c->block_bytes = c->meta;
-    if (s->bits < 16) {
-        c->block_bytes += META * TOKENS * (int64_t)sizeof(uint16_t);
-    }
-    c->block_bytes = sq_round_up(c->block_bytes, SQ_ALIGN_BYTES);
-    return sq_product(c->block_bytes, s->kv_heads, &c->page_bytes) &&
-           c->page_bytes <= INT64_MAX / 2;
-}
 
 /* The transposed matrix where head_dim is no power of two. */
 static sq_status
@@ -130,7 +94,11 @@ sq_kv_cache_create(const struct sq_kv_shape *shape, sq_kv_cache_t **out)
     }
     c->shape = *shape;
     c->shape.hadamard = shape->hadamard && shape->bits < 16;
-    sq_status status = lay_out(c) ? make_hadamard(c) : SQ_ERR_NOMEM;
+    c->shape.bfloat16 = shape->bfloat16 && shape->bits < 32;
+    c->form = sq_block_form(shape->bits, c->shape.bfloat16, shape->head_dim);
+    const int fits = sq_product(c->form.bytes, shape->kv_heads, &c->page_bytes) &&
+                     c->page_bytes <= INT64_MAX / 2;
+    sq_status status = fits ? make_hadamard(c) : SQ_ERR_NOMEM;
     if (status == SQ_OK && !(c->tables = calloc((size_t)bytes, 1))) {
         status = SQ_ERR_NOMEM;
     }
@@ -189,6 +157,18 @@ int64_t
 sq_kv_cache_bytes(const sq_kv_cache_t *cache)
 {
     return atomic_load(&((sq_kv_cache_t *)cache)->bytes);
+}
+
+float
+sq_kv_cache_largest(const sq_kv_cache_t *cache)
+{
+    return atomic_load(&((sq_kv_cache_t *)cache)->largest);
+}
+
+int64_t
+sq_kv_cache_clamped(const sq_kv_cache_t *cache)
+{
+    return atomic_load(&((sq_kv_cache_t *)cache)->clamped);
 }
 
 /* ---- pages ------------------------------------------------------------------------------ */
@@ -363,7 +343,7 @@ sq_cache_block(const sq_kv_cache_t *cache, int64_t layer, int64_t sequence, int6
 {
     const struct page_table *table = table_of(cache, layer, sequence);
     uint8_t *begin = page < table->count ? table->pages[page] : NULL;
-    return begin ? begin + head * cache->block_bytes : NULL;
+    return begin ? begin + head * cache->form.bytes : NULL;
 }
 
 /* ---- Hadamard --------------------------------------------------------------------------- */
@@ -405,247 +385,40 @@ sq_cache_rotate(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, fl
     }
 }
 
-/* ---- quantizing ------------------------------------------------------------------------- */
-
-static uint16_t
-to_f16(const struct sq_kernels *kernels, float x)
-{
-    uint16_t half;
-    kernels->f32_to_f16(&x, 1, &half);
-    return half;
-}
-
-static float
-from_f16(const struct sq_kernels *kernels, uint16_t half)
-{
-    float x;
-    kernels->f16_to_f32(&half, 1, &x);
-    return x;
-}
-
-/* How one head is rounded: code = rint((x - minimum) * inv_scale), 0 .. high. */
-struct head_code {
-    uint16_t scale16, minimum16;
-    float minimum, inv_scale, high;
-};
-
-/* The minimum is rounded down and the scale up, to the next float16, so that the codes reach both
- * ends of the head: to nearest, 8 bits would lose an eighth of a step there. */
-static struct head_code
-choose_code(const struct sq_kernels *kernels, int bits, const float *x, int64_t n)
-{
-    struct head_code code = {.high = (float)((1 << bits) - 1)};
-    float low, high;
-    if (!kernels->extremes(x, n, &low, &high)) {
-        code.scale16 = code.minimum16 = F16_NAN;
-        return code;
-    }
-    code.minimum16 = to_f16(kernels, low + 0.0f); /* of 0 and -0 extremes may give either: 0 */
-    code.minimum = from_f16(kernels, code.minimum16);
-    if (code.minimum > low && code.minimum > -65504.0f) {
-        /* of float16's bits one less is nearer to zero: of a positive number that is down */
-        code.minimum16 = (uint16_t)(code.minimum > 0    ? code.minimum16 - 1
-                                    : code.minimum == 0 ? 0x8001
-                                                        : code.minimum16 + 1);
-        code.minimum = from_f16(kernels, code.minimum16);
-    }
-    const float step = (high - code.minimum) / code.high;
-    code.scale16 = to_f16(kernels, step);
-    float scale = from_f16(kernels, code.scale16);
-    if (scale < step && scale < 65504.0f) {
-        code.scale16++;
-        scale = from_f16(kernels, code.scale16);
-    }
-    code.inv_scale = scale > 0 ? 1.0f / scale : 0.0f;
-    return code;
-}
-
-/* codes [count] of x [count], count at most STACK_CODES. */
-static void
-make_codes(const struct sq_kernels *kernels, const struct head_code *code, const float *x,
-           int64_t count, uint8_t *codes)
-{
-    float above[STACK_CODES];
-    for (int64_t i = 0; i < count; i++) {
-        above[i] = x[i] - code->minimum;
-    }
-    kernels->quantize_codes(above, count, code->inv_scale, 0.0f, code->high, 0, (int8_t *)codes);
-}
-
-sq_status
-sq_kv_quantize(int bits, const float *x, int64_t m, int64_t n, uint8_t *codes, uint16_t *scales,
-               uint16_t *minima)
-{
-    int64_t elements;
-    if (!x || !codes || !scales || !minima) {
-        return SQ_ERR_NULL;
-    }
-    if (m < 0 || n < 1) {
-        return SQ_ERR_SHAPE;
-    }
-    if ((bits != 4 && bits != 8) || !sq_product(m, n, &elements)) {
-        return SQ_ERR_RANGE;
-    }
-    const struct sq_kernels *kernels = sq_kernels_active();
-    for (int64_t t = 0; t < m; t++) {
-        const struct head_code code = choose_code(kernels, bits, x + t * n, n);
-        for (int64_t i = 0; i < n; i += STACK_CODES) {
-            make_codes(kernels, &code, x + t * n + i, sq_min_i64(n - i, STACK_CODES),
-                       codes + t * n + i);
-        }
-        scales[t] = code.scale16;
-        minima[t] = code.minimum16;
-    }
-    return SQ_OK;
-}
-
 /* ---- storing and reading ---------------------------------------------------------------- */
 
-static uint16_t *
-meta_of(const sq_kv_cache_t *c, const uint8_t *block, int which)
-{
-    return (uint16_t *)(void *)(block + c->meta) + which * TOKENS;
-}
-
-/* Codes of channels i .. i + count - 1 of the key in place slot: a column. */
+/* A maximum and a sum do not depend on the order in which threads come. Almost no call writes. */
 static void
-store_key_codes(int bits, uint8_t *keys, int64_t slot, int64_t i, int64_t count,
-                const uint8_t *codes)
+note(sq_kv_cache_t *c, struct sq_block_watch seen)
 {
-    if (bits == 8) {
-        for (int64_t j = 0; j < count; j++) {
-            keys[(i + j) * TOKENS + slot] = codes[j];
-        }
-        return;
+    float largest = atomic_load_explicit(&c->largest, memory_order_relaxed);
+    while (seen.largest > largest &&
+           !atomic_compare_exchange_weak(&c->largest, &largest, seen.largest)) {
     }
-    uint8_t *column = keys + slot / 16 * 8 + slot % 8;
-    const int shift = slot % 16 < 8 ? 0 : 4;
-    for (int64_t j = 0; j < count; j++) {
-        uint8_t *byte = column + (i + j) * (TOKENS / 2);
-        *byte = (uint8_t)((*byte & 0xf0 >> shift) | codes[j] << shift);
+    if (seen.clamped) {
+        atomic_fetch_add(&c->clamped, seen.clamped);
     }
-}
-
-/* The same of a value: a row. codes has room for whole groups. */
-static void
-store_value_codes(int bits, uint8_t *row, int64_t i, int64_t count, uint8_t *codes)
-{
-    if (bits == 8) {
-        memcpy(row + i, codes, (size_t)count);
-        return;
-    }
-    for (int64_t j = count; j % 16; j++) {
-        codes[j] = 0;
-    }
-    for (int64_t j = 0; j < count; j += 16) {
-        for (int64_t b = 0; b < 8; b++) {
-            row[(i + j) / 2 + b] = (uint8_t)(codes[j + b] | codes[j + b + 8] << 4);
-        }
-    }
-}
-
-static void
-store_codes(const sq_kv_cache_t *c, const struct sq_kernels *kernels, uint8_t *block, int64_t slot,
-            const float *x, int is_key)
-{
-    const int64_t d = c->shape.head_dim;
-    const int bits = c->shape.bits;
-    const struct head_code code = choose_code(kernels, bits, x, d);
-    uint8_t codes[STACK_CODES];
-    for (int64_t i = 0; i < d; i += STACK_CODES) {
-        const int64_t count = sq_min_i64(d - i, STACK_CODES);
-        make_codes(kernels, &code, x + i, count, codes);
-        if (is_key) {
-            store_key_codes(bits, block, slot, i, count, codes);
-        }
-        else {
-            store_value_codes(bits, block + c->values + slot * c->row_bytes, i, count, codes);
-        }
-    }
-    meta_of(c, block, is_key ? KEY_SCALES : VALUE_SCALES)[slot] = code.scale16;
-    meta_of(c, block, is_key ? KEY_MINIMA : VALUE_MINIMA)[slot] = code.minimum16;
-}
-
-static void
-store_halves(const sq_kv_cache_t *c, const struct sq_kernels *kernels, uint8_t *block, int64_t slot,
-             const float *key, const float *value)
-{
-    const int64_t d = c->shape.head_dim;
-    uint16_t halves[STACK_CODES], *keys = (uint16_t *)(void *)block;
-    for (int64_t i = 0; i < d; i += STACK_CODES) {
-        const int64_t count = sq_min_i64(d - i, STACK_CODES);
-        kernels->f32_to_f16(key + i, count, halves);
-        for (int64_t j = 0; j < count; j++) {
-            keys[(i + j) * TOKENS + slot] = halves[j];
-        }
-    }
-    kernels->f32_to_f16(value, d, (uint16_t *)(void *)(block + c->values) + slot * d);
 }
 
 void
-sq_cache_store(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, uint8_t *block,
-               int64_t slot, const float *key, const float *value)
+sq_cache_store(sq_kv_cache_t *cache, const struct sq_kernels *kernels, uint8_t *block, int64_t slot,
+               const float *key, const float *value)
 {
-    const int64_t d = cache->shape.head_dim;
-    if (cache->shape.bits < 16) {
-        store_codes(cache, kernels, block, slot, key, 1);
-        store_codes(cache, kernels, block, slot, value, 0);
-        return;
-    }
-    if (cache->shape.bits == 16) {
-        store_halves(cache, kernels, block, slot, key, value);
-        return;
-    }
-    float *keys = (float *)(void *)block;
-    for (int64_t i = 0; i < d; i++) {
-        keys[i * TOKENS + slot] = key[i];
-    }
-    memcpy(block + cache->values + slot * cache->row_bytes, value, (size_t)d * sizeof *value);
+    note(cache, sq_block_store(&cache->form, kernels, block, slot, key, value));
 }
 
 const float *
 sq_cache_keys(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, const uint8_t *block,
               float *tile)
 {
-    const int64_t d = cache->shape.head_dim;
-    if (!block) {
-        return memset(tile, 0, (size_t)(d * TOKENS) * sizeof *tile);
-    }
-    switch (cache->shape.bits) {
-        case 32:
-            return (const float *)(const void *)block;
-        case 16:
-            kernels->f16_to_f32((const uint16_t *)(const void *)block, d * TOKENS, tile);
-            return tile;
-        default:
-            (cache->shape.bits == 8 ? kernels->kv8_to_f32 : kernels->kv4_to_f32)(
-                block, meta_of(cache, block, KEY_SCALES), meta_of(cache, block, KEY_MINIMA), 0, d,
-                TOKENS, tile);
-            return tile;
-    }
+    return sq_block_keys(&cache->form, kernels, block, tile);
 }
 
 const float *
 sq_cache_values(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, const uint8_t *block,
                 int64_t from, int64_t count, float *tile)
 {
-    const int64_t d = cache->shape.head_dim;
-    if (!block) {
-        return memset(tile, 0, (size_t)(count * d) * sizeof *tile);
-    }
-    const uint8_t *rows = block + cache->values + from * cache->row_bytes;
-    switch (cache->shape.bits) {
-        case 32:
-            return (const float *)(const void *)rows;
-        case 16:
-            kernels->f16_to_f32((const uint16_t *)(const void *)rows, count * d, tile);
-            return tile;
-        default:
-            (cache->shape.bits == 8 ? kernels->kv8_to_f32 : kernels->kv4_to_f32)(
-                rows, meta_of(cache, block, VALUE_SCALES) + from,
-                meta_of(cache, block, VALUE_MINIMA) + from, 1, count, d, tile);
-            return tile;
-    }
+    return sq_block_values(&cache->form, kernels, block, from, count, tile);
 }
 
 sq_status

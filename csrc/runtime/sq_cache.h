@@ -13,13 +13,14 @@
  *           float16; a head with NaN or Inf becomes NaN. With hadamard, queries and keys take the
  *           orthonormal matrix of sq_hadamard_matrix(head_dim) after the rotary embedding, which
  *           spreads a key's outlying channels over its codes and leaves the scores as they are.
+ * With bfloat16, that stands in place of float16: coarser, and as wide as float32.
  * No call may run beside another one on the same cache, not on another layer either. */
 #define SQ_PAGE_TOKENS 64
 struct sq_kv_shape {
     int64_t layers, sequences, kv_heads, head_dim;
     int64_t capacity;    /* positions of a sequence */
     int64_t limit_bytes; /* of pages; 0: none */
-    int bits, hadamard;
+    int bits, hadamard, bfloat16;
 };
 typedef struct sq_kv_cache_t sq_kv_cache_t;
 
@@ -40,6 +41,14 @@ int64_t
 sq_kv_cache_page_bytes(const sq_kv_cache_t *cache);
 int64_t
 sq_kv_cache_bytes(const sq_kv_cache_t *cache);
+
+/* The largest magnitude of all keys and values that were stored, NaN left out, and how many of them
+ * were beyond what the cache can hold, so that the nearest that it can was taken. Of keys as they
+ * are kept: rotated. Both may be called while another call runs. */
+float
+sq_kv_cache_largest(const sq_kv_cache_t *cache);
+int64_t
+sq_kv_cache_clamped(const sq_kv_cache_t *cache);
 
 /* Takes the pages of layers first .. last - 1 that position[t] of sequence[t], t < m, still need.
  * SQ_ERR_NOMEM: no memory, or more than limit_bytes; nothing was taken then. */
@@ -81,8 +90,8 @@ sq_cache_rotate(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, fl
 
 /* Writes a key and a value [head_dim] to place slot of a block. */
 void
-sq_cache_store(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, uint8_t *block,
-               int64_t slot, const float *key, const float *value);
+sq_cache_store(sq_kv_cache_t *cache, const struct sq_kernels *kernels, uint8_t *block, int64_t slot,
+               const float *key, const float *value);
 
 /* Keys of a block, transposed: [head_dim][SQ_PAGE_TOKENS]. In tile, of that size, or in place. */
 const float *

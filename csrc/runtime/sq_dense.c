@@ -18,6 +18,8 @@ enum {
     BLOCKS_WANTED = 16,           /* enough to share a small linear between threads */
     BLOCK_ELEMENTS = 1 << 20,     /* of converted weights: 4 MiB of scratch per thread */
     FEW_CHUNK_ELEMENTS = 1 << 17, /* of weights, of a product with few tokens: 256 KiB */
+    STEADY_BLOCK = 16,            /* tokens, and outputs, of a block of few outputs */
+    STEADY_CHUNK_WORK = 1 << 17,  /* products of one chunk of such blocks, about */
     CONVERT_GRAIN = 1 << 15,      /* elements of one chunk of a conversion */
 };
 
@@ -182,6 +184,69 @@ sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_
     }
     sq_parallel_for(lanes, 1, multiply_converted, &j);
     free(j.scratch);
+    return SQ_OK;
+}
+
+/* A sum in LANES chains, which is one order for all tables and as many vectors as it takes. */
+static float
+dot(const float *x, const float *w, int64_t k)
+{
+    enum { LANES = 16 };
+    float lane[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        for (int l = 0; l < LANES; l++) {
+            lane[l] += x[i + l] * w[i + l];
+        }
+    }
+    for (int l = 0; i < k; i++, l++) {
+        lane[l] += x[i] * w[i];
+    }
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        for (int l = 0; l < step; l++) {
+            lane[l] += lane[l + step];
+        }
+    }
+    return lane[0];
+}
+
+/* float32 weights: items are (token block, output block), the outputs of a block side by side. */
+static void
+multiply_steady(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct dense_job *j = context;
+    const float *w = (const float *)(const void *)j->w;
+    (void)thread;
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t m0 = item / j->blocks_n * STEADY_BLOCK, n0 = item % j->blocks_n * j->block_n;
+        const int64_t m1 = sq_min_i64(m0 + STEADY_BLOCK, j->m);
+        const int64_t n1 = sq_min_i64(n0 + j->block_n, j->n);
+        for (int64_t o = n0; o < n1; o++) {
+            for (int64_t t = m0; t < m1; t++) {
+                j->y[t * j->ld_y + o] = dot(j->x + t * j->k, w + o * j->k, j->k);
+            }
+        }
+    }
+}
+
+sq_status
+sq_linear_steady(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
+                 float *y)
+{
+    if (dtype != SQ_F32) {
+        for (int64_t t = 0; t < m; t += SQ_DENSE_FEW) {
+            SQ_TRY(sq_linear_dense(dtype, w, x + t * k, sq_min_i64(SQ_DENSE_FEW, m - t), n, k,
+                                   y + t * n, n));
+        }
+        return SQ_OK;
+    }
+    struct dense_job j = {
+        .w = w, .x = x, .y = y, .m = m, .n = n, .k = k, .ld_y = n, .block_n = STEADY_BLOCK};
+    const int64_t block_work = sq_min_i64(m, STEADY_BLOCK) * sq_min_i64(n, STEADY_BLOCK) * k;
+    j.blocks_n = sq_ceil_div(n, j.block_n);
+    sq_parallel_for(sq_ceil_div(m, STEADY_BLOCK) * j.blocks_n,
+                    sq_max_i64(1, STEADY_CHUNK_WORK / sq_max_i64(1, block_work)), multiply_steady,
+                    &j);
     return SQ_OK;
 }
 

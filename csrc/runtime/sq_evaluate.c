@@ -146,6 +146,63 @@ sq_sample(const float *logits, int64_t v, float temperature, int64_t top_k, floa
     return SQ_OK;
 }
 
+struct sample_job {
+    const float *logits;
+    int64_t m, v, top_k, workers;
+    float temperature, top_p;
+    const double *uniform;
+    struct candidate *workspace;
+    int64_t *token;
+    _Atomic int status; /* of a row that failed */
+};
+
+/* Items are workers: worker w takes rows w, w + workers, ... */
+static void
+sample_range(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct sample_job *j = context;
+    (void)thread;
+    for (int64_t worker = begin; worker < end; worker++) {
+        for (int64_t row = worker; row < j->m; row += j->workers) {
+            const sq_status status =
+                sq_sample(j->logits + row * j->v, j->v, j->temperature, j->top_k, j->top_p,
+                          j->uniform[row], j->workspace + worker * j->v, j->token + row);
+            if (status != SQ_OK) {
+                atomic_store(&j->status, (int)status);
+            }
+        }
+    }
+}
+
+sq_status
+sq_sample_rows(const float *logits, int64_t m, int64_t v, float temperature, int64_t top_k,
+               float top_p, const double *uniform, int64_t workers, void *workspace, int64_t *token)
+{
+    int64_t elements;
+    if (!logits || !uniform || !workspace || !token) {
+        return SQ_ERR_NULL;
+    }
+    if (m < 0 || v < 1 || workers < 1) {
+        return SQ_ERR_SHAPE;
+    }
+    if (!sq_product(m, v, &elements)) {
+        return SQ_ERR_RANGE;
+    }
+    struct sample_job j = {.logits = logits,
+                           .m = m,
+                           .v = v,
+                           .top_k = top_k,
+                           .workers = workers,
+                           .temperature = temperature,
+                           .top_p = top_p,
+                           .uniform = uniform,
+                           .workspace = workspace,
+                           .token = token,
+                           .status = SQ_OK};
+    sq_parallel_for(workers, 1, sample_range, &j);
+    return (sq_status)atomic_load(&j.status);
+}
+
 /* ---- likelihood and divergence -------------------------------------------------------------
  * float64, one token per item, sums in index order: the same at any number of threads. A NaN among
  * the logits gives a NaN result. */

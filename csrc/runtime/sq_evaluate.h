@@ -21,4 +21,11 @@ sq_status
 sq_sample(const float *logits, int64_t v, float temperature, int64_t top_k, float top_p,
           double uniform, void *workspace, int64_t *token);
 
+/* token [m] <- the next token of each row of logits [m][v], by uniform [m]. workspace: workers * v
+ * * 16 bytes, for so many workers side by side; their number changes no token. */
+sq_status
+sq_sample_rows(const float *logits, int64_t m, int64_t v, float temperature, int64_t top_k,
+               float top_p, const double *uniform, int64_t workers, void *workspace,
+               int64_t *token);
+
 #endif

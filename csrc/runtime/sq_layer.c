@@ -7,6 +7,7 @@
 #include "core/sq_internal.h"
 #include "core/sq_threads.h"
 #include "runtime/sq_attend.h"
+#include "runtime/sq_latent.h"
 #include "runtime/sq_rows.h"
 
 /* Limits within which no size below can overflow 63 bits. The largest are a row per token, and the
@@ -35,17 +36,27 @@ sq_layer_seal(struct sq_layer *layer, struct sq_fault *fault)
 {
     struct sq_site *sites = layer->sites;
     const int n_sites = layer->n_sites;
-    SQ_TRY(sq_expect_range(fault, "hidden", layer->hidden, 1, SQ_WIDTH_MAX));
+    const int64_t hidden = layer->hidden;
+    SQ_TRY(sq_expect_range(fault, "hidden", hidden, 1, SQ_WIDTH_MAX));
     if (!isfinite(layer->residual_scale)) {
         return sq_refuse(fault, SQ_ERR_RANGE, -1, "residual_scale: expected a finite number");
     }
-    SQ_TRY(sq_norm_seal(&layer->before_attention, "norms.before_attention", fault));
-    SQ_TRY(sq_norm_seal(&layer->after_attention, "norms.after_attention", fault));
-    SQ_TRY(sq_norm_seal(&layer->before_mlp, "norms.before_mlp", fault));
-    SQ_TRY(sq_norm_seal(&layer->after_mlp, "norms.after_mlp", fault));
+    if (layer->parallel && layer->norm_sums) {
+        return sq_refuse(fault, SQ_ERR_RANGE, -1,
+                         "norm_sums: expected 0 in a parallel layer, whose sum is of two branches");
+    }
+    SQ_TRY(sq_norm_seal_width(&layer->before_attention, hidden, "norms.before_attention", fault));
+    SQ_TRY(sq_norm_seal_width(&layer->after_attention, hidden, "norms.after_attention", fault));
+    SQ_TRY(sq_norm_seal_width(&layer->before_mlp, hidden, "norms.before_mlp", fault));
+    SQ_TRY(sq_norm_seal_width(&layer->after_mlp, hidden, "norms.after_mlp", fault));
     SQ_TRY(sq_site_open(sites, n_sites, fault));
-    SQ_TRY(sq_attention_seal(&layer->attention, layer->hidden, sites, n_sites, fault));
-    SQ_TRY(sq_mlp_seal(&layer->mlp, layer->hidden, feed_value(layer), sites, n_sites, fault));
+    SQ_TRY(sq_attention_seal(&layer->attention, hidden, sites, n_sites, fault));
+    if (layer->experts.router.count) {
+        SQ_TRY(sq_experts_seal(&layer->experts, hidden, feed_value(layer), sites, n_sites, fault));
+    }
+    else {
+        SQ_TRY(sq_mlp_seal(&layer->mlp, hidden, feed_value(layer), "mlp", sites, n_sites, fault));
+    }
     return sq_site_close(sites, n_sites, fault);
 }
 
@@ -54,21 +65,13 @@ sq_layer_seal(struct sq_layer *layer, struct sq_fault *fault)
 /* The table comes first, so that layers of equal rotary embeddings find it at one place. table and
  * q are whole; the rest holds one chunk of tokens at a time. */
 struct layer_scratch {
-    float *table;        /* [m][rotary.dim] cos and sin */
+    float *table;        /* [m][rotary.dim] cos and sin, and sq_rotary_table's own scratch */
     float *q;            /* [m][heads * head_dim]; attention leaves its output here */
     float *normed, *out; /* [chunk][hidden] */
     float *gate, *up;    /* [chunk][intermediate] */
     struct sq_attention_scratch attention;
-    void *activations, *rotation, *attend;
+    void *activations, *rotation, *attend, *experts;
 };
-
-static void *
-take(char *base, size_t *used, size_t bytes)
-{
-    void *p = base ? base + *used : NULL;
-    *used += sq_align_bytes(bytes);
-    return p;
-}
 
 /* Sizes of everything, and the pointers into base unless it is NULL. */
 static size_t
@@ -82,18 +85,20 @@ lay_out(const struct sq_layer *layer, int64_t m, int64_t length, char *base,
     const size_t hidden = (size_t)layer->hidden, inner = (size_t)layer->mlp.up.n;
     size_t used = 0, activations, rotation;
     sq_reader_bytes(layer->sites, layer->n_sites, chunk, &activations, &rotation);
-    s->table = take(base, &used, floats * (size_t)a->rotary.dim);
-    s->q = take(base, &used, floats * q);
-    s->normed = take(base, &used, chunk_floats * hidden);
-    s->out = take(base, &used, chunk_floats * hidden);
-    s->gate = take(base, &used, chunk_floats * inner);
-    s->up = take(base, &used, chunk_floats * inner);
-    s->attention.k = take(base, &used, chunk_floats * kv);
-    s->attention.v = take(base, &used, chunk_floats * kv);
-    s->attention.hadamard = take(base, &used, chunk_floats * q);
-    s->activations = take(base, &used, activations);
-    s->rotation = take(base, &used, rotation);
-    s->attend = take(base, &used, sq_attend_bytes(a, m, length));
+    s->table = sq_take_bytes(base, &used, sq_rotary_table_bytes(&a->rotary, m));
+    s->q = sq_take_bytes(base, &used, floats * q);
+    s->normed = sq_take_bytes(base, &used, chunk_floats * hidden);
+    s->out = sq_take_bytes(base, &used, chunk_floats * hidden);
+    s->gate = sq_take_bytes(base, &used, chunk_floats * inner);
+    s->up = sq_take_bytes(base, &used, chunk_floats * inner);
+    s->attention.k = sq_take_bytes(base, &used, chunk_floats * kv);
+    s->attention.v = sq_take_bytes(base, &used, chunk_floats * kv);
+    s->attention.hadamard = sq_take_bytes(base, &used, chunk_floats * q);
+    s->attention.latent = sq_take_bytes(base, &used, chunk_floats * (size_t)sq_latent_floats(a));
+    s->activations = sq_take_bytes(base, &used, activations);
+    s->rotation = sq_take_bytes(base, &used, rotation);
+    s->attend = sq_take_bytes(base, &used, sq_attend_bytes(a, m, length));
+    s->experts = sq_take_bytes(base, &used, sq_experts_workspace_bytes(&layer->experts, chunk));
     return used;
 }
 
@@ -122,7 +127,7 @@ normed(const struct layer_call *c, const struct sq_norm *norm, const float *x)
     if (norm->kind == SQ_NORM_NONE) {
         return x;
     }
-    sq_norm_rows(norm, x, c->reader.m, c->layer->hidden, c->s.normed);
+    sq_norm_rows(norm, x, c->reader.m, c->s.normed);
     return c->s.normed;
 }
 
@@ -143,7 +148,7 @@ add_rows(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* hidden [m][hidden] += residual_scale * norm(s.out). */
+/* hidden [m][hidden] += residual_scale * norm(s.out); or the norm of the sum with s.out. */
 static void
 add_branch(const struct layer_call *c, const struct sq_norm *after, float *hidden)
 {
@@ -151,18 +156,27 @@ add_branch(const struct layer_call *c, const struct sq_norm *after, float *hidde
                         .hidden = hidden,
                         .n = c->layer->hidden,
                         .scale = c->layer->residual_scale};
-    if (after->kind) {
-        sq_norm_rows(after, c->s.out, c->reader.m, j.n, c->s.out);
+    if (after->kind && !c->layer->norm_sums) {
+        sq_norm_rows(after, c->s.out, c->reader.m, c->s.out);
     }
     sq_parallel_for(c->reader.m, sq_row_grain(j.n), add_rows, &j);
+    if (after->kind && c->layer->norm_sums) {
+        sq_norm_rows(after, hidden, c->reader.m, hidden);
+    }
 }
 
-/* The MLP's branch: feed on x, norm, add. */
+/* The branch of the MLP or the experts: feed on x, norm, add. */
 static sq_status
 feed_branch(struct layer_call *c, const float *x, float *hidden)
 {
-    SQ_TRY(sq_mlp_feed(&c->layer->mlp, &c->reader, x, c->s.gate, c->s.up, c->s.out));
-    add_branch(c, &c->layer->after_mlp, hidden);
+    const struct sq_layer *l = c->layer;
+    if (l->experts.router.count) {
+        SQ_TRY(sq_experts_feed(&l->experts, &c->reader, x, c->s.experts, c->s.out));
+    }
+    else {
+        SQ_TRY(sq_mlp_feed(&l->mlp, &c->reader, x, c->s.gate, c->s.up, c->s.out));
+    }
+    add_branch(c, &l->after_mlp, hidden);
     return SQ_OK;
 }
 
@@ -192,7 +206,7 @@ end_chunk(struct layer_call *c)
     const struct sq_attention *a = &l->attention;
     const float *mixed = c->s.q + c->reader.begin * a->heads * a->head_dim;
     float *hidden = c->pass->hidden + c->reader.begin * l->hidden;
-    SQ_TRY(sq_linear_apply(&c->reader, &a->o, mixed, c->s.out));
+    SQ_TRY(sq_attention_output(a, &c->reader, mixed, &c->s.attention, c->s.out));
     add_branch(c, &l->after_attention, hidden);
     return l->parallel ? SQ_OK : feed_branch(c, normed(c, &l->before_mlp, hidden), hidden);
 }
@@ -210,7 +224,7 @@ for_chunks(struct layer_call *c, sq_status (*work)(struct layer_call *))
 
 sq_status
 sq_layer_forward(const struct sq_layer *layer, struct sq_pass *pass, int64_t index,
-                 float *const *record)
+                 struct sq_record *record)
 {
     const struct sq_attention *a = &layer->attention;
     const struct sq_tokens *tokens = &pass->tokens;
@@ -225,7 +239,7 @@ sq_layer_forward(const struct sq_layer *layer, struct sq_pass *pass, int64_t ind
                                   .activations_workspace = c.s.activations,
                                   .rotation_workspace = c.s.rotation};
     if (!pass->rotary || !sq_rotary_equal(pass->rotary, &a->rotary)) {
-        sq_rotary_table(&a->rotary, tokens->position, tokens->m, c.s.table);
+        sq_rotary_table(&a->rotary, tokens, c.s.table);
         pass->rotary = &a->rotary;
     }
     SQ_TRY(for_chunks(&c, begin_chunk));

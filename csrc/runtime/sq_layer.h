@@ -4,23 +4,27 @@
 #define SQ_LAYER_H
 
 #include "runtime/sq_attention.h"
+#include "runtime/sq_experts.h"
 #include "runtime/sq_mlp.h"
 #include "runtime/sq_norm.h"
 #include "runtime/sq_site.h"
 
-/* With mix = attention and feed = the MLP, norms of kind SQ_NORM_NONE left out:
+/* With mix = attention and feed = the MLP or the experts, norms of kind SQ_NORM_NONE left out:
  *     x += residual_scale * after_attention(mix(before_attention(x)))
  *     x += residual_scale * after_mlp(feed(before_mlp(x)))
+ * or with norm_sums x = after_attention(x + residual_scale * mix(before_attention(x))), and so on.
  * In a parallel layer both read the x that comes in; one without before_mlp feeds on
  * before_attention(x), which is one value, so that one site may serve both. */
 struct sq_layer {
     int64_t hidden;
     int parallel;
     float residual_scale;
+    int norm_sums; /* not in a parallel layer */
     struct sq_norm before_attention, after_attention, before_mlp, after_mlp; /* [hidden] */
     struct sq_attention attention;
-    struct sq_mlp mlp;
-    struct sq_site *sites; /* borrowed, [n_sites], in an order of the caller's choice */
+    struct sq_mlp mlp;         /* where there are no experts */
+    struct sq_experts experts; /* where router.count > 0 */
+    struct sq_site *sites;     /* borrowed, [n_sites], in an order of the caller's choice */
     int n_sites;
 };
 
@@ -44,10 +48,10 @@ struct sq_pass {
 
 /* pass->hidden is updated in place by a sealed layer, number index of the cache. The keys and
  * values of the tokens are written to the cache first, whose pages are reserved for them; token t
- * attends to positions 0 .. position[t] of its own sequence. record [n_sites]: where to copy the
- * (unrotated) input of each site, [m][k of the site] or NULL; or NULL. */
+ * attends to positions 0 .. position[t] of its own sequence. record [n_sites], or NULL, gets the
+ * inputs of each site, an expert's those of the tokens routed to it. */
 sq_status
 sq_layer_forward(const struct sq_layer *layer, struct sq_pass *pass, int64_t index,
-                 float *const *record);
+                 struct sq_record *record);
 
 #endif

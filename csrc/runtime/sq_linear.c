@@ -198,15 +198,16 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
     const sq_packed_t *w = job->w;
     const struct sq_activations *a = job->a;
     const int64_t nr = w->kernels->nr;
-    struct sq_panel_args args = {.m = rows,
-                                 .k = end - begin,
-                                 .g = w->g ? w->g : end - begin,
-                                 .ld_a = a->ld,
-                                 .ld_sums = a->ld / SQ_K_ALIGN + 1,
-                                 .panel = w->panels + p * w->panel_stride_bytes + begin * nr / 2,
-                                 .w_scales = w->scales + p * w->groups * nr,
-                                 .y = y,
-                                 .ld_y = ld_y};
+    struct sq_panel_args args = {
+        .m = rows,
+        .k = end - begin,
+        .g = w->g ? w->g : end - begin,
+        .ld_a = a->ld,
+        .ld_sums = a->ld / SQ_K_ALIGN + 1,
+        .panel = w->panels + p * w->panel_stride_bytes + begin * nr * w->panel_bits / 8,
+        .w_scales = w->scales + p * w->groups * nr,
+        .y = y,
+        .ld_y = ld_y};
     SQ_ASSERT(args.m >= 1 && args.k >= 1 && args.k % SQ_K_ALIGN == 0);
     SQ_ASSERT(args.g % SQ_K_ALIGN == 0 && args.k % args.g == 0);
     SQ_ASSERT((uintptr_t)args.panel % SQ_ALIGN_BYTES == 0);
@@ -274,16 +275,19 @@ linear_panels(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* For activations of so many bits and the panels of w; NULL: none. */
 static sq_panel_kernel
-kernel_for(const struct sq_kernels *kernels, int bits)
+kernel_for(const sq_packed_t *w, int bits)
 {
+    const struct sq_kernels *t = w->kernels;
+    const int wide = w->panel_bits == 8;
     switch (bits) {
         case 4:
-            return kernels->gemm_a4w4;
+            return wide ? t->gemm_a8w8 : t->gemm_a4w4;
         case 8:
-            return kernels->gemm_a8w4;
+            return wide ? t->gemm_a8w8 : t->gemm_a8w4;
         case 16:
-            return kernels->gemm_a16w4;
+            return wide ? t->gemm_a16w8 : t->gemm_a16w4;
         default:
             return NULL;
     }
@@ -295,7 +299,7 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
     if (!w || !a || (a->m > 0 && !y)) {
         return SQ_ERR_NULL;
     }
-    const sq_panel_kernel kernel = kernel_for(w->kernels, a->bits);
+    const sq_panel_kernel kernel = kernel_for(w, a->bits);
     if (!kernel) {
         return SQ_ERR_RANGE;
     }
@@ -310,7 +314,7 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
         .w = w,
         .a = a,
         .kernel = kernel,
-        .int8_kernel = w->kernels->gemm_a8w4,
+        .int8_kernel = kernel_for(w, 8),
         .row_block = sq_max_i64(mr, w->kernels->row_block_bytes / row_bytes / mr * mr),
         .y = y,
         .ld_y = ld_y};

@@ -49,6 +49,24 @@ sq_status
 sq_linear_dense(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
                 float *y, int64_t ld_y);
 
+/* The same for contiguous y [m][n] of few outputs, as routers have them: never through BLAS, so
+ * that a token's results depend on neither m nor the number of threads. */
+sq_status
+sq_linear_steady(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
+                 float *y);
+
+/* y [m][ld_y] = x w^T for w [n] rows of codes of k inputs, which are read where they lie. An
+ * element depends on neither m nor n nor the number of threads. Parallel over outputs. */
+struct sq_code_rows;
+sq_status
+sq_linear_rows(const struct sq_code_rows *w, int64_t n, const float *x, int64_t m, float *y,
+               int64_t ld_y);
+
+/* out [m][k] float32 <- rows index [m] of w [rows], scale * code; SQ_ERR_RANGE outside it. */
+sq_status
+sq_gather_code_rows(const struct sq_code_rows *w, int64_t rows, const int64_t *index, int64_t m,
+                    float *out);
+
 /* out [count] float32 <- in [count] of dtype. With reject, NaN and Inf are SQ_ERR_NONFINITE. */
 sq_status
 sq_to_float32(sq_dtype dtype, const void *in, int64_t count, int reject, float *out);

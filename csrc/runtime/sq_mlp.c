@@ -4,6 +4,7 @@
 #include "runtime/sq_mlp.h"
 
 #include <math.h>
+#include <stdio.h>
 
 #include "core/sq_internal.h"
 #include "core/sq_threads.h"
@@ -12,6 +13,7 @@
 
 #define SQRT_HALF 0.70710678118654752440
 #define SQRT_8_OVER_PI 1.59576912160573071176
+#define QUICK_SLOPE 1.702
 
 static double
 silu(double x)
@@ -45,15 +47,29 @@ relu2(double x)
     return relu(x) * relu(x);
 }
 
-static double (*const functions[SQ_N_ACTIVATIONS])(double) = {[SQ_SILU] = silu,
-                                                              [SQ_GELU] = gelu,
-                                                              [SQ_GELU_TANH] = gelu_tanh,
-                                                              [SQ_RELU] = relu,
-                                                              [SQ_RELU2] = relu2};
+static double
+quick_gelu(double x)
+{
+    return x / (1.0 + exp(-QUICK_SLOPE * x));
+}
+
+/* NaN stays NaN. */
+static double
+swiglu_clamped(double gate, double up, double limit)
+{
+    const double g = gate > limit ? limit : gate;
+    const double u = up > limit ? limit : up < -limit ? -limit : up;
+    return (u + 1.0) * quick_gelu(g);
+}
+
+static double (*const functions[SQ_N_ACTIVATIONS])(double) = {
+    [SQ_SILU] = silu, [SQ_GELU] = gelu,   [SQ_GELU_TANH] = gelu_tanh,
+    [SQ_RELU] = relu, [SQ_RELU2] = relu2, [SQ_QUICK_GELU] = quick_gelu};
 
 struct activation_job {
     const struct sq_kernels *kernels;
     enum sq_activation activation;
+    float limit;
     const float *gate, *up;
     float *y;
     int64_t n;
@@ -71,17 +87,24 @@ activate_rows(void *context, int64_t begin, int64_t end, int thread)
         }
         return;
     }
+    if (j->activation == SQ_SWIGLU_CLAMPED) {
+        for (int64_t i = begin * j->n; i < end * j->n; i++) {
+            j->y[i] = (float)swiglu_clamped(j->gate[i], j->up[i], j->limit);
+        }
+        return;
+    }
     for (int64_t i = begin * j->n; i < end * j->n; i++) {
         j->y[i] = j->gate ? (float)f(j->gate[i]) * j->up[i] : (float)f(j->up[i]);
     }
 }
 
 void
-sq_activate(enum sq_activation activation, const float *gate, const float *up, int64_t m, int64_t n,
-            float *y)
+sq_activate(enum sq_activation activation, float limit, const float *gate, const float *up,
+            int64_t m, int64_t n, float *y)
 {
     struct activation_job j = {.kernels = sq_kernels_active(),
                                .activation = activation,
+                               .limit = limit,
                                .gate = gate,
                                .up = up,
                                .y = y,
@@ -90,18 +113,51 @@ sq_activate(enum sq_activation activation, const float *gate, const float *up, i
 }
 
 sq_status
-sq_mlp_seal(const struct sq_mlp *mlp, int64_t hidden, enum sq_value value, struct sq_site *sites,
-            int n_sites, struct sq_fault *fault)
+sq_activation_check(enum sq_activation activation, float limit, int gated, const char *name,
+                    struct sq_fault *fault)
+{
+    if ((unsigned)activation >= SQ_N_ACTIVATIONS) {
+        return sq_refuse(fault, SQ_ERR_RANGE, -1, "%s: unknown activation %d", name,
+                         (int)activation);
+    }
+    const int clamped = activation == SQ_SWIGLU_CLAMPED;
+    if (!clamped && limit != 0) {
+        return sq_refuse(fault, SQ_ERR_RANGE, -1,
+                         "%s.limit: expected 0, as the activation has none, got %g", name,
+                         (double)limit);
+    }
+    if (clamped && !(limit > 0 && isfinite(limit))) {
+        return sq_refuse(fault, SQ_ERR_RANGE, -1, "%s.limit: expected more than 0, got %g", name,
+                         (double)limit);
+    }
+    if (clamped && !gated) {
+        return sq_refuse(fault, SQ_ERR_RANGE, -1,
+                         "%s.gate: expected one, as the activation is gated, got none", name);
+    }
+    return SQ_OK;
+}
+
+/* Texts such as "experts.each[2047].gate". */
+enum { NAME_BYTES = 48 };
+
+sq_status
+sq_mlp_seal(const struct sq_mlp *mlp, int64_t hidden, int value, const char *name,
+            struct sq_site *sites, int n_sites, struct sq_fault *fault)
 {
     const int64_t inner = mlp->up.n;
-    SQ_TRY(sq_expect_range(fault, "mlp.activation", mlp->activation, 0, SQ_N_ACTIVATIONS - 1));
-    SQ_TRY(sq_expect_range(fault, "mlp.up: n", inner, 1, SQ_WIDTH_MAX));
+    const int inner_value = value >= SQ_VALUE_EXPERTS ? value + 1 : SQ_VALUE_INNER;
+    char text[NAME_BYTES];
+    SQ_TRY(sq_activation_check(mlp->activation, mlp->limit, mlp->gated, name, fault));
+    (void)snprintf(text, sizeof text, "%s.up: n", name);
+    SQ_TRY(sq_expect_range(fault, text, inner, 1, SQ_WIDTH_MAX));
     if (mlp->gated) {
-        SQ_TRY(sq_linear_seal(&mlp->gate, inner, hidden, value, "mlp.gate", sites, n_sites, fault));
+        (void)snprintf(text, sizeof text, "%s.gate", name);
+        SQ_TRY(sq_linear_seal(&mlp->gate, inner, hidden, value, text, sites, n_sites, fault));
     }
-    SQ_TRY(sq_linear_seal(&mlp->up, inner, hidden, value, "mlp.up", sites, n_sites, fault));
-    return sq_linear_seal(&mlp->down, hidden, inner, SQ_VALUE_INNER, "mlp.down", sites, n_sites,
-                          fault);
+    (void)snprintf(text, sizeof text, "%s.up", name);
+    SQ_TRY(sq_linear_seal(&mlp->up, inner, hidden, value, text, sites, n_sites, fault));
+    (void)snprintf(text, sizeof text, "%s.down", name);
+    return sq_linear_seal(&mlp->down, hidden, inner, inner_value, text, sites, n_sites, fault);
 }
 
 sq_status
@@ -112,6 +168,7 @@ sq_mlp_feed(const struct sq_mlp *mlp, struct sq_reader *reader, const float *x, 
         SQ_TRY(sq_linear_apply(reader, &mlp->gate, x, gate));
     }
     SQ_TRY(sq_linear_apply(reader, &mlp->up, x, up));
-    sq_activate(mlp->activation, mlp->gated ? gate : NULL, up, reader->m, mlp->up.n, gate);
+    sq_activate(mlp->activation, mlp->limit, mlp->gated ? gate : NULL, up, reader->m, mlp->up.n,
+                gate);
     return sq_linear_apply(reader, &mlp->down, gate, out);
 }

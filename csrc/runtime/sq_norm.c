@@ -16,7 +16,6 @@ struct norm_job {
     const struct sq_norm *norm;
     const float *x;
     float *y;
-    int64_t n;
 };
 
 static double
@@ -28,7 +27,7 @@ sum_of_lanes(const double lane[LANES])
 
 /* In float64, the mean first: the squares about it lose nothing to a large mean. */
 static void
-layer_norm_row(const struct sq_norm *norm, const float *x, int64_t n, float *y)
+layer_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y)
 {
     double sums[LANES] = {0}, squares[LANES] = {0};
     for (int64_t i = 0; i < n; i++) {
@@ -39,9 +38,9 @@ layer_norm_row(const struct sq_norm *norm, const float *x, int64_t n, float *y)
         const double d = x[i] - mean;
         squares[i % LANES] += d * d;
     }
-    const double inv_deviation = 1.0 / sqrt(sum_of_lanes(squares) / (double)n + norm->eps);
+    const double inv_deviation = 1.0 / sqrt(sum_of_lanes(squares) / (double)n + eps);
     for (int64_t i = 0; i < n; i++) {
-        y[i] = (float)((x[i] - mean) * inv_deviation) * norm->weight[i];
+        y[i] = (float)((x[i] - mean) * inv_deviation) * weight[i];
     }
 }
 
@@ -52,16 +51,17 @@ norm_rows(void *context, int64_t begin, int64_t end, int thread)
     const struct sq_norm *norm = j->norm;
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
-        const float *x = j->x + t * j->n;
-        float *y = j->y + t * j->n;
+        const int64_t n = norm->n, at = t % norm->rows * n;
+        const float *x = j->x + t * n, *weight = norm->weight + at;
+        float *y = j->y + t * n;
         if (norm->kind == SQ_NORM_RMS) {
-            j->kernels->rms_norm_row(x, norm->weight, j->n, norm->eps, y);
+            j->kernels->rms_norm_row(x, weight, n, norm->eps, y);
         }
         else {
-            layer_norm_row(norm, x, j->n, y);
+            layer_norm_row(x, weight, n, norm->eps, y);
         }
-        for (int64_t i = 0; norm->bias && i < j->n; i++) {
-            y[i] += norm->bias[i];
+        for (int64_t i = 0; norm->bias && i < n; i++) {
+            y[i] += norm->bias[at + i];
         }
     }
 }
@@ -75,6 +75,11 @@ sq_norm_seal(const struct sq_norm *norm, const char *name, struct sq_fault *faul
     if (norm->kind != SQ_NORM_RMS && norm->kind != SQ_NORM_LAYER) {
         return sq_refuse(fault, SQ_ERR_RANGE, -1, "%s: unknown kind %d", name, (int)norm->kind);
     }
+    if (norm->n < 1 || norm->rows < 1) {
+        return sq_refuse(fault, SQ_ERR_SHAPE, -1,
+                         "%s: expected a weight [rows][n], got [%lld][%lld]", name,
+                         (long long)norm->rows, (long long)norm->n);
+    }
     if (!norm->weight) {
         return sq_refuse(fault, SQ_ERR_NULL, -1, "%s: expected a weight, got none", name);
     }
@@ -85,28 +90,21 @@ sq_norm_seal(const struct sq_norm *norm, const char *name, struct sq_fault *faul
     return SQ_OK;
 }
 
-void
-sq_norm_rows(const struct sq_norm *norm, const float *x, int64_t m, int64_t n, float *y)
+sq_status
+sq_norm_seal_width(const struct sq_norm *norm, int64_t n, const char *name, struct sq_fault *fault)
 {
-    SQ_ASSERT(norm->kind == SQ_NORM_RMS || norm->kind == SQ_NORM_LAYER);
-    struct norm_job j = {.kernels = sq_kernels_active(), .norm = norm, .x = x, .y = y, .n = n};
-    sq_parallel_for(m, sq_row_grain(n), norm_rows, &j);
+    SQ_TRY(sq_norm_seal(norm, name, fault));
+    if (norm->kind == SQ_NORM_NONE || (norm->n == n && norm->rows == 1)) {
+        return SQ_OK;
+    }
+    return sq_refuse(fault, SQ_ERR_SHAPE, -1, "%s: expected a norm of %lld, got [%lld][%lld]", name,
+                     (long long)n, (long long)norm->rows, (long long)norm->n);
 }
 
-sq_status
-sq_rms_norm(const float *x, const float *weight, int64_t m, int64_t n, float eps, float *y)
+void
+sq_norm_rows(const struct sq_norm *norm, const float *x, int64_t m, float *y)
 {
-    const struct sq_norm norm = {.kind = SQ_NORM_RMS, .eps = eps, .weight = weight};
-    int64_t elements;
-    if (!x || !weight || !y) {
-        return SQ_ERR_NULL;
-    }
-    if (m < 0 || n < 1) {
-        return SQ_ERR_SHAPE;
-    }
-    if (!sq_product(m, n, &elements) || !(eps >= 0)) {
-        return SQ_ERR_RANGE;
-    }
-    sq_norm_rows(&norm, x, m, n, y);
-    return SQ_OK;
+    SQ_ASSERT(norm->kind == SQ_NORM_RMS || norm->kind == SQ_NORM_LAYER);
+    struct norm_job j = {.kernels = sq_kernels_active(), .norm = norm, .x = x, .y = y};
+    sq_parallel_for(m, sq_row_grain(norm->n), norm_rows, &j);
 }

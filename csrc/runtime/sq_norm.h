@@ -13,21 +13,22 @@ enum sq_norm_kind { SQ_NORM_NONE, SQ_NORM_RMS, SQ_NORM_LAYER };
 struct sq_norm {
     enum sq_norm_kind kind;
     float eps;
-    const float *weight; /* [n] */
-    const float *bias;   /* [n] or NULL */
+    int64_t n, rows;     /* row t of x takes row t % rows of weight and bias */
+    const float *weight; /* [rows][n] */
+    const float *bias;   /* [rows][n] or NULL */
 };
 
 /* Proves a norm; name starts the text of a fault. */
 sq_status
 sq_norm_seal(const struct sq_norm *norm, const char *name, struct sq_fault *fault);
 
-/* y [m][n] <- norm of the rows of x [m][n]. y may be x. kind is not SQ_NORM_NONE. Parallel over
- * rows; a row's bits depend on that row alone. */
-void
-sq_norm_rows(const struct sq_norm *norm, const float *x, int64_t m, int64_t n, float *y);
-
-/* y [m][n] <- RMSNorm(x) * weight. */
+/* The same of a norm that has one weight [n], or is none. */
 sq_status
-sq_rms_norm(const float *x, const float *weight, int64_t m, int64_t n, float eps, float *y);
+sq_norm_seal_width(const struct sq_norm *norm, int64_t n, const char *name, struct sq_fault *fault);
+
+/* y [m][norm->n] <- norm of the rows of x [m][norm->n]. y may be x. kind is not SQ_NORM_NONE.
+ * Parallel over rows; a row's bits depend on that row alone. */
+void
+sq_norm_rows(const struct sq_norm *norm, const float *x, int64_t m, float *y);
 
 #endif

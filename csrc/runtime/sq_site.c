@@ -58,8 +58,8 @@ enter_packed(const struct sq_linear *l, const char *name, struct sq_site *s, str
 }
 
 sq_status
-sq_linear_seal(const struct sq_linear *l, int64_t n, int64_t k, enum sq_value value,
-               const char *name, struct sq_site *sites, int n_sites, struct sq_fault *fault)
+sq_linear_seal(const struct sq_linear *l, int64_t n, int64_t k, int value, const char *name,
+               struct sq_site *sites, int n_sites, struct sq_fault *fault)
 {
     if (!l->packed && !l->dense) {
         return sq_refuse(fault, SQ_ERR_NULL, -1, "%s: expected a weight, got none", name);
@@ -82,7 +82,7 @@ sq_linear_seal(const struct sq_linear *l, int64_t n, int64_t k, enum sq_value va
         return sq_refuse(fault, SQ_ERR_SHAPE, l->site, "k: expected %lld, as %s reads it, got %lld",
                          (long long)k, name, (long long)s->k);
     }
-    if (s->value != SQ_VALUE_NONE && s->value != (int)value) {
+    if (s->value != SQ_VALUE_NONE && s->value != value) {
         return sq_refuse(fault, SQ_ERR_SHAPE, l->site,
                          "expected linears that read one value, got %s, which reads another", name);
     }
@@ -127,13 +127,42 @@ sq_reader_start(struct sq_reader *reader, int64_t begin, int64_t m)
     reader->site = -1;
 }
 
+void
+sq_reader_rows(struct sq_reader *reader, int64_t m)
+{
+    reader->m = m;
+    reader->site = -1;
+}
+
+/* Adds x [m][k] of the chunk at token `begin`, unless it is there: a site may be entered again. */
+static sq_status
+add_record(struct sq_record *r, int64_t begin, const float *x, int64_t m, int64_t k)
+{
+    if (r->seen > begin || m == 0) {
+        return SQ_OK;
+    }
+    if (r->capacity < r->count + m) {
+        const int64_t capacity = sq_max_i64(r->count + m, 2 * r->capacity);
+        float *rows = realloc(r->rows, (size_t)(capacity * k) * sizeof *rows);
+        if (!rows) {
+            return SQ_ERR_NOMEM;
+        }
+        r->rows = rows;
+        r->capacity = capacity;
+    }
+    memcpy(r->rows + r->count * k, x, (size_t)(m * k) * sizeof *x);
+    r->count += m;
+    r->seen = begin + 1;
+    return SQ_OK;
+}
+
 static sq_status
 enter_site(struct sq_reader *r, int site, const float *x)
 {
     const struct sq_site *s = &r->sites[site];
     r->site = site;
-    if (r->record && r->record[site]) {
-        memcpy(r->record[site] + r->begin * s->k, x, (size_t)(r->m * s->k) * sizeof *x);
+    if (r->record) {
+        SQ_TRY(add_record(&r->record[site], r->begin, x, r->m, s->k));
     }
     if (!s->kernels) {
         return SQ_OK;

@@ -26,11 +26,21 @@ struct sq_site {
     int64_t int8_inputs; /* leading inputs with 8 bits, as the packed linears have them; -1: no
                             packed linear reads this site */
     const struct sq_kernels *kernels; /* table of the packed linears; NULL: none */
-    int value;                        /* enum sq_value: which value of the layer; 0: not read */
+    int value; /* enum sq_value or an expert's: which value of the layer; 0: none */
 };
 
-/* The values of a layer that linears read. */
-enum sq_value { SQ_VALUE_NONE, SQ_VALUE_MIX, SQ_VALUE_MIXED, SQ_VALUE_FEED, SQ_VALUE_INNER };
+/* The values of a layer that linears read. Expert i reads SQ_VALUE_EXPERTS + 2 i, the tokens routed
+ * to it, and its down SQ_VALUE_EXPERTS + 2 i + 1. */
+enum sq_value {
+    SQ_VALUE_NONE,
+    SQ_VALUE_MIX,
+    SQ_VALUE_MIXED,
+    SQ_VALUE_FEED,
+    SQ_VALUE_INNER,
+    SQ_VALUE_Q_RANK,
+    SQ_VALUE_KV_RANK,
+    SQ_VALUE_EXPERTS = 1 << 16
+};
 
 /* One linear: packed, or dense where packed is NULL. Pointers are borrowed. */
 struct sq_linear {
@@ -49,8 +59,8 @@ sq_site_open(struct sq_site *sites, int n_sites, struct sq_fault *fault);
 /* Proves a linear [n][k] that reads `value` and enters it at its site. name starts the text of a
  * fault. */
 sq_status
-sq_linear_seal(const struct sq_linear *l, int64_t n, int64_t k, enum sq_value value,
-               const char *name, struct sq_site *sites, int n_sites, struct sq_fault *fault);
+sq_linear_seal(const struct sq_linear *l, int64_t n, int64_t k, int value, const char *name,
+               struct sq_site *sites, int n_sites, struct sq_fault *fault);
 
 /* Every site must be read by a linear. */
 sq_status
@@ -62,14 +72,23 @@ void
 sq_reader_bytes(const struct sq_site *sites, int n_sites, int64_t m, size_t *activations,
                 size_t *rotation);
 
+/* The (unrotated) inputs of a site in a call, in the order of its tokens. Starts as zeros; the
+ * caller frees rows. */
+struct sq_record {
+    float *rows;             /* [count][k], from realloc */
+    int64_t count, capacity; /* in rows */
+    int64_t seen;            /* the chunks that begin before this token are there */
+};
+
 /* How the linears of a chunk of tokens read their inputs. The activations of a site are prepared
  * when its first linear asks, and serve the linears that follow until another site is asked for. */
 struct sq_reader {
     const struct sq_site *sites;
-    float *const *record; /* [n_sites], each [tokens of the call][k] or NULL; NULL: nothing */
+    struct sq_record *record; /* [n_sites] or NULL */
     void *activations_workspace, *rotation_workspace;
-    int64_t begin, m; /* the chunk: tokens begin .. begin + m - 1 of the call */
-    int site;         /* whose activations are prepared; -1: none */
+    int64_t begin; /* first token of the chunk in the call */
+    int64_t m;     /* its tokens, or as many of them as sq_reader_rows says */
+    int site;      /* whose activations are prepared; -1: none */
     struct sq_activations activations;
 };
 
@@ -77,8 +96,13 @@ struct sq_reader {
 void
 sq_reader_start(struct sq_reader *reader, int64_t begin, int64_t m);
 
-/* y [m][n] <- x [m][k] w^T + bias, where x is the value of the linear's site in this chunk. Copies
- * x to `record` on the way. SQ_ERR_NONFINITE: x is not finite and a packed linear reads it. */
+/* From now on the linears read m of the chunk's tokens. */
+void
+sq_reader_rows(struct sq_reader *reader, int64_t m);
+
+/* y [m][n] <- x [m][k] w^T + bias, where x is the value of the linear's site in this chunk. Adds x
+ * to `record` on the way. SQ_ERR_NONFINITE: x is not finite and a packed linear reads it.
+ * SQ_ERR_NOMEM: no memory for the record. */
 sq_status
 sq_linear_apply(struct sq_reader *reader, const struct sq_linear *l, const float *x, float *y);
 

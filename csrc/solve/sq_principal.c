@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "core/sq_internal.h"
+#include "solve/sq_solve.h"
 
 /* A cyclic Jacobi sweep squares the off-diagonal once it is small; 6 to 10 are usual. */
 enum { MAX_SWEEPS = 60 };
@@ -87,41 +88,54 @@ sort_rows(double *values, double *v, int64_t n, double *row)
 }
 
 sq_status
-sq_principal_directions(const double *gram, int64_t n, double *directions)
+sq_symmetric_eigen(const double *matrix, int64_t n, double *vectors, double *values)
 {
-    if (!gram || !directions) {
+    if (!matrix || !vectors || !values) {
         return SQ_ERR_NULL;
     }
     if (n < 1 || n > SQ_CHAIN_MATRIX_MAX) {
         return SQ_ERR_RANGE;
     }
-    double *a = sq_alloc((size_t)((n + 2) * n) * sizeof *a);
+    double *a = sq_alloc((size_t)((n + 1) * n) * sizeof *a);
     if (!a) {
         return SQ_ERR_NOMEM;
     }
-    double *values = a + n * n, *row = values + n;
+    double *row = a + n * n;
     double largest = 0;
     for (int64_t i = 0; i < n * n; i++) {
-        if (!isfinite(gram[i])) {
+        if (!isfinite(matrix[i])) {
             free(a);
             return SQ_ERR_NONFINITE;
         }
-        largest = fmax(largest, fabs(gram[i]));
+        largest = fmax(largest, fabs(matrix[i]));
     }
-    memset(directions, 0, (size_t)(n * n) * sizeof *directions);
+    memset(vectors, 0, (size_t)(n * n) * sizeof *vectors);
     for (int64_t i = 0; i < n; i++) { /* over the largest entry: no square can overflow */
         for (int64_t j = 0; j < n; j++) {
-            const double sum = gram[i * n + j] / largest + gram[j * n + i] / largest;
+            const double sum = matrix[i * n + j] / largest + matrix[j * n + i] / largest;
             a[i * n + j] = largest > 0 ? sum / 2 : 0;
         }
-        directions[i * n + i] = 1;
+        vectors[i * n + i] = 1;
     }
-    for (int sweep = 0; sweep < MAX_SWEEPS && jacobi_sweep(a, directions, n); sweep++) {
+    for (int sweep = 0; sweep < MAX_SWEEPS && jacobi_sweep(a, vectors, n); sweep++) {
     }
     for (int64_t i = 0; i < n; i++) {
-        values[i] = a[i * n + i];
+        values[i] = largest * a[i * n + i];
     }
-    sort_rows(values, directions, n, row);
+    sort_rows(values, vectors, n, row);
     free(a);
     return SQ_OK;
+}
+
+sq_status
+sq_principal_directions(const double *gram, int64_t n, double *directions)
+{
+    if (n < 1 || n > SQ_CHAIN_MATRIX_MAX) {
+        return SQ_ERR_RANGE;
+    }
+    double *values = sq_alloc((size_t)n * sizeof *values);
+    const sq_status status =
+        values ? sq_symmetric_eigen(gram, n, directions, values) : SQ_ERR_NOMEM;
+    free(values);
+    return status;
 }

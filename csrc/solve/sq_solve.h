@@ -77,6 +77,10 @@ sq_chain_from_matrix(double *matrix, int64_t n, int32_t *pairs, double *angles, 
 sq_status
 sq_principal_directions(const double *gram, int64_t n, double *directions /* [n][n] */);
 
+/* The same with the eigenvalues [n], falling. vectors [n][n]: a row each. */
+sq_status
+sq_symmetric_eigen(const double *matrix, int64_t n, double *vectors, double *values);
+
 /* One uniformity sweep on columns [n][rows]: every pair of columns once, disjoint pairs at a time
  * (round-robin), each rotated by (pi - arg sum z^4) / 4, z = a + i b, which minimises
  * sum(a^4 + b^4). columns is updated in place. pairs [n (n-1) / 2][2], angles alike. Parallel over
@@ -84,6 +88,34 @@ sq_principal_directions(const double *gram, int64_t n, double *directions /* [n]
 sq_status
 sq_uniformity_sweep(double *columns, int64_t n, int64_t rows, int32_t *pairs, double *angles,
                     int64_t *steps);
+
+/* ---- alignment ----------------------------------------------------------------------------
+ * The invertible matrix of a block of b channels, x' = x M and W' = W M^-T, that gives activations
+ * and weights the same Gram matrix: M M^T = S_x^-1 # S_w, the matrix geometric mean. */
+
+#define SQ_ALIGN_B_MAX 4096
+
+/* gram [k / b][b][b] += the sum over the rows of x [m][k] of x_j^T x_j, x_j being block j of b
+ * channels: in float32 over 256 rows, then in float64. NaN or Inf: SQ_ERR_NONFINITE. Parallel over
+ * blocks; takes b^2 floats of memory per thread. */
+sq_status
+sq_block_gram(const float *x, int64_t m, int64_t k, int64_t b, double *gram);
+
+/* m and m_inverse_t [count][b][b] <- M and M^-T of each block with the Gram matrices x_gram and
+ * w_gram [count][b][b]. damping, above 0, is added to the diagonals as a share of each entry, and
+ * 1e-2 of their median: they shrink M towards the diagonal balance of the block and keep silent
+ * channels from being magnified. M diagonalises both Gram matrices, the
+ * largest entries first (WUSH, arXiv 2512.00956); with symmetric it is the symmetric one (CAT,
+ * arXiv 2603.04359). SQ_ERR_RANGE: a matrix is not positive semidefinite. Parallel over blocks;
+ * takes 4 b^2 + b doubles of memory per thread. */
+sq_status
+sq_alignment(const double *x_gram, const double *w_gram, int64_t count, int64_t b, double damping,
+             int symmetric, double *m, double *m_inverse_t);
+
+/* energy [count] <- trace(M^T S M) of each block, gram S and m [count][b][b]: the sum of squares of
+ * the rows x M, where S is the sum of x^T x. Parallel over blocks. */
+sq_status
+sq_block_energy(const double *gram, const double *m, int64_t count, int64_t b, double *energy);
 
 /* ---- DuQuant (rotate) ---------------------------------------------------------------------
  * arXiv 2406.01721, section 3.2: x' = x R1 P R2, R1 and R2 block-diagonal with k / b blocks [b][b],

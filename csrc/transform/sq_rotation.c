@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Rotations applied to rows: chains, Kronecker products of two factors, and blocks around a
- * permutation. */
+/* Rotations applied to rows: chains, Kronecker products of two factors, alone or behind blocks, and
+ * blocks around a permutation. */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -99,11 +99,11 @@ sq_chain_apply(const int32_t *pairs, const double *angles, int64_t g, double *x,
 
 /* ---- what a rotation is made of --------------------------------------------------------- */
 
-/* A factor of order 1 that leaves its axis as it is. */
+/* A factor that leaves its axis as it is: an empty chain, or the matrix of order 1. */
 static int
 is_trivial(const struct sq_factor *f)
 {
-    return f->order == 1 && (!f->matrix || f->matrix[0] == 1.0f);
+    return f->matrix ? f->order == 1 && f->matrix[0] == 1.0f : !f->hadamard && !f->steps;
 }
 
 void
@@ -129,33 +129,41 @@ factor_fits(const struct sq_factor *f)
            (f->matrix || (f->steps >= 0 && (!f->steps || (f->pairs && f->cos_sin))));
 }
 
+static sq_status
+check_factors(const struct sq_rotation *r)
+{
+    int64_t k;
+    if (!factor_fits(&r->left) || !factor_fits(&r->right) ||
+        !sq_product(r->left.order, r->right.order, &k) || k != r->k) {
+        return SQ_ERR_SHAPE;
+    }
+    return r->right.matrix && !r->right.matrix_t ? SQ_ERR_NULL : SQ_OK;
+}
+
+static sq_status
+check_blocks(const struct sq_rotation *r)
+{
+    const struct sq_block_rotation *b = &r->blocks;
+    if (!b->first || (r->kind == SQ_BLOCKS && (!b->permutation || !b->second))) {
+        return SQ_ERR_NULL;
+    }
+    return b->b < 1 || b->b > SQ_DUQUANT_B_MAX || r->k % b->b ? SQ_ERR_SHAPE : SQ_OK;
+}
+
 sq_status
 sq_rotation_check(const struct sq_rotation *r)
 {
-    int64_t k;
     if (!r) {
         return SQ_ERR_NULL;
     }
-    switch (r->kind) {
-        case SQ_KRONECKER:
-            if (!factor_fits(&r->left) || !factor_fits(&r->right) ||
-                !sq_product(r->left.order, r->right.order, &k) || k != r->k) {
-                return SQ_ERR_SHAPE;
-            }
-            if (r->right.matrix && !r->right.matrix_t) {
-                return SQ_ERR_NULL;
-            }
-            break;
-        case SQ_BLOCKS:
-            if (!r->blocks.first || !r->blocks.permutation || !r->blocks.second) {
-                return SQ_ERR_NULL;
-            }
-            if (r->blocks.b < 1 || r->blocks.b > SQ_DUQUANT_B_MAX || r->k % r->blocks.b) {
-                return SQ_ERR_SHAPE;
-            }
-            break;
-        default:
-            return SQ_ERR_RANGE;
+    if (r->kind != SQ_KRONECKER && r->kind != SQ_BLOCKS && r->kind != SQ_ALIGNED) {
+        return SQ_ERR_RANGE;
+    }
+    if (r->kind != SQ_BLOCKS) {
+        SQ_TRY(check_factors(r));
+    }
+    if (r->kind != SQ_KRONECKER) {
+        SQ_TRY(check_blocks(r));
     }
     return r->k < 1 || r->k > SQ_ROTATION_K_MAX ? SQ_ERR_RANGE : SQ_OK;
 }
@@ -226,7 +234,7 @@ apply_left(const struct rotate_job *job, const float *x, float *out, double *wid
     const struct sq_factor *left = &job->rotation->left;
     const int64_t k1 = left->order, k2 = job->rotation->right.order;
     if (is_trivial(left)) {
-        memcpy(out, x, (size_t)k2 * sizeof *out);
+        memcpy(out, x, (size_t)(k1 * k2) * sizeof *out);
         return;
     }
     if (left->matrix) {
@@ -295,8 +303,25 @@ permute(const struct sq_rotation *r, const float *x, int64_t rows, float *out)
     }
 }
 
+/* out [rows][k] = L X R^T of each row, by way of half [rows][k], which is neither; out may be x. */
+static void
+apply_factors(const struct rotate_job *job, const float *x, int64_t rows, float *half, float *out,
+              char *scratch)
+{
+    const int64_t k = job->rotation->k;
+    double *wide = (double *)(void *)scratch;
+    double *workspace = (double *)(void *)(scratch + job->layout.wide_bytes);
+    float *first = is_trivial(&job->rotation->right) && out != x ? out : half;
+    for (int64_t i = 0; i < rows; i++) {
+        apply_left(job, x + i * k, first + i * k, wide, workspace);
+    }
+    if (first == half) {
+        apply_right(job, half, rows, out, wide, workspace);
+    }
+}
+
 /* Rows first .. first + rows - 1, rotated, to y or to fn: the one place that tells the kinds
- * apart. The two copies a and b of the scratch are at most layout.block rows. */
+ * apart. The two copies a and b of the scratch are at most layout.block rows. y may be x. */
 static void
 rotate_block(const struct rotate_job *job, int64_t first, int64_t rows, char *scratch)
 {
@@ -305,19 +330,19 @@ rotate_block(const struct rotate_job *job, int64_t first, int64_t rows, char *sc
     const float *x = job->x + first * r->k;
     float *a = (float *)(void *)(scratch + layout->wide_bytes + layout->transform_bytes);
     float *b = a + layout->block_bytes / sizeof(float);
-    float *out = job->y ? job->y + first * r->k : r->kind == SQ_BLOCKS ? a : b;
+    const int odd = r->kind == SQ_BLOCKS || (r->kind == SQ_ALIGNED && !is_trivial(&r->right));
+    float *out = job->y ? job->y + first * r->k : odd ? a : b; /* by the number of products */
     if (r->kind == SQ_BLOCKS) {
         multiply_blocks(job, r->blocks.first, x, rows, a);
         permute(r, a, rows, b);
         multiply_blocks(job, r->blocks.second, b, rows, out);
     }
+    else if (r->kind == SQ_ALIGNED) {
+        multiply_blocks(job, r->blocks.first, x, rows, a);
+        apply_factors(job, a, rows, b, out, scratch);
+    }
     else {
-        double *wide = (double *)(void *)scratch;
-        double *workspace = (double *)(void *)(scratch + layout->wide_bytes);
-        for (int64_t i = 0; i < rows; i++) {
-            apply_left(job, x + i * r->k, a + i * r->k, wide, workspace);
-        }
-        apply_right(job, a, rows, out, wide, workspace);
+        apply_factors(job, x, rows, a, out, scratch);
     }
     if (!job->y) {
         job->fn(job->context, first, rows, out);
@@ -368,6 +393,48 @@ rotate_few(struct rotate_job *job)
     }
 }
 
+/* Blocks begin .. end - 1 of one token, behind its alignment. */
+static void
+align_strip(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct rotate_job *job = context;
+    const int64_t b = job->rotation->blocks.b;
+    float *out = (float *)(void *)job->scratch;
+    (void)thread;
+    for (int64_t j = begin; j < end; j++) {
+        job->kernels->gemm_f32(1, b, b, job->x + j * b, b, job->rotation->blocks.first + j * b * b,
+                               b, out + j * b, b);
+    }
+}
+
+/* Rows begin .. end - 1 of the left factor times an aligned token. */
+static void
+left_strip(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct rotate_job *job = context;
+    const struct sq_factor *left = &job->rotation->left;
+    const int64_t k1 = left->order, k2 = job->rotation->right.order;
+    const float *aligned = (float *)(void *)job->scratch;
+    float *out = (float *)(void *)(job->scratch + job->layout.block_bytes);
+    (void)thread;
+    job->kernels->gemm_f32(end - begin, k2, k1, left->matrix + begin * k1, k1, aligned, k2,
+                           out + begin * k2, k2);
+}
+
+/* As rotate_few, of a token that is aligned and then has a left factor alone. */
+static void
+align_few(struct rotate_job *job)
+{
+    const struct sq_rotation *r = job->rotation;
+    const int64_t b = r->blocks.b, work = r->k; /* of a row of the factor */
+    const float *out = (float *)(void *)(job->scratch + job->layout.block_bytes);
+    for (int64_t i = 0; i < job->m; i++, job->x += r->k) {
+        sq_parallel_for(r->k / b, sq_ceil_div(SQ_STRIP_WORK, b * b), align_strip, job);
+        sq_parallel_for(r->left.order, sq_ceil_div(SQ_STRIP_WORK, work), left_strip, job);
+        job->fn(job->context, i, 1, out);
+    }
+}
+
 /* 1 if m rows of the rotation's k do not fit int64_t bytes. */
 static int
 rows_overflow(const struct sq_rotation *r, int64_t m)
@@ -400,9 +467,12 @@ rotate(const struct sq_rotation *r, const float *x, int64_t m, float *y, sq_rows
                              .context = context,
                              .m = m,
                              .scratch = workspace};
-    if (!y && m < sq_get_num_threads() && r->kind == SQ_KRONECKER && r->left.matrix &&
-        r->right.matrix) {
+    const int few = !y && m < sq_get_num_threads() && r->left.matrix;
+    if (few && r->kind == SQ_KRONECKER && r->right.matrix) {
         rotate_few(&job);
+    }
+    else if (few && r->kind == SQ_ALIGNED && is_trivial(&r->right)) {
+        align_few(&job);
     }
     else {
         sq_parallel_for(workers, 1, rotate_worker, &job);

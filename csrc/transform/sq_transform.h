@@ -60,7 +60,7 @@ struct sq_block_rotation {
     const float *second;        /* [k / b][b][b] */
 };
 
-enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS };
+enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS, SQ_ALIGNED };
 
 /* Largest k of a rotation. */
 #define SQ_ROTATION_K_MAX ((int64_t)1 << 40)
@@ -68,14 +68,15 @@ enum { SQ_UNROTATED, SQ_KRONECKER, SQ_BLOCKS };
 /* A row x [k] becomes
  *   SQ_KRONECKER  L X R^T, where X [k1][k2] is the row reshaped, L the left factor and R the right
  *                 one (both act on their axis's vectors: R2 of the paper is R^T);
- *   SQ_BLOCKS     x blockdiag(first), permuted, times blockdiag(second).
- * Who makes one proves its contents once: indices in range, a permutation, orthogonal matrices. The
- * functions below check sizes and pointers alone. */
+ *   SQ_BLOCKS     x blockdiag(first), permuted, times blockdiag(second);
+ *   SQ_ALIGNED    x blockdiag(first), then as SQ_KRONECKER: first is invertible, not orthogonal.
+ * Who makes one proves its contents once: indices in range, a permutation, orthogonal or invertible
+ * matrices. The functions below check sizes and pointers alone. */
 struct sq_rotation {
     int kind;                        /* one of the above */
     int64_t k;                       /* k1 k2; 0 for SQ_UNROTATED, which fits every k */
-    struct sq_factor left, right;    /* SQ_KRONECKER */
-    struct sq_block_rotation blocks; /* SQ_BLOCKS */
+    struct sq_factor left, right;    /* SQ_KRONECKER, SQ_ALIGNED */
+    struct sq_block_rotation blocks; /* SQ_BLOCKS; SQ_ALIGNED: b and first alone */
 };
 
 /* SQ_OK if the sizes and pointers of a rotation (not SQ_UNROTATED) agree. */
@@ -85,6 +86,12 @@ sq_rotation_check(const struct sq_rotation *rotation);
 /* *error <- the largest |M M^T - I| of matrices [count][n][n], NaN if one holds NaN or Inf. */
 sq_status
 sq_orthogonality_error(const float *matrices, int64_t count, int64_t n, float *error);
+
+/* *ratio <- over matrices [count][n][n], the largest quotient of the largest and the smallest pivot
+ * of an elimination with row pivoting: a sign of how far a matrix is from singular. Infinity for a
+ * singular one, NaN if one holds NaN or Inf. */
+sq_status
+sq_pivot_ratio(const float *matrices, int64_t count, int64_t n, double *ratio);
 
 /* Bytes of workspace for m rows or fewer in the functions below, whatever the number of threads is
  * when the call comes; untouched scratch takes no memory. 0 for NULL and SQ_UNROTATED, SIZE_MAX / 2

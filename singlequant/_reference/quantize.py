@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scales, codes, GPTQ and packing in plain NumPy."""
 
+import ml_dtypes
 import numpy as np
 
 from .transform import rotate, to_float32
@@ -21,7 +22,7 @@ def sum_of_lanes(terms):
     return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]))
 
 
-def grid(x, bits, symmetric, clip):
+def grid(x, bits, symmetric, clip, bfloat16=False):
     """(scale, zero, low, high) of one group; code - zero lies in [low, high]."""
     clip = F32(clip)
     if symmetric:
@@ -32,6 +33,8 @@ def grid(x, bits, symmetric, clip):
         scale = F32(float(clip) * (hi - lo) / (2**bits - 1))
     if scale < np.finfo(F32).tiny:
         scale = F32(0)
+    if bfloat16:
+        scale = F32(ml_dtypes.bfloat16(scale))
     zero = 0
     if not symmetric:
         if scale > 0:
@@ -62,7 +65,7 @@ def fixed_errors(part):
     return errors
 
 
-def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False):
+def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False, bfloat16=False):
     """search="exact": without the integer sums that rule out most clip ratios."""
     x = np.asarray(x, F32)
     if not np.isfinite(x).all():
@@ -81,9 +84,9 @@ def quantize(x, bits=4, group=0, symmetric=True, clip=1.0, search=False):
                 errors = fixed_errors(part)
                 bound = min(errors) + (min(errors) >> 9)
                 clips = [c for c, error in zip(clips, errors, strict=True) if error <= bound]
-            best, least = grid(part, bits, symmetric, clips[0]), None
+            best, least = grid(part, bits, symmetric, clips[0], bfloat16), None
             for c in clips:
-                candidate = scale, _, low, high = grid(part, bits, symmetric, c)
+                candidate = scale, _, low, high = grid(part, bits, symmetric, c, bfloat16)
                 if scale == 0:
                     break
                 with np.errstate(over="ignore"):  # the largest floats, rounded up: Inf loses
@@ -109,25 +112,73 @@ def dequantize(codes, scales, zeros=None):
     return np.repeat(scales, k // scales.shape[1], axis=1) * steps.astype(F32)
 
 
-def pack(codes):
-    codes = np.asarray(codes)
-    if codes.size and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError("codes: expected values in -8 .. 7, got others")
+ROW_BLOCK = 32  # inputs of a row of codes that share a scale
+
+
+def bfloat16_bits(x):
+    """The bits [...] uint16 of the bfloat16 nearest to a scale; 0 where it is no normal number."""
+    x = np.asarray(x, F32)
+    x = np.where(np.abs(x) < np.finfo(F32).tiny, F32(0), x)
+    return x.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def rows_of_codes(codes, scales, bits, k):
+    """The table [n, k] in float64 of what quantize_rows gives."""
+    wide = np.asarray(scales).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+    codes = np.asarray(codes).astype(np.uint8)
+    if bits == 8:
+        return codes.view(np.int8) * np.repeat(wide, ROW_BLOCK, 1)[:, :k]
+    blocks = codes.reshape(len(codes), -1, ROW_BLOCK // 2)
+    nibbles = np.concatenate([blocks & 15, blocks >> 4], -1).astype(np.float64) - 8
+    return (nibbles * wide[..., None]).reshape(len(codes), -1)[:, :k]
+
+
+def quantize_rows(table, bits):
+    table = to_float32(table, reject=True)
+    n, k = table.shape
+    blocks = np.zeros((n, -(-k // ROW_BLOCK) * ROW_BLOCK), F32)
+    blocks[:, :k] = table
+    blocks = blocks.reshape(-1, ROW_BLOCK)
+    if bits == 8:
+        stored = bfloat16_bits(np.abs(blocks).max(1) / F32(127))
+        scale = stored.view(ml_dtypes.bfloat16).astype(F32)
+        codes = [rounded(x, s, -128, 127) if s else 0 * x
+                 for x, s in zip(blocks, scale, strict=True)]
+        codes = np.array(codes).astype(np.int8).view(np.uint8).reshape(n, -1)
+        return np.ascontiguousarray(codes[:, :k]), stored.reshape(n, -1)
+    nibbles, scales = np.zeros(blocks.shape, np.uint8), np.zeros(len(blocks), np.uint16)
+    for i, x in enumerate(blocks):
+        least = None
+        for sign in (F32(1), F32(-1)):
+            stored = bfloat16_bits(quantize(sign * x[None], search=True)[1])[0, 0]
+            scale = stored.view(ml_dtypes.bfloat16).astype(F32)
+            code = rounded(sign * x, scale, -8, 7) if scale else 0 * x
+            error = sum_of_lanes((sign * x - scale * code).astype(np.float64) ** 2)
+            if least is None or error < least:
+                least, nibbles[i] = error, (code + 8).astype(np.uint8)
+                scales[i] = stored | (np.uint16(0x8000) if sign < 0 else np.uint16(0))
+    half = ROW_BLOCK // 2
+    return (nibbles[:, :half] | nibbles[:, half:] << 4).reshape(n, -1), scales.reshape(n, -1)
+
+
+def pack(codes, bits=4):
+    """Bit by bit: a row is a stream, code + half of each input, then codes 0 up to a whole word."""
+    codes, half = np.asarray(codes), 2 ** (bits - 1)
+    if codes.size and (codes.min() < -half or codes.max() >= half):
+        raise ValueError(f"codes: expected values in {-half} .. {half - 1}, got others")
     n, k = codes.shape
-    nibbles = np.full((n, -(-k // 8) * 8), 8, np.uint32)
-    nibbles[:, :k] = codes.astype(np.int64) + 8
-    words = np.zeros((n, nibbles.shape[1] // 8), np.uint32)
-    for j in range(8):
-        words |= nibbles[:, j::8] << np.uint32(4 * j)
-    return words.view(np.int32)
+    padded = np.full((n, k + 32), half, np.int64)
+    padded[:, :k] = codes.astype(np.int64) + half
+    stream = (padded[:, :, None] >> np.arange(bits) & 1).reshape(n, -1).astype(np.uint8)
+    stream = np.ascontiguousarray(stream[:, : -(-k * bits // 32) * 32])
+    return np.packbits(stream, axis=1, bitorder="little").view("<u4").view(np.int32)
 
 
-def unpack(words, k):
-    words = np.asarray(words, np.int32).view(np.uint32)
-    codes = np.zeros((len(words), words.shape[1] * 8), np.int8)
-    for j in range(8):
-        codes[:, j::8] = (words >> np.uint32(4 * j) & np.uint32(15)).astype(np.int8) - 8
-    return codes[:, :k].copy()
+def unpack(words, k, bits=4):
+    words = np.ascontiguousarray(words, np.int32)
+    stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : k * bits]
+    values = stream.reshape(len(words), k, bits).astype(np.int64) << np.arange(bits)
+    return (values.sum(-1) - 2 ** (bits - 1)).astype(np.int8)
 
 
 def gram(x, out=None):
@@ -146,7 +197,7 @@ def gptq_factor(gram, damping=0.01, order=False, overwrite=False):
     return np.linalg.cholesky(h[np.ix_(p, p)]), p.astype(np.int32)
 
 
-def gptq_round(weights, factor, permutation, bits=4, group=0, search=False):
+def gptq_round(weights, factor, permutation, bits=4, group=0, search=False, bfloat16=False):
     """The paper's algorithm 1 as its authors run it: errors go through the inverse's factor."""
     order = np.asarray(permutation)[::-1]
     static = not group or not np.array_equal(order, np.arange(len(order)))
@@ -154,12 +205,13 @@ def gptq_round(weights, factor, permutation, bits=4, group=0, search=False):
     upper = np.linalg.inv(factor)  # U with U^T U = H^-1
     w = np.array(weights, np.float64)
     group = group or w.shape[1]
-    codes, scales = np.zeros(w.shape, np.int8), quantize(w, bits, group, search=search)[1]
+    given = {"search": search, "bfloat16": bfloat16}
+    codes, scales = np.zeros(w.shape, np.int8), quantize(w, bits, group, **given)[1]
     half = 2 ** (bits - 1)
     for i, column in enumerate(order):
         g = column // group
         if not static and column % group == 0:
-            scales[:, [g]] = quantize(w[:, column : column + group], bits, search=search)[1]
+            scales[:, [g]] = quantize(w[:, column : column + group], bits, **given)[1]
         scale = scales[:, g].astype(np.float64)
         safe = np.where(scale > 0, scale, np.inf)
         code = np.clip(np.rint(w[:, column] / safe), -half, half - 1)
@@ -179,7 +231,29 @@ def transform_weight(weight, rotation=None, columns=None, rows=None):
     return x if rotation is None else rotate(x, rotation)
 
 
-def quantize_weight(weight, group=0, search=False, rotation=None, columns=None, rows=None):
+def quantize_weight(
+    weight, group=0, search=False, rotation=None, columns=None, rows=None, bits=4, bfloat16=False
+):
     x = transform_weight(weight, rotation, columns, rows)
-    codes, scales, _ = quantize(x, 4, group, True, 1.0, search)
-    return pack(codes), scales
+    codes, scales, _ = quantize(x, bits, group, True, 1.0, search, bfloat16)
+    return pack(codes, bits), scales
+
+
+def decode_fp8(codes, scales, block_rows, block_columns):
+    """e4m3 codes [count, n, k] times their block's scale, as the bits of bfloat16."""
+    n, k = codes.shape[1:]
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(F32)
+    spread = np.repeat(np.repeat(scales, block_rows, 1)[:, :n], block_columns, 2)[..., :k]
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (values * spread).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def decode_mxfp4(blocks, scales):
+    """e2m1 codes [count, rows, groups, 16] times powers of two, transposed, as bfloat16's bits."""
+    count, rows, groups, _ = blocks.shape
+    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(count, rows, groups, 32)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(F32)
+    powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(F32)[..., None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = (values * powers).reshape(count, rows, groups * 32).astype(ml_dtypes.bfloat16)
+    return np.ascontiguousarray(out.transpose(0, 2, 1)).view(np.uint16)

@@ -110,6 +110,55 @@ def axis_gram(x, k1, k2):
     return np.einsum("tic,tjc->ij", tokens, tokens)
 
 
+def block_gram(x, b, gram=None):
+    tokens = np.asarray(x, dtype=np.float32).astype(np.float64)
+    blocks = tokens.reshape(len(tokens), tokens.shape[1] // b, b)
+    return np.einsum("tni,tnj->nij", blocks, blocks) + (0 if gram is None else gram)
+
+
+def block_energy(gram, m):
+    return np.trace(np.swapaxes(m, 1, 2) @ gram @ m, axis1=1, axis2=2)
+
+
+def aligned_energy(x_gram, w_gram):
+    """The least trace(M^T x M) trace(M^-1 w M^-T) of any M [count, b, b] by its definition:
+
+    the square of the trace of (x^1/2 w x^1/2)^1/2, summed over the blocks.
+    """
+    roots = (_power(x, 0.5) for x in x_gram)
+    means = (_power(root @ w @ root, 0.5) for root, w in zip(roots, w_gram, strict=True))
+    return sum(map(np.trace, means)) ** 2
+
+
+def align_blocks(x_gram, w_gram, damping, symmetric=False):
+    """M and M^-T from the geometric mean x_gram^-1 # w_gram by its definition."""
+    found = [_align(*(_damped(g, damping) for g in pair), symmetric)
+             for pair in zip(x_gram, w_gram, strict=True)]
+    return tuple(np.stack(parts) for parts in zip(*found, strict=True))
+
+
+def _damped(gram, damping):
+    gram = (gram + gram.T) / 2
+    diagonal = np.diag(gram)
+    typical = np.sort(diagonal)[len(diagonal) // 2] or diagonal.mean() or 1.0
+    return gram + np.diag(damping * diagonal + 1e-2 * typical)
+
+
+def _align(x, w, symmetric):
+    root = _power(x, 0.5)
+    mean = _power(root @ w @ root, 0.5)
+    mean = np.linalg.solve(root, np.linalg.solve(root, mean).T)  # x^-1/2 (...)^1/2 x^-1/2
+    m = _power(mean, 0.5)
+    if not symmetric:  # M Q with the eigenvectors of what both Gram matrices become
+        m = m @ principal_directions(m @ x @ m).T
+    return m, np.linalg.inv(m).T
+
+
+def _power(matrix, power):
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * np.maximum(values, 0) ** power) @ vectors.T
+
+
 def statistics_update(x, state=None):
     x = np.asarray(x, dtype=np.float32).astype(np.float64)
     zeros = np.zeros(x.shape[1])

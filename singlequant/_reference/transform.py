@@ -104,8 +104,10 @@ def factor_matrix(factor):
 class Rotation:
     """What the core's Rotation says of itself; nothing is proved."""
 
-    def __init__(self, k, left=None, right=None):
+    def __init__(self, k, left=None, right=None, align=None):
         self.k, self.kind, self.parts = k, "kronecker", (left, right)
+        if align is not None:
+            self.kind, self.parts = "aligned", (left, right, align)
 
     @classmethod
     def blocks(cls, first, permutation, second):
@@ -120,7 +122,9 @@ def rotate(x, rotation):
     if rotation.kind == "blocks":
         first, permutation, second = rotation.parts
         return block_product(block_product(x, first)[..., permutation], second).astype(F32)
-    left, right = (None if f is None else factor_matrix(f) for f in rotation.parts)
+    if rotation.kind == "aligned":
+        x = block_product(x, rotation.parts[2])
+    left, right = (None if f is None else factor_matrix(f) for f in rotation.parts[:2])
     if left is None:
         left = np.eye(1 if right is None else rotation.k // len(right))
     if right is None:

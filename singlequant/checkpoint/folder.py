@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,17 @@ from tokenizers import Tokenizer
 from .._C import FormatError
 from ..config import QuantConfig
 from ..export.packed import PackedReader, parse_quantization
-from ..files import read_json
-from ..models.families import FAMILIES, find_family
-from ..models.spec import LinearSpec, ModelSpec, NormSpec, tensor_name
+from ..files import folder_bytes, read_json
+from ..models.families import find_family, language_config
+from ..models.spec import LinearSpec, ModelSpec, NormSpec, norm_channels, tensor_name
 from ..rows import require_finite
-from ..tensors import DTYPES, WEIGHT_DTYPES, TensorFiles, TensorInfo, check_tensor, find_tensors
-from ..weights import LayerWeights, Linear, Norm
+from ..tensors import DTYPES, WEIGHT_DTYPES, TensorFiles, TensorInfo, check_tensor
+from ..weights import Dense, LayerWeights, Linear, Norm, PackedTable
+from .names import require_head, sort_extras, warn_of
+from .special_tokens import add_tokens
+from .stored import find_quantization, open_tensors
 
-__all__ = ["Checkpoint", "load_checkpoint"]
+__all__ = ["Checkpoint", "load_checkpoint", "open_model"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,6 +40,8 @@ class Checkpoint:
     spec: ModelSpec
     quant_config: QuantConfig | None  # None: not quantized
     files: TensorFiles
+    ignored_tensors: tuple[str, ...] = ()  # stored, but not of the model
+    file: Path | None = None  # of GGUF; path is then the folder that it lies in
 
     @property
     def quantized(self) -> bool:
@@ -55,8 +59,20 @@ class Checkpoint:
         return self.files.bytes_on_disk
 
     @property
+    def name(self) -> str:
+        """Of the folder, or of the GGUF file."""
+        return (self.file or self.path).resolve().name
+
+    @property
+    def bytes_with_tokenizer(self) -> int:
+        """Bytes of the folder, or of the GGUF file."""
+        return self.bytes_on_disk if self.file else folder_bytes(self.path)
+
+    @property
     def dtype(self) -> str:
-        """Element type of the embedding: float32, float16 or bfloat16."""
+        """Element type of the embedding: float32, float16 or bfloat16; int8 or int4 in codes."""
+        if self._has_table(self.spec.embed):
+            return f"int{self.embedding.bits}"
         return DTYPES[self.tensors[f"{self.spec.embed}.weight"].dtype].name
 
     def tensor(self, name: str) -> NDArray[Any]:
@@ -64,35 +80,55 @@ class Checkpoint:
         return self.files.view(name)
 
     @property
-    def embedding(self) -> NDArray[Any]:
+    def embedding(self) -> NDArray[Any] | PackedTable:
         """[vocab, hidden]."""
-        return self.tensor(f"{self.spec.embed}.weight")
+        return self._table(self.spec.embed)
 
     @property
-    def head(self) -> NDArray[Any]:
+    def head(self) -> NDArray[Any] | PackedTable:
         """[vocab, hidden]; the embedding if the two are tied."""
-        return self.embedding if self.spec.tied else self.tensor(f"{self.spec.head}.weight")
+        return self.embedding if self.spec.tied else self._table(self.spec.head)
+
+    def _has_table(self, name: str) -> bool:
+        return self._packed is not None and self._packed.has_table(name)
+
+    def _table(self, name: str) -> NDArray[Any] | PackedTable:
+        """The embedding or the head of that name."""
+        return self._packed.table(name) if self._has_table(name) else self.tensor(f"{name}.weight")
 
     @property
-    def final_norm(self) -> Norm:
+    def final_norm(self) -> Norm | None:
         """The norm before the head."""
-        return self._norm(self.spec.final_norm, 0)
+        norm = self.spec.final_norm
+        return None if norm is None else self._norm(norm, 0, self.spec.hidden)
+
+    @property
+    def outer(self) -> dict[str, NDArray[Any] | PackedTable]:
+        """The tensors outside the layers by name."""
+        tables = {f"{name}.weight": name for name in (self.spec.embed, self.spec.head)}
+        return {name: self._table(tables[name]) if name in tables else self.tensor(name)
+                for name, _ in self.spec.outer_tensors()}
 
     def linear_name(self, layer: int, role: str) -> str:
         """Name of a linear without .weight, as `ignore` patterns see it."""
-        return tensor_name(self.spec.layer(layer).linears[role].name, layer)
+        return self.spec.layer(layer).linears[role].at(layer)
 
     def layer(self, i: int) -> LayerWeights:
         """Layer i by role. IndexError beyond the last; FormatError for packed data that lie."""
         if not 0 <= i < self.spec.layers:
             raise IndexError(f"layer: expected 0 to {self.spec.layers - 1}, found {i}")
         spec, packed = self.spec.layer(i), self._packed
-        norms = {place: self._norm(norm, i) for place, norm in spec.norms.items()}
+        norms = {
+            place: self._norm(norm, i, norm_channels(place, norm, spec.hidden, spec.attention))
+            for place, norm in spec.norms.items()
+        }
         linears = {role: self._linear(linear, i) for role, linear in spec.linears.items()}
+        dense = {key: Dense(tensor_name(row.name, i), self.tensor(tensor_name(row.name, i)))
+                 for key, row in spec.dense.items()}
         if packed is None:
-            return LayerWeights(i, norms, linears)
+            return LayerWeights(i, norms, linears, dense=dense)
         return LayerWeights(i, norms, linears, packed.rotations(i), packed.clips(i),
-                            packed.int8_inputs(i))
+                            packed.int8_inputs(i), dense)
 
     @cached_property
     def _packed(self) -> PackedReader | None:
@@ -101,20 +137,28 @@ class Checkpoint:
             return None
         return PackedReader(self.path, self.files, self.spec, self.quant_config)
 
-    def _norm(self, norm: NormSpec, layer: int) -> Norm:
+    def _norm(self, norm: NormSpec, layer: int, channels: int) -> Norm:
+        """A norm's weight and bias, of norm.shape; rows that are stored apart are put together."""
+        names = [name for name, _ in norm.tensors(layer, channels)]
+        weights = [self.tensor(name) for name in names if name.endswith(".weight")]
+        biases = [self.tensor(name) for name in names if name.endswith(".bias")]
         name = tensor_name(norm.name, layer)
-        bias = self.tensor(f"{name}.bias") if norm.bias else None
-        return Norm(name, self.tensor(f"{name}.weight"), bias)
+        if "{h}" in name:
+            return Norm(name, np.stack(weights), np.stack(biases) if biases else None)
+        ones = np.ones(norm.shape or channels, np.float32)
+        return Norm(name, weights[0] if weights else ones, biases[0] if biases else None)
 
     def _linear(self, linear: LinearSpec, layer: int) -> Linear:
-        name = tensor_name(linear.name, layer)
+        name = linear.at(layer)
         if self._packed is not None and self._packed.has(name):
             bias = self.tensor(f"{name}.bias") if linear.bias else None
             return Linear(name, self._packed.linear(layer, linear), bias)
-        stored = name if linear.stored is None else tensor_name(linear.stored, layer)
-        rows = slice(linear.first_row, linear.first_row + linear.n)
-        bias = self.tensor(f"{stored}.bias")[rows] if linear.bias else None
-        return Linear(name, self.tensor(f"{stored}.weight")[rows], bias)
+        weight = self.tensor(linear.weight_name(layer))
+        bias = self.tensor(linear.bias_name(layer)) if linear.bias else None
+        if linear.experts:
+            weight, bias = weight[linear.expert], None if bias is None else bias[linear.expert]
+        weight = _rows(linear, weight.T if linear.transposed else weight)
+        return Linear(name, weight, None if bias is None else _rows(linear, bias))
 
     def require_unquantized(self) -> None:
         """ValueError for a packed checkpoint: what the sweep reads must not be packed."""
@@ -152,6 +196,9 @@ class Checkpoint:
         FormatError when it is missing or broken.
         """
         path = self.path / "tokenizer.json"
+        if not path.is_file() and self.file is not None:
+            raise FormatError(f"{path}: no such file; put tokenizer.json and tokenizer_config.json "
+                              f"of the model that {self.file.name} was made of beside it")
         if not path.is_file():
             raise FormatError(
                 f"{path}: no such file; slow tokenizers (tokenizer.model) are not read. Save a "
@@ -163,6 +210,7 @@ class Checkpoint:
             raise FormatError(f"{path}: {error}") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        add_tokens(tokenizer, self)
         return tokenizer
 
     def encode(self, text: str, special: bool = True) -> NDArray[np.int64]:
@@ -174,7 +222,13 @@ class Checkpoint:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("text: expected valid Unicode, found a lone surrogate") from None
-        ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=special).ids, np.int64)
+        try:
+            found = self.tokenizer.encode(text, add_special_tokens=special).ids
+        except BaseException as error:  # the library raises Exception itself, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise FormatError(f"{self.path / 'tokenizer.json'}: {error}") from None
+        ids = np.asarray(found, np.int64)
         outside = ids[ids >= self.spec.vocab]
         if outside.size:
             token = self.tokenizer.id_to_token(int(outside[0]))
@@ -201,58 +255,90 @@ class Checkpoint:
         s, files = self.spec, len({info.path for info in self.tensors.values()})
         quant = f", {self.quant_config.scheme}" if self.quant_config else ""
         return (
-            f"Checkpoint({self.path.name!r}, {s.family}, {s.layers} layers, hidden "
+            f"Checkpoint({(self.file or self.path).name!r}, {s.family}, {s.layers} layers, hidden "
             f"{s.hidden}, {s.parameters / 1e6:.1f}M parameters, {self.dtype}{quant}, "
             f"{files} file{'s' if files > 1 else ''})"
         )
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder as save_pretrained or singlequant writes it: config.json, *.safetensors.
+def open_model(model: str | Path | Checkpoint) -> Checkpoint:
+    """A Checkpoint as it is; a path is opened."""
+    return model if isinstance(model, Checkpoint) else load_checkpoint(model)
+
+
+def _rows(linear: LinearSpec, stored: NDArray[Any]) -> NDArray[Any]:
+    """The linear's rows [n, ...] of a tensor that holds others' too; a view where they adjoin."""
+    count = linear.n // linear.blocks
+    blocks = stored.reshape(linear.blocks, -1, *stored.shape[1:])
+    rows = blocks[:, linear.first_row : linear.first_row + count]
+    return np.ascontiguousarray(rows.reshape(linear.n, *stored.shape[1:]))
+
+
+def load_checkpoint(path: str | Path, dequantize: bool = False) -> Checkpoint:
+    """Opens a folder as save_pretrained or singlequant writes it: config.json, *.safetensors. Or
+    a GGUF file, with tokenizer.json beside it.
+
+    dequantize: read weights that GPTQ, AWQ or compressed-tensors quantized as 16-bit ones, instead
+    of refusing them (docs/checkpoints.md).
 
     All names, types, shapes and offsets are checked here, before any weight is read. FormatError
     names the file, what was expected and what was found. Values are checked when they are used.
     """
     folder = Path(path)
+    if folder.is_file():
+        return _open_file(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
     source = folder / "config.json"
-    config = read_json(source)
+    config = language_config(read_json(source))
+    quantization = find_quantization(config, folder, dequantize)
+    if quantization is not None:
+        config = {key: value for key, value in config.items()
+                  if key not in ("quantization_config", "compression_config")}
     header = parse_quantization(config.get("quantization_config"), str(source))
-    if header is not None and header.spec is not None:
-        spec = header.spec
-    else:
-        spec = find_family(config, str(source)).spec(config, str(source))
+    family = None if header and header.spec else find_family(config, str(source))
+    spec = header.spec if family is None else family.spec(config, str(source))
+    opened = open_tensors(folder, spec, family.respelled if family else None, quantization)
+    if family is not None and family.experts:  # they are stored in more than one way
+        spec = family.spec(config, str(source), opened.files.__contains__)
     checkpoint = Checkpoint(folder, config, spec, None if header is None else header.config,
-                            TensorFiles(find_tensors(folder)))
+                            opened.files)
+    extras = _check_tensors(checkpoint)
+    silent, reported = sort_extras(spec, config, checkpoint.tensors, extras, opened.outside,
+                                   opened.unneeded)
+    warn_of(folder, reported)
+    return replace(checkpoint, ignored_tensors=(*silent, *reported))
+
+
+def _open_file(path: Path) -> Checkpoint:
+    """The model of a GGUF file."""
+    from .gguf_file import open_gguf
+
+    model = open_gguf(path)
+    checkpoint = Checkpoint(path.parent, model.config, model.spec, None, model.files, file=path)
     _check_tensors(checkpoint)
     return checkpoint
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Compares the tensors' headers with the spec, both ways."""
+def _check_tensors(checkpoint: Checkpoint) -> set[str]:
+    """Compares the tensors' headers with the spec. The names that the spec does not explain."""
     folder, tensors, spec = checkpoint.path, checkpoint.tensors, checkpoint.spec
     packed, known = checkpoint._packed, set()
+    if not checkpoint._has_table(spec.head):
+        require_head(folder, spec, tensors)
     if packed is not None:
+        known |= packed.check_tables()
         for i in range(min(spec.layers, len(tensors))):  # config.json may claim billions of layers
             for linear in spec.layer(i).linears.values():
-                name = tensor_name(linear.name, i)
+                name = linear.at(i)
                 if packed.has(name):
                     known |= packed.check_linear(name, linear.n, linear.k)
     for name, shape in spec.tensors():
-        if f"{name.removesuffix('.weight')}.weight_packed" not in known:
+        module = name.removesuffix(".weight")
+        if not {f"{module}.weight_packed", f"{module}.weight_codes"} & known:
             check_tensor(folder, tensors, name, WEIGHT_DTYPES, shape)
             known.add(name)
     if packed is not None:
         for i in range(spec.layers):
             known |= packed.check_layer(i)
-    family = FAMILIES.get(spec.family)
-    ignored = family.ignored_tensors if family else ()
-    if spec.tied:
-        ignored += (f"{spec.head}.weight",)  # some write the tied head as well
-    for name in sorted(set(tensors) - known):
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
-            raise FormatError(
-                f"{tensors[name].path}: {name}: unexpected tensor: not part of a "
-                f"{spec.family} with {spec.layers} layers as config.json describes it"
-            )
+    return set(tensors) - known

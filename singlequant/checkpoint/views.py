@@ -24,16 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..models.spec import LayerSpec, ModelSpec
+from ..models.spec import NORM_PLACES, LayerSpec, ModelSpec, NormSpec
 from ..rows import ROWS_PER_BLOCK, float32_blocks, require_finite
 from ..tensors import DTYPES, TensorInfo
-from ..weights import LayerWeights, Linear, Norm
+from ..weights import Dense, LayerWeights, Linear, Norm, norm_tensors
 
 __all__ = [
     "DenseRotation",
     "RandomizedHadamard",
     "ResidualCheckpoint",
     "ValueCheckpoint",
+    "View",
     "require_commuting",
 ]
 
@@ -96,7 +97,7 @@ def _orthogonal(matrix: NDArray[np.floating], name: str) -> NDArray[np.float64]:
 # ---- the views ----------------------------------------------------------------------------------
 
 
-class _View:
+class View:
     """What the views of an unquantized Checkpoint, `source`, share."""
 
     source: Any
@@ -107,6 +108,31 @@ class _View:
     def path(self):
         """The source's folder: tokenizer and other files are copied from there."""
         return self.source.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's config.json."""
+        return self.source.config
+
+    @property
+    def dtype(self) -> str:
+        """The source's element type."""
+        return self.source.dtype
+
+    @property
+    def embedding(self) -> NDArray[Any]:
+        """The source's embedding [vocab, hidden]."""
+        return self.source.embedding
+
+    @property
+    def head(self) -> NDArray[Any]:
+        """The source's head [vocab, hidden]."""
+        return self.source.head
+
+    @property
+    def final_norm(self) -> Norm:
+        """The source's last norm."""
+        return self.source.final_norm
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -143,6 +169,11 @@ class _View:
         """Token ids [count] of a text, by the source's tokenizer."""
         return self.source.encode(text, special)
 
+    @property
+    def outer(self) -> dict[str, NDArray[Any]]:
+        """The tensors outside the layers by name."""
+        return self.source.outer
+
     def layer(self, i: int) -> LayerWeights:
         """Layer i by role, rotated. IndexError beyond the last."""
         kept = self.__dict__.get("_kept")
@@ -166,7 +197,7 @@ class _View:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ResidualCheckpoint(_View):
+class ResidualCheckpoint(View):
     """An unquantized Checkpoint seen through a rotation of its residual stream.
 
     It takes a Checkpoint's place in calibrate, quantize, ModelWriter and Model. Tensors are float32
@@ -235,28 +266,49 @@ class ResidualCheckpoint(_View):
     def head(self) -> NDArray[np.float32]:
         """[vocab, hidden]: W diag(g) Q, g the last norm's weight."""
         norm = self.source.final_norm
-        scale = _float64(norm.weight, f"{norm.name}.weight")
+        scale = self._scale(norm, self.spec.final_norm)
         return _frozen(self._inputs(self.source.head, f"{self.spec.head}.weight", scale))
 
     @property
     def final_norm(self) -> Norm:
         """Ones: the weight is folded into the head."""
-        return self._ones(self.source.final_norm)
+        return self._ones(self.source.final_norm, self.spec.final_norm)
 
-    def _ones(self, norm: Norm) -> Norm:
-        return Norm(norm.name, _frozen(np.ones(self.spec.hidden, np.float32)), None)
+    @property
+    def outer(self) -> dict[str, NDArray[Any]]:
+        """The tensors outside the layers by name."""
+        spec = self.spec
+        own = {f"{spec.embed}.weight": self.embedding, f"{spec.head}.weight": self.head}
+        return {**self.source.outer, **own, **norm_tensors(self.final_norm)}
+
+    def _scale(self, norm: Norm, spec: NormSpec) -> NDArray[np.float64]:
+        """What a norm multiplies by."""
+        return _float64(norm.weight, f"{norm.name}.weight") + spec.offset
+
+    def _ones(self, norm: Norm, spec: NormSpec) -> Norm:
+        """The norm that multiplies by 1."""
+        ones = np.full(self.spec.hidden, 1 - spec.offset, np.float32)
+        return Norm(norm.name, _frozen(ones), None)
 
     def _layer(self, i: int) -> LayerWeights:
-        source = self.source.layer(i)
-        scales = {place: _float64(norm.weight, f"{norm.name}.weight")
-                  for place, norm in source.norms.items()}
+        source, norms = self.source.layer(i), self.spec.layer(i).norms
+        scales = {place: self._scale(norm, norms[place]) for place, norm in source.norms.items()
+                  if place in NORM_PLACES}
         linears = {}
         for site in self.spec.layer(i).sites.values():
             for role in site.roles:
-                scale = scales.get(site.producer) if site.reads == "residual" else None
+                scale = scales[site.norm] if site.reads == "residual" else None
                 linears[role] = self._linear(i, role, source.linears[role], scale)
-        norms = {place: self._ones(norm) for place, norm in source.norms.items()}
-        return LayerWeights(i, norms, linears)
+        ones = {place: self._ones(norm, norms[place]) if place in scales else norm
+                for place, norm in source.norms.items()}
+        dense = {key: self._router(tensor, scales["before_mlp"])
+                 if key in ("router", "shared_router") else tensor
+                 for key, tensor in source.dense.items()}
+        return LayerWeights(i, ones, linears, dense=dense)
+
+    def _router(self, tensor: Dense, norm: NDArray[np.float64]) -> Dense:
+        """A router, which reads what the MLP would."""
+        return Dense(tensor.name, _frozen(self._inputs(tensor.array, tensor.name, norm)))
 
     def _linear(
         self, i: int, role: str, linear: Linear, norm: NDArray[np.float64] | None
@@ -313,17 +365,20 @@ def require_commuting(spec: ModelSpec) -> None:
 
 
 def _require_commuting(spec: ModelSpec, layer: LayerSpec) -> None:
-    plain = all(norm.kind == "rms" and not norm.offset and not norm.bias
-                for norm in (spec.final_norm, *layer.norms.values()))
-    before = all(site.producer for site in layer.sites.values() if site.reads == "residual")
-    if not plain or not before or any(place.startswith("after") for place in layer.norms):
+    norms = [spec.final_norm, *(n for place, n in layer.norms.items() if place in NORM_PLACES)]
+    plain = all(n is not None and n.kind == "rms" and n.weight and not n.bias for n in norms)
+    before = all(site.norm for site in layer.sites.values() if site.reads == "residual")
+    outer = spec.positions or spec.embed_norm or spec.embed_width
+    heads = "v" in layer.linears and not layer.attention.qkv_clip
+    after = any(place.startswith("after") for place in layer.norms)
+    if not plain or not before or outer or not heads or after:
         raise ValueError(f"checkpoint: expected RMSNorms in front of attention and MLP alone, as a "
                          f"rotation of the residual stream needs them, found others "
                          f"({spec.family})")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ValueCheckpoint(_View):
+class ValueCheckpoint(View):
     """An unquantized Checkpoint whose value heads are rotated by a Hadamard, and nothing else.
 
     v becomes v H head by head, and o's columns take it back: what the cache holds of a value then
@@ -337,16 +392,6 @@ class ValueCheckpoint(_View):
     def __post_init__(self) -> None:
         self.source.require_unquantized()
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The source's config.json."""
-        return self.source.config
-
-    @property
-    def dtype(self) -> str:
-        """The source's element type."""
-        return self.source.dtype
-
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Type and size of the tensors by name; those of v and o are float32."""
@@ -359,21 +404,6 @@ class ValueCheckpoint(_View):
     def fingerprint(self) -> str:
         """sha256 of the source's fingerprint and what is done to it."""
         return hashlib.sha256(self.source.fingerprint.encode() + b"hadamard values").hexdigest()
-
-    @property
-    def embedding(self) -> NDArray[Any]:
-        """The source's embedding [vocab, hidden]."""
-        return self.source.embedding
-
-    @property
-    def head(self) -> NDArray[Any]:
-        """The source's head [vocab, hidden]."""
-        return self.source.head
-
-    @property
-    def final_norm(self) -> Norm:
-        """The source's last norm."""
-        return self.source.final_norm
 
     def _layer(self, i: int) -> LayerWeights:
         source = self.source.layer(i)

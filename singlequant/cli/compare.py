@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from ..config import SCHEMES, WEIGHTS, QuantConfig
 from ..methods.registry import METHODS
-from .shared import add_command, integers, names, progress_bar
+from .shared import (
+    add_calibration,
+    add_command,
+    add_dequantize,
+    add_table_bits,
+    integers,
+    names,
+    progress_bar,
+    writing_part,
+)
 
 if TYPE_CHECKING:
     from ..study.compare import CompareOptions
@@ -23,15 +32,18 @@ def add(commands) -> None:
     c.add_argument("model", metavar="MODEL", type=Path)
     c.add_argument("--methods", type=names, metavar="A,B",
                    help=f"among {', '.join(METHODS)} (default: all that need no extra)")
-    c.add_argument("--schemes", type=names, metavar="A,B", default=["w4a4", "w4a8"],
-                   help=f"among {', '.join(SCHEMES)} (default w4a4,w4a8)")
+    c.add_argument("--schemes", type=names, metavar="A,B", default=["w4a8", "w4a4"],
+                   help=f"among {', '.join(SCHEMES)} (default w4a8,w4a4)")
     c.add_argument("--weights", type=names, metavar="A,B", default=["rtn"],
                    help=f"rounding of every method, among {', '.join(WEIGHTS)} (default rtn)")
     c.add_argument("--clip", type=float, metavar="R", default=1.0,
                    help="share of a token's largest activation that every method's codes reach "
                         "(default %(default)g)")
+    c.add_argument("--bits", type=float, metavar="B", default=4.0,
+                   help="bits of every method's weights on average, 4 to 8 (default %(default)g)")
     c.add_argument("--group-size", type=int, metavar="G", default=0,
                    help="inputs that share a weight scale (default 0: the whole output channel)")
+    add_table_bits(c)
     c.add_argument("--learned", type=Path, metavar="FILE",
                    help="rotations of method spinquant, instead of learning them")
     c.add_argument("--no-default", action="store_true",
@@ -42,17 +54,18 @@ def add(commands) -> None:
                    help="tokens of a window (default: the model's maximum, 2048 at most)")
     c.add_argument("--windows", type=int, metavar="N",
                    help="evaluate on the first N windows of each text (default: all)")
-    c.add_argument("--calibration", type=Path, metavar="FILE",
-                   help="UTF-8 text (default: a bundled one)")
+    add_calibration(c)
     c.add_argument("--calibration-tokens", type=int, metavar="N",
                    help=f"default {defaults.calibration_tokens}")
     c.add_argument("--seeds", type=integers, metavar="N,M", default=[0],
                    help="draws of the calibration windows, a row each (default 0)")
     c.add_argument("--tasks", type=names, metavar="A,B", default=[],
-                   help="zero-shot tasks of lm-evaluation-harness")
+                   help="zero-shot tasks of lm-evaluation-harness, paired with the original "
+                        "question by question")
     c.add_argument("--task-folder", type=Path, metavar="DIR", help="where local tasks are")
     c.add_argument("--out", type=Path, metavar="DIR",
                    help="keep the packed models and the finished rows here; a rerun goes on")
+    add_dequantize(c)
     c.add_argument("--csv", type=Path, metavar="FILE")
     c.add_argument("--json", type=Path, metavar="FILE",
                    help="rows and machine; without --out, a rerun goes on from FILE.partial")
@@ -63,8 +76,9 @@ def options_from(arguments: argparse.Namespace, rows_file: Path | None) -> Compa
     """The comparison that the command line asks for."""
     from ..study.compare import CompareOptions
 
-    same = ("methods", "schemes", "weights", "clip", "group_size", "seq_len", "windows",
-            "calibration", "calibration_tokens", "seeds", "tasks", "task_folder", "out", "learned")
+    same = ("methods", "schemes", "weights", "clip", "bits", "group_size", "seq_len",
+            "windows", "calibration", "calibration_tokens", "seeds", "tasks", "task_folder", "out",
+            "learned", "head_bits", "embedding_bits")
     return CompareOptions(**{name: getattr(arguments, name) for name in same},
                           texts=arguments.text, rows_file=rows_file,
                           defaults=not arguments.no_default)
@@ -72,6 +86,7 @@ def options_from(arguments: argparse.Namespace, rows_file: Path | None) -> Compa
 
 def run(arguments: argparse.Namespace) -> None:
     """What the parsed command line asks for."""
+    from ..checkpoint.folder import load_checkpoint
     from ..files import check_file, check_picture
     from ..study.compare import compare
 
@@ -83,8 +98,10 @@ def run(arguments: argparse.Namespace) -> None:
     partial = None
     if arguments.json and not arguments.out:
         partial = arguments.json.with_name(arguments.json.name + ".partial")
+    options = options_from(arguments, partial)
+    model = load_checkpoint(arguments.model, arguments.dequantize)
     with progress_bar("comparing", "step") as update:
-        result = compare(arguments.model, options_from(arguments, partial), progress=update)
+        result = compare(model, options, progress=update, writing=writing_part(update))
     print(result)
     if arguments.csv:
         print(f"written     {result.to_csv(arguments.csv)}")

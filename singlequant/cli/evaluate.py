@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from .shared import add_command, add_kv_bits, names, progress_bar
+from .shared import add_command, add_dequantize, add_kv_bits, names, progress_bar
 
 
 def add(commands) -> None:
@@ -19,6 +19,8 @@ def add(commands) -> None:
     c.add_argument("--text", type=Path, metavar="FILE", help="perplexity on this text")
     c.add_argument("--seq-len", type=int, metavar="N",
                    help="tokens of a window (default: the model's maximum, 2048 at most)")
+    c.add_argument("--windows", type=int, metavar="N",
+                   help="the first N windows of the text (default: all)")
     c.add_argument("--reference", type=Path, metavar="MODEL",
                    help="also print the divergence from this model on the text")
     c.add_argument("--tasks", metavar="A,B",
@@ -27,8 +29,12 @@ def add(commands) -> None:
                         "needs pip install 'singlequant[evaluation]'")
     c.add_argument("--task-folder", type=Path, metavar="DIR",
                    help="YAML task files of your own, with local data")
+    c.add_argument("--against", type=Path, metavar="MODEL",
+                   help="also run the tasks on this model, and print the difference from it, "
+                        "question by question, with its standard error")
     c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
     add_kv_bits(c)
+    add_dequantize(c)
     c.add_argument("--json", action="store_true", help="print JSON alone")
 
 
@@ -37,22 +43,40 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.open import load
 
     check_eval(arguments)
-    model = load(arguments.model, arguments.kv_bits)
+    model = load(arguments.model, arguments.kv_bits, arguments.dequantize)
     result = evaluate_text(model, arguments) if arguments.text else None
-    tasks = evaluate_named_tasks(model, arguments) if arguments.tasks is not None else None
+    tasks, original, paired = None, None, {}
+    if arguments.tasks is not None:
+        tasks, original, paired = score_named_tasks(model, arguments)
     if arguments.json:
+        from ..harness import differences_json
+
         printed = {"kv_bits": model.kv_bits} | (result.to_json() if result else {})
-        print(json.dumps(printed | ({"tasks": tasks} if tasks else {}), allow_nan=False))
+        printed |= {"tasks": tasks} if tasks else {}
+        if original is not None:
+            printed |= {"original": original, "paired": differences_json(paired)}
+        print(json.dumps(printed, allow_nan=False))
         return
     print(f"kv_bits         {model.kv_bits}")
     if result:
         print_evaluation(result)
     for task, metrics in (tasks or {}).items():
-        for name, value in metrics.items():
-            if "_stderr" not in name:
-                error = metrics.get(stderr_name(name))
-                spread = "" if error is None else f" +- {error:.4f}"
-                print(f"{task:<24} {name:<16} {value:.4f}{spread}")
+        print_task(task, metrics, (original or {}).get(task, {}), paired.get(task, {}))
+
+
+def print_task(task: str, metrics, original, paired) -> None:
+    """A line per metric: its value, the original's, and the paired difference of the two."""
+    for name, value in metrics.items():
+        if "_stderr" in name:
+            continue
+        error = metrics.get(stderr_name(name))
+        spread = "" if error is None else f" +- {error:.4f}"
+        line = f"{task:<24} {name:<16} {value:.4f}{spread}"
+        if name in original:
+            line += f"  original {original[name]:.4f}"
+        if name in paired:
+            line += f"  difference {paired[name]} ({paired[name].questions} questions, paired)"
+        print(line)
 
 
 def check_eval(arguments: argparse.Namespace) -> None:
@@ -61,28 +85,34 @@ def check_eval(arguments: argparse.Namespace) -> None:
         raise ValueError("eval: expected --text FILE, --tasks A,B or both")
     needs = {"--reference": ("--text", arguments.reference, arguments.text),
              "--seq-len": ("--text", arguments.seq_len, arguments.text),
+             "--windows": ("--text", arguments.windows, arguments.text),
              "--task-folder": ("--tasks", arguments.task_folder, arguments.tasks),
+             "--against": ("--tasks", arguments.against, arguments.tasks),
              "--limit": ("--tasks", arguments.limit, arguments.tasks)}
     for option, (needed, given, there) in needs.items():
         if given is not None and there is None:
             raise ValueError(f"{option}: needs {needed}")
+    if arguments.windows is not None and arguments.windows < 1:
+        raise ValueError(f"--windows: expected at least 1, found {arguments.windows}")
 
 
 def evaluate_text(model, arguments: argparse.Namespace):
     """Perplexity, and divergence from --reference, on --text: an Evaluation."""
     from ..runtime.open import load
     from ..study.evaluate import default_seq_len, perplexity, split_windows
-    from ..sweep.texts import read_text
+    from ..sweep.text_file import first_tokens
 
-    text = read_text(arguments.text)
-    reference = load(arguments.reference) if arguments.reference else None
+    reference = None
+    if arguments.reference:
+        reference = load(arguments.reference, dequantize=arguments.dequantize)
     limit = model.spec.max_position_embeddings
     if arguments.seq_len and arguments.seq_len > limit:
         print(f"singlequant: warning: --seq-len {arguments.seq_len} is beyond the model's "
               f"max_position_embeddings, {limit}", file=sys.stderr)
     seq_len = default_seq_len(model) if arguments.seq_len is None else arguments.seq_len
+    count = None if arguments.windows is None else arguments.windows * seq_len
+    tokens = first_tokens(model.encode, arguments.text, count)
     try:  # what is wrong with the text is said under its file's name
-        tokens = model.encode(text)
         split_windows(tokens, seq_len)
     except ValueError as error:
         raise ValueError(f"{arguments.text}: {error}") from None
@@ -100,12 +130,18 @@ def print_evaluation(result) -> None:
         print(f"top1_agreement  {result.top1_agreement:.4f}")
 
 
-def evaluate_named_tasks(model, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Metrics of --tasks, by task."""
-    from ..harness import evaluate_tasks
+def score_named_tasks(model, arguments: argparse.Namespace):
+    """(metrics of --tasks, those of --against or None, the paired differences), by task."""
+    from .. import harness
+    from ..runtime.open import load
 
-    return evaluate_tasks(model, names(arguments.tasks), arguments.task_folder,
-                          arguments.limit, progress=sys.stderr.isatty())
+    how = (names(arguments.tasks), arguments.task_folder, arguments.limit, sys.stderr.isatty())
+    if arguments.against is None:
+        return harness.evaluate_tasks(model, *how), None, {}
+    original = load(arguments.against, dequantize=arguments.dequantize)
+    found, expected = (harness.score_tasks(scored, *how) for scored in (model, original))
+    paired = harness.paired_differences(found.answers, expected.answers)
+    return found.metrics, expected.metrics, paired
 
 
 def stderr_name(metric: str) -> str:

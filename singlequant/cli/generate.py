@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
-from .shared import add_command, add_kv_bits
+from .shared import add_command, add_dequantize, add_kv_bits
+
+RENDER_OPTIONS = {"checkpoint", "messages", "tools"}  # have a place of their own
 
 
 def add(commands) -> None:
@@ -22,7 +26,13 @@ def add(commands) -> None:
     c.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default): off")
     c.add_argument("--seed", type=int, default=0, metavar="N")
     c.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    c.add_argument("--system", metavar="TEXT", help="with --chat: a system message in front")
+    c.add_argument("--tools", type=Path, metavar="FILE",
+                   help="with --chat: a JSON list of tools that the model may call")
+    c.add_argument("--chat-template-kwargs", metavar="JSON",
+                   help="with --chat: variables of the template, as '{\"enable_thinking\": false}'")
     add_kv_bits(c)
+    add_dequantize(c)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,9 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
         "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed,
     }
     check_sampling(**sampling)
-    model = load(arguments.model, arguments.kv_bits)
+    system, options = chat_options(arguments)
+    model = load(arguments.model, arguments.kv_bits, arguments.dequantize)
     if arguments.chat:
-        prompts = [model.chat_tokens([{"role": "user", "content": p}]) for p in arguments.prompt]
+        prompts = [model.chat_tokens([*system, {"role": "user", "content": p}], **options)
+                   for p in arguments.prompt]
         shown = [""] * len(prompts)
     else:
         prompts = [model.encode(p).tolist() for p in arguments.prompt]
@@ -56,4 +68,40 @@ def run(arguments: argparse.Namespace) -> None:
         waiting = ""
 
     model.generate(prompts[0], **sampling, on_token=show)
-    print(waiting)
+    print(waiting + to_text.finish())
+
+
+def chat_options(arguments: argparse.Namespace) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """(messages in front of the prompt, options of `Model.chat_tokens`); ValueError without --chat.
+    """
+    given = {"--system": arguments.system, "--tools": arguments.tools,
+             "--chat-template-kwargs": arguments.chat_template_kwargs}
+    for option, value in given.items():
+        if value is not None and not arguments.chat:
+            raise ValueError(f"{option}: expected --chat beside it, found none")
+    options: dict[str, Any] = {}
+    if arguments.chat_template_kwargs is not None:
+        options = parse_json(arguments.chat_template_kwargs, "--chat-template-kwargs", dict)
+        reserved = options.keys() & RENDER_OPTIONS
+        if reserved:
+            raise ValueError(f"--chat-template-kwargs: expected variables of the template, found "
+                             f"{', '.join(sorted(reserved))}")
+    if arguments.tools is not None:
+        text = arguments.tools.read_bytes()
+        options["tools"] = parse_json(text, str(arguments.tools), list)
+        if not all(isinstance(tool, dict) for tool in options["tools"]):
+            raise ValueError(f"{arguments.tools}: expected a JSON list of objects")
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    return system, options
+
+
+def parse_json(text: str | bytes, source: str, kind: type) -> Any:
+    """The JSON list or object in text. ValueError names the source."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: expected JSON, found: {error}") from None
+    if not isinstance(value, kind):
+        word = {dict: "object", list: "list"}[kind]
+        raise ValueError(f"{source}: expected a JSON {word}, found {type(value).__name__}")
+    return value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config import SCHEMES, QuantConfig
 from ..methods.registry import METHODS
-from .shared import add_command, progress_bar
+from .shared import add_calibration, add_command, add_dequantize, progress_bar
 
 
 def add(commands) -> None:
@@ -31,8 +31,7 @@ def add(commands) -> None:
                    help=f"bits of the activations (default {defaults.scheme}, or OUT's)")
     c.add_argument("--clip", type=float, metavar="R",
                    help="share of a token's largest activation that the codes reach")
-    c.add_argument("--calibration", type=Path, metavar="FILE",
-                   help="UTF-8 text (default: a bundled one)")
+    add_calibration(c)
     c.add_argument("--calibration-tokens", type=int, metavar="N",
                    help=f"default {defaults.calibration_tokens}, or OUT's")
     c.add_argument("--layer", type=int, metavar="I", help="this layer alone, from 0")
@@ -47,6 +46,7 @@ def add(commands) -> None:
     c.add_argument("--surface", type=Path, metavar="FILE",
                    help="|activation| over tokens and channels in 3-D, of the site whose peak is "
                         "largest among those asked for")
+    add_dequantize(c)
     c.add_argument("--csv", type=Path, metavar="FILE", help="every row and figure")
     c.add_argument("--json", action="store_true", help="print JSON alone")
 
@@ -64,12 +64,16 @@ def run(arguments: argparse.Namespace) -> None:
         files.check_file(arguments.csv)
     names = ("scheme", "clip", "calibration_tokens")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
-    config = outliers.own_config(load_checkpoint(arguments.model))
+    model = load_checkpoint(arguments.model, arguments.dequantize)
+    original = arguments.original
+    if original is not None and model.quantized:
+        original = load_checkpoint(original, arguments.dequantize)
+    config = outliers.own_config(model)
     thresholds = {n: getattr(arguments, n) for n in ("massive", "normal")
                   if getattr(arguments, n) is not None}
     with progress_bar("inspecting", "layer") as update:
         result = outliers.inspect_model(
-            arguments.model, arguments.method, arguments.original,
+            model, arguments.method, original,
             dataclasses.replace(config, **given), arguments.calibration, arguments.layer,
             arguments.site, **thresholds, surface=arguments.surface is not None, progress=update)
     if arguments.csv is not None:
@@ -86,6 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_inspection(result) -> None:
     """The table of sites, that of steps, and what the columns are."""
+    from ..rotations import factors_text, poor_factors
     from ..study.inspect import site_table, step_table
 
     print(f"{result.model}: {result.bits}-bit activations, clip {result.clip:g}, weights "
@@ -93,9 +98,14 @@ def print_inspection(result) -> None:
     print(site_table(result))
     print("\nafter each step: means over the layers, sums of MO and NO\n")
     print(step_table(result))
+    factors = poor_factors({row.site: row.channels for row in result.rows})
+    if factors:
+        print(f"\nno short factors: {factors_text(factors)}: rotated less well and more slowly")
     print(f"""
 MO>T         entries beyond T times the median magnitude; largest: the largest over the median
 NO           channels beyond {result.normal:g} x the token's rms in {result.normal_share:.0%} of \
 the tokens
 utilization  entropy of the codes / {result.bits} bits; fill: mean|x| / (max / 2)
-errors       relative, squared: of the quantized activations; of the linears' outputs""")
+errors       relative, squared: of the quantized activations; of the linears' outputs
+balance dB   predicted gain of the outputs' signal over noise by the rms balance; behind a Hadamard
+align dB     the same by aligning activations and weights, of which a balance is the diagonal""")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .. import _C
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if getattr(parsed, "threads", None) is not None:
             _C.set_num_threads(parsed.threads)
-        parsed.run(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            parsed.run(parsed)
     except KeyboardInterrupt:
         print("singlequant: interrupted", file=sys.stderr)
         return 130
@@ -54,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"singlequant: {describe(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """A warning as one line on standard error."""
+    print(f"singlequant: warning: {message}", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:

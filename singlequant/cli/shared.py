@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from ..config import KV_BITS
+from ..config import DEFAULT_TABLE_BITS, KV_BITS, TABLE_BITS
 
 
 def add_command(commands, name: str, run: Callable, help_text: str) -> argparse.ArgumentParser:
@@ -25,6 +26,36 @@ def add_kv_bits(command: argparse.ArgumentParser) -> None:
                               "not quantized)")
 
 
+def add_dequantize(command: argparse.ArgumentParser) -> None:
+    """The option --dequantize of commands that read a model."""
+    command.add_argument("--dequantize", action="store_true",
+                         help="read a folder that GPTQ, AWQ or compressed-tensors quantized as "
+                              "16-bit weights, instead of refusing it")
+
+
+def add_table_bits(c: argparse.ArgumentParser) -> None:
+    """The options about embedding and head."""
+    c.add_argument("--head-bits", type=int, choices=TABLE_BITS,
+                   help=f"bits of the head; 16 leaves it as it is (default {DEFAULT_TABLE_BITS}; "
+                        "where the head is the embedding: as --embedding-bits)")
+    c.add_argument("--embedding-bits", type=int, choices=TABLE_BITS,
+                   help=f"bits of the embedding, likewise (default {DEFAULT_TABLE_BITS}; where it "
+                        "is the head: as --head-bits)")
+
+
+def add_calibration(command: argparse.ArgumentParser) -> None:
+    """The option --calibration; a str, as a Path would make ./self of it the word self."""
+    command.add_argument("--calibration", metavar="FILE|self|mixed",
+                         help="UTF-8 text (default: a bundled one); self = text that the "
+                              "unquantized model writes, mixed = half of it the bundled one; "
+                              "./self is a file of that name")
+
+
+def writing_part(bar: ProgressBar) -> Callable[[int, int], None]:
+    """The part of a bar while the model writes its calibration text."""
+    return bar.part("writing calibration text", "token")
+
+
 def names(text: str) -> list[str]:
     """The parts of 'a,b'."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -35,15 +66,33 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in names(text)]
 
 
+class ProgressBar:
+    """A progress callback (done, total) that draws a bar with the time left."""
+
+    def __init__(self, bar: Any, what: str, unit: str) -> None:
+        self._bar = bar  # of tqdm
+        self._shown = self._own = what, unit
+
+    def __call__(self, done: int, total: int) -> None:
+        self._show(self._own, done, total)
+
+    def part(self, what: str, unit: str) -> Callable[[int, int], None]:
+        """The callback of work before or between, which has the bar while it lasts."""
+        return lambda done, total: self._show((what, unit), done, total)
+
+    def _show(self, shown: tuple[str, str], done: int, total: int) -> None:
+        if shown != self._shown:
+            self._shown = self._bar.desc, self._bar.unit = shown
+            self._bar.miniters = 0  # what it learned was of other steps
+            self._bar.reset(total)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
 @contextlib.contextmanager
-def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str, unit: str) -> Iterator[ProgressBar]:
     """A progress callback (done, total) that draws a bar with the time left on standard error."""
     from tqdm import tqdm
 
     with tqdm(desc=what, unit=unit, leave=False, disable=None) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update
+        yield ProgressBar(bar, what, unit)

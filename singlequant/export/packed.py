@@ -5,29 +5,43 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from .. import _C
 from .._C import FormatError
-from ..config import QuantConfig
+from ..config import KV_DTYPES, QuantConfig
 from ..models.config_json import Fields
-from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
-from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor
-from ..tensors import TensorFiles, TensorInfo, check_tensor
-from ..weights import PackedLinear, QuantizedLayer, int8_problem, packed_words
+from ..models.spec import LinearSpec, ModelSpec, Site
+from ..models.spec_json import model_json, model_spec
+from ..rotations import FACTOR_DENSE_MAX, BlockRotation, Factor, SiteRotation
+from ..tensors import DTYPE_NAMES, TensorFiles, TensorInfo, check_tensor
+from ..weights import (
+    TABLE_DTYPES,
+    WEIGHT_BITS,
+    PackedLinear,
+    PackedTable,
+    QuantizedLayer,
+    int8_problem,
+    packed_words,
+    table_shapes,
+)
 
 QUANT_METHOD = "singlequant"  # quantization_config.quant_method
 FORMAT_VERSION = 2  # quantization_config.format_version of what is written
 READABLE_VERSIONS = (1, 2)
 
 PACKED_PARTS = {"weight_packed": "I32", "weight_scale": "F32", "weight_shape": "I64"}
+TABLE_PARTS = ("weight_codes", "weight_scale")
+GROUP_SCALES = ("BF16", "F32")  # types of weight_scale where groups share a scale
 CHAIN_PARTS = {"chain": "I64", "pairs": "I32", "angles": "F64"}
 FACTOR_PARTS = ("left", "right")
+ALIGN = "align"  # blocks in front of the factors; the right one may be absent then
 BLOCK_PARTS = {"first": "F32", "permutation": "I32", "second": "F32"}
 
 
@@ -47,11 +61,19 @@ def int8_name(layer: int, site: str) -> str:
     return f"model.layers.{layer}.activations.{site}.high"
 
 
+def bits_name(linear: str) -> str:
+    """Tensor of the bits of a linear's weights; absent where they are 4."""
+    return f"{linear}.weight_bits"
+
+
 # ---- what is written ----------------------------------------------------------------------------
 
 
 def quantization_json(config: QuantConfig, spec: ModelSpec) -> dict[str, Any]:
     """config.json's quantization_config."""
+    tables = config.table_bits(spec)
+    bits = {"embedding_bits": tables.get(spec.embed),
+            "head_bits": tables.get(spec.embed if spec.tied else spec.head)}
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -71,7 +93,9 @@ def quantization_json(config: QuantConfig, spec: ModelSpec) -> dict[str, Any]:
         },
         "ignore": list(config.ignore),
         "kv_bits": config.kv_bits,
-        "model": spec.to_json(),
+        **({"kv_dtype": config.kv_dtype} if config.kv_dtype != KV_DTYPES[0] else {}),
+        **{key: count for key, count in bits.items() if count is not None},
+        "model": model_json(spec),
     }
 
 
@@ -87,13 +111,45 @@ def factor_tensors(name: str, factor: Factor, transpose: bool) -> dict[str, NDAr
     return {name: np.ascontiguousarray(matrix.T if transpose else matrix)}
 
 
+def outer_tensors(
+    tensors: Mapping[str, NDArray[Any]], bits: Mapping[str, int]
+) -> dict[str, NDArray[Any]]:
+    """The tensors outside the layers as they are stored. bits: `QuantConfig.table_bits`."""
+    stored = dict(tensors)
+    for name, count in bits.items():
+        table = PackedTable.of(stored.pop(f"{name}.weight"), count, name)
+        parts = (f"{name}.{part}" for part in TABLE_PARTS)
+        stored |= zip(parts, (table.codes, table.scales), strict=True)
+    return stored
+
+
+def rotation_tensors(layer: int, site: str, rotation: SiteRotation) -> dict[str, NDArray[Any]]:
+    """A site's factors, and the blocks of its alignment if inference multiplies by them."""
+    left, right, align = rotation.merged
+    tensors = factor_tensors(rotation_name(layer, site, "left"), left, transpose=False)
+    if right is not None:
+        tensors |= factor_tensors(rotation_name(layer, site, "right"), right, transpose=True)
+    if rotation.online:
+        tensors[rotation_name(layer, site, ALIGN)] = align.stored()
+    return tensors
+
+
+def stored_scales(linear: PackedLinear) -> NDArray[Any]:
+    """The scales as stored: those of groups in bfloat16 where that changes none, else float32."""
+    if linear.group and not (linear.scales.view(np.uint32) & 0xFFFF).any():
+        return linear.scales.astype(bfloat16)
+    return linear.scales
+
+
 def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArray[Any]]:
     """All tensors of a layer's shard by name."""
     tensors = dict(layer.dense)
     for name, linear in layer.packed.items():
         tensors[f"{name}.weight_packed"] = linear.words
-        tensors[f"{name}.weight_scale"] = linear.scales
+        tensors[f"{name}.weight_scale"] = stored_scales(linear)
         tensors[f"{name}.weight_shape"] = np.array(linear.shape, np.int64)
+        if linear.bits != 4:
+            tensors[bits_name(name)] = np.array([linear.bits], np.int64)
     for site, rotation in layer.rotations.items():
         if rotation.is_identity:
             continue
@@ -103,9 +159,7 @@ def layer_tensors(layer: QuantizedLayer, config: QuantConfig) -> dict[str, NDArr
                 names, (rotation.first, rotation.permutation, rotation.second), strict=True
             )
         else:
-            left, right = (rotation_name(layer.index, site, side) for side in ("left", "right"))
-            tensors |= factor_tensors(left, rotation.left, transpose=False)
-            tensors |= factor_tensors(right, rotation.right, transpose=True)
+            tensors |= rotation_tensors(layer.index, site, rotation)
     for site, clip in layer.clips.items():
         if np.float32(clip) != np.float32(config.activation_clip):
             tensors[clip_name(layer.index, site)] = np.array([clip], np.float32)
@@ -143,10 +197,15 @@ def parse_quantization(values: Any, source: str) -> PackedHeader | None:
             f"{' or '.join(map(str, READABLE_VERSIONS))}, found {version!r:.80}"
         )
     config = _parse_config(values, source)
-    if version == 1:
-        return PackedHeader(config, None)
+    if version == 1:  # there were no codes of embedding and head
+        return PackedHeader(replace(config, head_bits=16, embedding_bits=16), None)
     model = Fields(values, source, "quantization_config.").object("model")
-    return PackedHeader(config, ModelSpec.from_fields(model))
+    spec = model_spec(model)
+    try:
+        config.settled(spec.tied)
+    except ValueError as error:
+        raise FormatError(f"{source}: quantization_config: {error}") from None
+    return PackedHeader(config, spec)
 
 
 def _parse_config(values: Mapping[str, Any], source: str) -> QuantConfig:
@@ -155,7 +214,10 @@ def _parse_config(values: Mapping[str, Any], source: str) -> QuantConfig:
     weights = weights if isinstance(weights, dict) else {}
     activations = activations if isinstance(activations, dict) else {}
     ignore = values.get("ignore")
+    tables = {key: values.get(key, 16) for key in ("head_bits", "embedding_bits")}
     try:
+        if None in tables.values():  # in a recipe it means the default
+            raise ValueError(f"head_bits, embedding_bits: expected numbers, found {tables}")
         config = QuantConfig(
             scheme=values.get("scheme", ""),
             method=values.get("method", ""),
@@ -164,6 +226,8 @@ def _parse_config(values: Mapping[str, Any], source: str) -> QuantConfig:
             clip=activations.get("clip", 0),
             ignore=tuple(ignore) if isinstance(ignore, list) else ignore,
             kv_bits=values.get("kv_bits"),
+            kv_dtype=values.get("kv_dtype", KV_DTYPES[0]),
+            **tables,
         )
     except (ValueError, TypeError) as error:
         raise FormatError(f"{source}: quantization_config: {error}") from None
@@ -192,6 +256,7 @@ class PackedReader:
     ) -> None:
         self._folder, self._files, self._infos = folder, files, files.infos
         self._spec, self._config = spec, config
+        self._table_bits = config.table_bits(spec)
 
     # headers, before any value is read
 
@@ -200,7 +265,7 @@ class PackedReader:
         return f"{linear}.weight_packed" in self._infos
 
     def check_linear(self, linear: str, n: int, k: int) -> set[str]:
-        """The three tensors of a packed linear; returns their names."""
+        """The tensors of a packed linear; returns their names."""
         group = self._config.group_size or k
         if f"{linear}.weight" in self._infos:
             raise FormatError(
@@ -210,10 +275,42 @@ class PackedReader:
             raise FormatError(
                 f"{self._folder}: {linear}: group_size: expected a divisor of {k}, found {group}"
             )
-        shapes = ((n, packed_words(k)), (n, k // group), (2,))
+        shapes = ((n, packed_words(k, self._bits(linear))), (n, k // group), (2,))
         for (part, dtype), expected in zip(PACKED_PARTS.items(), shapes, strict=True):
-            self._check(f"{linear}.{part}", dtype, expected)
-        return {f"{linear}.{part}" for part in PACKED_PARTS}
+            grouped = part == "weight_scale" and self._config.group_size
+            self._check(f"{linear}.{part}", *GROUP_SCALES if grouped else (dtype,), shape=expected)
+        bits = {bits_name(linear)} & set(self._infos)
+        return {f"{linear}.{part}" for part in PACKED_PARTS} | bits
+
+    def _bits(self, linear: str) -> int:
+        """Bits of a packed linear's weights; they say how large its words are."""
+        name = bits_name(linear)
+        if name not in self._infos:
+            return 4
+        info = self._check(name, "I64", shape=(1,))
+        (bits,) = _read_integers(info, 1)
+        if bits not in WEIGHT_BITS or bits == 4:
+            expected = " or ".join(map(str, WEIGHT_BITS[1:]))
+            raise FormatError(f"{info.path}: {name}: expected {expected}, found {bits}")
+        return bits
+
+    def has_table(self, name: str) -> bool:
+        """Whether the embedding or head of that name is stored in codes, as the header says."""
+        return name in self._table_bits
+
+    def check_tables(self) -> set[str]:
+        """The tensors of embedding and head in codes; returns their names."""
+        known: set[str] = set()
+        for name, bits in self._table_bits.items():
+            if f"{name}.weight" in self._infos:
+                raise FormatError(f"{self._folder}: {name}: expected weight_codes alone, as it has "
+                                  f"{bits} bits, found weight too")
+            dtypes = (DTYPE_NAMES[TABLE_DTYPES[bits]], "BF16")
+            shapes = table_shapes(self._spec.vocab, self._spec.width, bits)
+            for part, dtype, shape in zip(TABLE_PARTS, dtypes, shapes, strict=True):
+                self._check(f"{name}.{part}", dtype, shape=shape)
+                known.add(f"{name}.{part}")
+        return known
 
     def check_layer(self, layer: int) -> set[str]:
         """Rotations, clips and 8-bit inputs of a layer's sites; returns their tensors' names."""
@@ -222,14 +319,14 @@ class PackedReader:
             for name, dtype in ((clip_name(layer, site.name), "F32"),
                                 (int8_name(layer, site.name), "I64")):
                 if name in self._infos:
-                    self._check(name, dtype, (1,))
+                    self._check(name, dtype, shape=(1,))
                     known.add(name)
             if self._has_rotation(layer, site.name):
                 known |= self._check_rotation(layer, site.name, site.k)
         return known
 
-    def _check(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-        return check_tensor(self._folder, self._infos, name, (dtype,), shape)
+    def _check(self, name: str, *dtypes: str, shape: tuple[int, ...]) -> TensorInfo:
+        return check_tensor(self._folder, self._infos, name, dtypes, shape)
 
     def _has_rotation(self, layer: int, site: str) -> bool:
         parts = ("left", "left_chain", "first")
@@ -238,15 +335,30 @@ class PackedReader:
     def _check_rotation(self, layer: int, site: str, k: int) -> set[str]:
         if rotation_name(layer, site, "first") in self._infos:
             return self._check_blocks(layer, site, k)
-        (left, names), (right, others) = (
-            self._check_factor(rotation_name(layer, site, side)) for side in ("left", "right")
-        )
+        left, names = self._check_factor(rotation_name(layer, site, "left"))
+        if rotation_name(layer, site, ALIGN) in self._infos:
+            names |= self._check_align(layer, site, k)
+            if not self._has_factor(layer, site, "right") and k % left == 0:
+                return names
+        right, others = self._check_factor(rotation_name(layer, site, "right"))
         if left * right != k:
             raise FormatError(
                 f"{self._folder}: {rotation_name(layer, site, 'left')}: expected orders whose "
                 f"product is {k}, found {left} x {right}"
             )
         return names | others
+
+    def _has_factor(self, layer: int, site: str, side: str) -> bool:
+        name = rotation_name(layer, site, side)
+        return name in self._infos or f"{name}_chain" in self._infos
+
+    def _check_align(self, layer: int, site: str, k: int) -> set[str]:
+        """The tensor of an alignment: square blocks whose order divides k."""
+        name = rotation_name(layer, site, ALIGN)
+        found = self._infos[name].shape
+        b = found[-1] if found and found[-1] and k % found[-1] == 0 else 1
+        check_tensor(self._folder, self._infos, name, ("F16", "F32"), (k // b, b, b))
+        return {name}
 
     def _check_blocks(self, layer: int, site: str, k: int) -> set[str]:
         """The tensors of a block rotation: square blocks whose order divides k."""
@@ -256,7 +368,7 @@ class PackedReader:
         blocks = (k // b, b, b)
         for name, dtype, shape in zip(names, BLOCK_PARTS.values(), (blocks, (k,), blocks),
                                       strict=True):
-            self._check(name, dtype, shape)
+            self._check(name, dtype, shape=shape)
         return set(names)
 
     def _check_factor(self, name: str) -> tuple[int, set[str]]:
@@ -265,7 +377,7 @@ class PackedReader:
         if f"{name}_chain" not in infos:
             info = infos.get(name)
             order = info.shape[0] if info and info.shape else 1
-            info = self._check(name, "F32", (order, order))
+            info = self._check(name, "F32", shape=(order, order))
             if order > FACTOR_DENSE_MAX:
                 raise FormatError(
                     f"{info.path}: {name}: expected an order of at most {FACTOR_DENSE_MAX}, "
@@ -275,8 +387,8 @@ class PackedReader:
         steps = infos[f"{name}_angles"].shape[0] if f"{name}_angles" in infos else 0
         shapes = ((2,), (steps, 2), (steps,))
         for (part, dtype), expected in zip(CHAIN_PARTS.items(), shapes, strict=True):
-            self._check(f"{name}_{part}", dtype, expected)
-        order, hadamard = _read_pair(infos[f"{name}_chain"])
+            self._check(f"{name}_{part}", dtype, shape=expected)
+        order, hadamard = _read_integers(infos[f"{name}_chain"], 2)
         if order <= FACTOR_DENSE_MAX or hadamard not in (0, 1):
             raise FormatError(
                 f"{infos[f'{name}_chain'].path}: {name}_chain: expected (order above "
@@ -288,17 +400,25 @@ class PackedReader:
 
     def linear(self, layer: int, linear: LinearSpec) -> PackedLinear:
         """A packed linear whose header was checked; checks the stored shape, scales and tail."""
-        name, shape = tensor_name(linear.name, layer), (linear.n, linear.k)
+        name, shape = linear.at(layer), (linear.n, linear.k)
         words, scales, stored = (self._files.view(f"{name}.{part}") for part in PACKED_PARTS)
+        scales = scales if scales.dtype == np.float32 else _C.to_float32(scales)
         if tuple(stored.tolist()) != shape:
             raise self._error(f"{name}.weight_shape", list(shape), stored.tolist())
         if not np.isfinite(scales).all() or scales.min() < 0:
             raise self._error(f"{name}.weight_scale", "finite scales of at least 0", "others")
-        k, groups = shape[1], scales.shape[1]
-        used = 4 * (k % 8)
-        if used and np.any(words[:, -1].view(np.uint32) >> used != 0x88888888 >> used):
+        k, groups, bits = shape[1], scales.shape[1], self._bits(name)
+        used, zeros = k * bits % 32, _C.pack(np.zeros((1, k), np.int8), bits).view(np.uint32)
+        if used and np.any(words[:, -1].view(np.uint32) >> used != zeros[0, -1] >> used):
             raise self._error(f"{name}.weight_packed", "code 0 in the tail of each row", "others")
-        return PackedLinear(words, scales, shape, k // groups if groups > 1 else 0)
+        return PackedLinear(words, scales, shape, k // groups if groups > 1 else 0, bits)
+
+    def table(self, name: str) -> PackedTable:
+        """An embedding or a head whose header was checked; checks the stored scales."""
+        codes, scales = (self._files.view(f"{name}.{part}") for part in TABLE_PARTS)
+        if not np.isfinite(scales).all():
+            raise self._error(f"{name}.weight_scale", "finite scales", "others")
+        return PackedTable(codes, scales, (self._spec.vocab, self._spec.width))
 
     def rotations(self, layer: int) -> dict[str, _C.Rotation]:
         """The rotations of a layer by site; a site without one is absent."""
@@ -321,11 +441,14 @@ class PackedReader:
         sides = BLOCK_PARTS if blocks else FACTOR_PARTS
         names = [rotation_name(layer, site.name, part) for part in sides]
         parts = [self._files.view(name) if blocks else self._factor(name) for name in names]
+        align = rotation_name(layer, site.name, ALIGN)
         try:
             if blocks:
                 return _C.Rotation.blocks(*parts)
             if isinstance(parts[1], np.ndarray):  # stored as what rows are multiplied by
                 parts[1] = np.ascontiguousarray(parts[1].T)
+            if align in self._infos:
+                parts.append(_C.to_float32(self._files.view(align)))
             return _C.Rotation(site.k, *parts)
         except ValueError as error:  # `part: expected ..., got ...`
             part, _, problem = str(error).partition(": ")
@@ -335,9 +458,11 @@ class PackedReader:
             raise FormatError(f"{info.path}: {name}: {problem}") from None
 
     def _factor(self, name: str) -> Any:
-        """Dense float32 [order, order] as stored, or (order, hadamard, pairs, angles)."""
+        """Dense float32 [order, order] as stored, or (order, hadamard, pairs, angles); or None."""
         if name in self._infos:
             return self._files.view(name)
+        if f"{name}_chain" not in self._infos:  # merged into the blocks of an alignment
+            return None
         chain, pairs, angles = (self._files.view(f"{name}_{part}") for part in CHAIN_PARTS)
         order, hadamard = chain.tolist()
         return order, bool(hadamard), pairs, angles
@@ -366,8 +491,8 @@ class PackedReader:
         return FormatError(f"{self._infos[name].path}: {name}: expected {expected}, found {found}")
 
 
-def _read_pair(info: TensorInfo) -> tuple[int, int]:
-    """The two int64 of a checked tensor, read without mapping its file."""
+def _read_integers(info: TensorInfo, count: int) -> tuple[int, ...]:
+    """The int64 [count] of a checked tensor, read without mapping its file."""
     with info.path.open("rb") as file:
         file.seek(info.begin)
-        return struct.unpack("<2q", file.read(16))
+        return struct.unpack(f"<{count}q", file.read(8 * count))

@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -22,17 +23,17 @@ from safetensors import SafetensorError, safe_open
 from ..config import QuantConfig
 from ..files import read_json, whole_file, write_file
 from ..methods.registry import METHODS
-from ..models.spec import LinearSpec, Site, tensor_name
+from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
 from ..tensors import write_safetensors
 from ..weights import (
+    WEIGHT_BITS,
     PackedLinear,
     QuantizedLayer,
     int8_problem,
-    norm_tensors,
-    packed_words,
     packing_problem,
+    table_shapes,
 )
-from .packed import FORMAT_VERSION, layer_tensors, quantization_json
+from .packed import FORMAT_VERSION, layer_tensors, outer_tensors, quantization_json
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["ModelWriter", "estimate_size"]
 
 RECIPE_FILE = "recipe.json"
+# float16 ends at 65504. The keys and values of a calibration text are not the largest of all texts:
+# beyond half of that, the cache takes bfloat16.
+KV_FLOAT16_LARGEST = 65504 / 2
+WIDE_CACHE_FILE = "kv-bfloat16"  # in OUT.partial: a layer had such keys or values
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,8 +54,21 @@ COPIED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+
+
+COPIED_FOLDERS = {"additional_chat_templates": "*.jinja"}  # and which of their files
+
+
+def copied_files(folder: Path) -> list[str]:
+    """Files beside the weights that a packed folder keeps, relative to the folder."""
+    names = [name for name in COPIED_FILES if (folder / name).is_file()]
+    for name, pattern in COPIED_FOLDERS.items():
+        found = sorted((folder / name).glob(pattern))
+        names += [f"{name}/{file.name}" for file in found if file.is_file()]
+    return names
 
 
 # ---- files that are whole or not there ----------------------------------------------------------
@@ -58,7 +76,17 @@ COPIED_FILES = (
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     with whole_file(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
+        file.write(_json_bytes(values))
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any]:
+    """config.json of the folder that config makes of checkpoint."""
+    quantization = quantization_json(config, checkpoint.spec)
+    return {**checkpoint.config, "quantization_config": quantization}
 
 
 def _sync_folder(path: Path) -> None:
@@ -94,8 +122,11 @@ class ModelWriter:
         *,
         resume: bool = False,
         provenance: Mapping[str, Any] | None = None,
+        bits: Mapping[str, int] | None = None,
     ) -> None:
-        """provenance: JSON values that a resumed run must share, such as a hash of the text."""
+        """provenance: JSON values that a resumed run must share, such as a hash of the text. bits:
+        of the weights by linear, likewise; those of absent linears are 4."""
+        config = config.settled(checkpoint.spec.tied)
         self._out, self._checkpoint, self._config = Path(out), checkpoint, config
         self._resume = resume
         check_run(self._out, checkpoint, config)
@@ -110,6 +141,7 @@ class ModelWriter:
             "layers": checkpoint.spec.layers,
             "source_sha256": checkpoint.fingerprint,
             "provenance": dict(provenance or {}),
+            **({"bits": dict(bits)} if bits else {}),
         }
 
     def __enter__(self) -> ModelWriter:
@@ -149,7 +181,10 @@ class ModelWriter:
         self._take_lock()
         if not self._resume or not recipe.is_file():
             for file in self._partial.iterdir():
-                file.unlink()
+                if file.name in COPIED_FOLDERS:
+                    shutil.rmtree(file)
+                else:
+                    file.unlink()
             return
         try:
             _compare_recipes(recipe, read_json(recipe), self._recipe)
@@ -183,16 +218,17 @@ class ModelWriter:
         return set(self._finished)
 
     def _write_outer(self) -> None:
-        """Embedding, head and final norm, as they are."""
-        c = self._checkpoint
-        tensors = {f"{c.spec.embed}.weight": c.embedding, **norm_tensors(c.final_norm)}
-        if not c.spec.tied:
-            tensors[f"{c.spec.head}.weight"] = c.head
-        write_safetensors(self._partial / shard_name(1, self._total), tensors)
+        """The tensors outside the layers: embedding and head in the config's bits, all else as it
+        is."""
+        bits = self._config.table_bits(self._checkpoint.spec)
+        write_safetensors(self._partial / shard_name(1, self._total),
+                          outer_tensors(self._checkpoint.outer, bits))
 
     def write_layer(self, layer: QuantizedLayer) -> None:
         """Writes one layer's shard. ValueError if the layer is not what config and model ask."""
         _check_layer(layer, self._checkpoint, self._config)
+        if layer.kv_largest > KV_FLOAT16_LARGEST:
+            write_file(self._partial / WIDE_CACHE_FILE, b"")  # a resumed run does not see it again
         write_safetensors(self._layer_path(layer.index), layer_tensors(layer, self._config))
         self._finished.add(layer.index)
 
@@ -205,15 +241,20 @@ class ModelWriter:
                 f"gives its layers only once)"
             )
         _write_json(self._partial / "model.safetensors.index.json", self._index())
-        quantization = quantization_json(self._config, self._checkpoint.spec)
-        values = {**self._checkpoint.config, "quantization_config": quantization}
-        _write_json(self._partial / "config.json", values)
-        for name in COPIED_FILES:
-            if (self._checkpoint.path / name).is_file():
-                write_file(self._partial / name, (self._checkpoint.path / name).read_bytes())
+        config, wide = self._config, self._partial / WIDE_CACHE_FILE
+        if wide.exists():
+            config = replace(config, kv_dtype="bfloat16")
+        _write_json(self._partial / "config.json", _packed_config(self._checkpoint, config))
+        for name in copied_files(self._checkpoint.path):
+            (self._partial / name).parent.mkdir(exist_ok=True)
+            write_file(self._partial / name, (self._checkpoint.path / name).read_bytes())
+        for name in COPIED_FOLDERS:
+            if (self._partial / name).is_dir():
+                _sync_folder(self._partial / name)
         _sync_folder(self._partial)
         self._refuse_existing()
         os.rename(self._partial, self._out)
+        (self._out / WIDE_CACHE_FILE).unlink(missing_ok=True)  # not before: a kill would lose it
         self._made_parents = []
         _sync_folder(self._out.parent)
         self._release_lock()
@@ -288,13 +329,17 @@ def check_run(out: Path | None, checkpoint: Checkpoint, config: QuantConfig) -> 
     if out is not None:
         if out.name in ("", ".."):
             raise ValueError(f"OUT: expected the name of a new folder, found {str(out)!r}")
-        if out.parent.resolve().is_relative_to(checkpoint.path.resolve()):
+        inside = out.parent.resolve().is_relative_to(checkpoint.path.resolve())
+        if inside and (checkpoint.path / "config.json").is_file():  # not beside a GGUF file
             raise ValueError(f"OUT: expected a folder outside of {checkpoint.path}, found {out}")
+    config.settled(checkpoint.spec.tied)
     names = [name for name, _ in _linears(checkpoint)]
-    names += [checkpoint.spec.head, checkpoint.spec.embed]  # left alone as it is
+    last = names[-1]
+    names += _left_alone(checkpoint.spec)
     for pattern in config.ignore:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"ignore: {pattern!r} matches no linear of the model")
+            raise ValueError(f"ignore: {pattern!r} matches no linear of the model; the last layer "
+                             f"has such as {last}")
     for name, linear in packed_linears(checkpoint, config).items():
         problem = packing_problem(name, linear.k, config)
         if problem:
@@ -305,7 +350,16 @@ def _linears(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearSpec]]:
     """(name, spec) of every linear of the model."""
     for i in range(checkpoint.spec.layers):
         for linear in checkpoint.spec.layer(i).linears.values():
-            yield tensor_name(linear.name, i), linear
+            yield linear.at(i), linear
+
+
+def _left_alone(spec: ModelSpec) -> Iterator[str]:
+    """What is never packed as a linear, and may be named by `ignore` all the same: embedding and
+    head, which then keep their bits, and what recipes of others name."""
+    yield from (spec.head, spec.embed)
+    for i in range(spec.layers):
+        for tensor in spec.layer(i).dense.values():
+            yield tensor_name(tensor.name, i).removesuffix(".weight")
 
 
 def packed_linears(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, LinearSpec]:
@@ -319,7 +373,7 @@ def _check_layer(layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantCon
     if not 0 <= i < checkpoint.spec.layers:
         raise ValueError(f"layer: expected 0 to {checkpoint.spec.layers - 1}, found {i}")
     spec = checkpoint.spec.separate()
-    names = {tensor_name(linear.name, i): linear for linear in spec.layer(i).linears.values()}
+    names = {linear.at(i): linear for linear in spec.layer(i).linears.values()}
     packed = {name: (x.n, x.k) for name, x in names.items() if not config.ignores(name)}
     dense = {name: shape for name, shape in spec.layer_tensors(i)
              if name.removesuffix(".weight") not in packed or not name.endswith(".weight")}
@@ -367,17 +421,24 @@ def _check_shapes(
 def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
     """Bytes of the folder that config would make of checkpoint, within a few percent."""
     spec, packed = checkpoint.spec.separate(), packed_linears(checkpoint, config)
-    copies = [checkpoint.path / name for name in COPIED_FILES]
-    total = sum(path.stat().st_size for path in copies if path.is_file())
+    total = sum((checkpoint.path / n).stat().st_size for n in copied_files(checkpoint.path))
+    total += len(_json_bytes(_packed_config(checkpoint, config)))
     folded, method = _folded_tensors(checkpoint, config), METHODS[config.method]
-    usual = checkpoint.tensors[f"{spec.embed}.weight"]
+    usual, tables = checkpoint.tensors[f"{spec.embed}.weight"], config.table_bits(spec)
     for name, shape in spec.tensors():
-        total += 160  # its header entry and its line of the index
+        entry = 2 * len(name) + 105  # in the header of its shard, and its line of the index
         linear = name.removesuffix(".weight")
+        total += entry
         if linear in packed and linear != name:
             n, k = shape
             groups = k // config.group_size if config.group_size else 1
-            total += 4 * n * (packed_words(k) + groups) + 16 + 320
+            scale_bytes = 2 if config.group_size else 4
+            total += n * (int(k * config.bits) // 8 + scale_bytes * groups) + 16 + 2 * entry
+            if config.bits > WEIGHT_BITS[0]:  # weight_bits, and the linear's line of the recipe
+                total += 8 + entry + len(name)
+        elif linear in tables:
+            codes, scales = table_shapes(*shape, tables[linear])
+            total += prod(codes) + 2 * prod(scales) + entry
         elif name in folded:
             total += 4 * prod(shape)
         else:

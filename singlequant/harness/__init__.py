@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zero-shot tasks through lm-evaluation-harness: its face of a Model, and tasks of local files.
+"""Zero-shot tasks through lm-evaluation-harness: its face of a Model, tasks of local files, and
+differences of two models question by question.
 
 Nothing here imports lm_eval until a task is run or `SingleQuantLM` is asked for.
 """
@@ -9,11 +10,29 @@ from __future__ import annotations
 from typing import Any
 
 from .adapter import Adapter, model_class
-from .run import evaluate_tasks
+from .paired import (
+    Answers,
+    PairedDifference,
+    TaskScores,
+    differences_json,
+    paired_differences,
+)
+from .run import evaluate_tasks, score_tasks
 from .scoring import score_continuations
 from .tasks import bundled_tasks
 
-__all__ = ["SingleQuantLM", "bundled_tasks", "evaluate_tasks", "score_continuations"]  # noqa: F822
+__all__ = [
+    "Answers",
+    "PairedDifference",
+    "SingleQuantLM",  # noqa: F822
+    "TaskScores",
+    "bundled_tasks",
+    "differences_json",
+    "evaluate_tasks",
+    "paired_differences",
+    "score_continuations",
+    "score_tasks",
+]
 
 _Adapter = Adapter  # its name before the module was a package
 

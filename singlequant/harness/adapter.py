@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import logging
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.model import Model, render_chat
+from ..checkpoint.chat import ChatTemplateError, reads_roles, render_chat
+from ..checkpoint.special_tokens import special_tokens
+from ..runtime.model import Model
 from ..runtime.open import load
 from .scoring import score_continuations
 
@@ -29,6 +32,7 @@ class Adapter:
     SingleQuantLM(sq.load(DIR)) or SingleQuantLM(path="DIR"); by name, model="singlequant" with
     model_args="path=DIR". max_length: tokens of the longest input (default: the model's maximum).
     Batches are made by tokens: batch_size is accepted and has no effect. progress shows bars.
+    chat_template_args and enable_thinking go to the chat template, as with the harness's own hf.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class Adapter:
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if (model is None) == (path is None):
@@ -54,6 +60,9 @@ class Adapter:
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length: expected 1 to {limit}, got {max_length}")
         self.progress = progress
+        self.chat_template_args = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self.chat_template_args["enable_thinking"] = enable_thinking
 
     @property
     def eot_token_id(self) -> int:
@@ -71,11 +80,10 @@ class Adapter:
     @functools.cached_property
     def _bos_token_id(self) -> int | None:
         checkpoint = self.model.checkpoint
-        if not checkpoint.tokenizer_config:
-            return checkpoint.config.get("bos_token_id")
-        token = checkpoint.tokenizer_config.get("bos_token")
-        token = token["content"] if isinstance(token, dict) else token
-        return None if token is None else self.model.tokenizer.token_to_id(token)
+        token = special_tokens(checkpoint).named.get("bos_token")
+        if token is not None:
+            return self.model.tokenizer.token_to_id(token)
+        return None if checkpoint.tokenizer_config else checkpoint.config.get("bos_token_id")
 
     @property
     def tokenizer_name(self) -> str:
@@ -98,12 +106,21 @@ class Adapter:
         """A conversation under the folder's chat template.
 
         Without add_generation_prompt the last message, the assistant's, stays open: the text that
-        follows continues it.
+        follows continues it. A template that reads no roles has no turn for an assistant, so the
+        generation prompt opens it. A template that refuses system messages goes without them.
         """
-        if add_generation_prompt:
-            return render_chat(self.model.checkpoint, chat_history)
-        opened = render_chat(self.model.checkpoint, chat_history[:-1])
-        return opened + chat_history[-1]["content"]
+        checkpoint = self.model.checkpoint
+        if not add_generation_prompt and not reads_roles(checkpoint):
+            return self.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
+        variables = {**self.chat_template_args, "continue_final_message": not add_generation_prompt}
+        try:
+            return render_chat(checkpoint, chat_history, **variables)
+        except ChatTemplateError:
+            others = [message for message in chat_history if message.get("role") != "system"]
+            if len(others) == len(chat_history):
+                raise
+            logger.warning("the chat template refused the messages: without the system's now")
+            return render_chat(checkpoint, others, **variables)
 
     def loglikelihood(
         self, requests: list, disable_tqdm: bool = False
@@ -202,18 +219,26 @@ class Adapter:
     ) -> list[str]:
         """Texts behind a batch of prompts, each cut before its first stop string."""
         new: list[list[int]] = [[] for _ in prompts]
+        added = self.model.tokenizer.get_added_tokens_decoder().values()
+        names = [token.content for token in added if token.special]
+        special = [stop for stop in until if any(name in stop for name in names)]
 
-        def text(index: int) -> str:
-            return self.model.decode_after(prompts[index], new[index])
+        def text(index: int, count: int | None = None, special: bool = False) -> str:
+            return self.model.decode_after(prompts[index], new[index][:count], special)
 
         def stopped(index: int, token: int) -> bool:
             new[index].append(token)
-            return bool(until) and any(stop in text(index) for stop in until)
+            return (bool(until) and any(stop in text(index) for stop in until)
+                    or bool(special) and _first(text(index, special=True), special) is not None)
 
         self.model.generate(prompts, **sampling, seed=seed, on_token=stopped)
-        texts = [text(i) for i in range(len(prompts))]
-        for stop in until:
-            texts = [t.split(stop, 1)[0] for t in texts]
+        texts = []
+        for i, tokens in enumerate(new):
+            at = _first(text(i, special=True), special) if special else None
+            count = None if at is None else bisect.bisect_right(
+                range(1, len(tokens) + 1), at, key=lambda k, i=i: len(text(i, k, special=True)))
+            found = text(i, count)  # the tokens before a stop string of special ones
+            texts.append(found[: _first(found, until)])
         return texts
 
     def _bar(self, what: str, total: int, disabled: bool) -> Any:
@@ -221,6 +246,11 @@ class Adapter:
 
         return tqdm(desc=what, total=total, unit="request", leave=False,
                     disable=True if disabled or not self.progress else None)
+
+
+def _first(text: str, stops: list[str]) -> int | None:
+    """Where the first of the stop strings begins in text; None if there is none."""
+    return min((text.index(stop) for stop in stops if stop in text), default=None)
 
 
 def require_lm_eval() -> None:

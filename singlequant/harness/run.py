@@ -12,6 +12,7 @@ import numpy as np
 
 from ..runtime.model import Model
 from .adapter import model_class, require_lm_eval
+from .paired import TaskScores, answers_of, metric_name
 from .tasks import bundled_tasks, defined_name, is_local, local_configs, write_view
 
 BOOTSTRAP_ITERATIONS = 1000  # for the few metrics without a closed-form standard error
@@ -32,6 +33,24 @@ def evaluate_tasks(
     relative to the YAML file that names them. limit: documents per task. ValueError for an
     unknown task, ImportError without lm_eval.
     """
+    return _run(model, tasks, task_folder, limit, progress, by_question=False).metrics
+
+
+def score_tasks(
+    model: Model,
+    tasks: Sequence[str],
+    task_folder: str | Path | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> TaskScores:
+    """`evaluate_tasks`, and what the model scored on each question, for `paired_differences`."""
+    return _run(model, tasks, task_folder, limit, progress, by_question=True)
+
+
+def _run(
+    model: Model, tasks: Sequence[str], task_folder: str | Path | None, limit: int | None,
+    progress: bool, by_question: bool,
+) -> TaskScores:
     require_lm_eval()
     tasks = list(tasks)
     if not tasks:
@@ -43,18 +62,12 @@ def evaluate_tasks(
     folders = [bundled_tasks()] + ([] if task_folder is None else [Path(task_folder)])
     configs = local_configs(folders)
     with tempfile.TemporaryDirectory(prefix="singlequant-tasks-") as work, _quiet(not progress):
-        return _run(model, tasks, configs, Path(work), limit, progress)
+        manager = _task_manager(tasks, configs, Path(work))
+        return _scores(model, tasks, manager, limit, progress, by_question)
 
 
-def _run(
-    model: Model,
-    tasks: list[str],
-    configs: dict[Path, dict[str, Any]],
-    work: Path,
-    limit: int | None,
-    progress: bool,
-) -> dict[str, dict[str, float]]:
-    import lm_eval
+def _task_manager(tasks: list[str], configs: dict[Path, dict[str, Any]], work: Path) -> Any:
+    """lm_eval's TaskManager that finds the tasks. ValueError for one that it does not know."""
     from lm_eval.tasks import TaskManager
 
     write_view(work, configs)
@@ -66,17 +79,29 @@ def _run(
     if unknown:
         raise ValueError(f"tasks: expected names of lm-evaluation-harness or local ones "
                          f"({', '.join(sorted(local))}), got {', '.join(unknown)}")
+    return manager
+
+
+def _scores(
+    model: Model, tasks: list[str], manager: Any, limit: int | None, progress: bool,
+    by_question: bool,
+) -> TaskScores:
+    import lm_eval
+
     results = lm_eval.simple_evaluate(
         model=model_class()(model, progress=progress), tasks=tasks, task_manager=manager,
-        limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
+        limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=by_question,
     )
-    return {task: _numbers(metrics) for task, metrics in results["results"].items()}
+    metrics = {task: _numbers(values) for task, values in results["results"].items()}
+    samples = results["samples"] if by_question else {}
+    return TaskScores(metrics, {task: answers_of(found, metrics.get(task, {}))
+                                for task, found in samples.items()})
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """'acc,none': 0.5 -> 'acc': 0.5; a filter other than none stays in the name."""
+    """'acc,none': 0.5 -> 'acc': 0.5, as `metric_name` has it."""
     return {
-        key.removesuffix(",none"): float(value)
+        metric_name(key): float(value)
         for key, value in metrics.items()
         if "," in key and isinstance(value, (int, float, np.number))
     }

@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import _C
 from . import singlequant
+from .align import align_bytes, align_site as align
 from .axes import (
     SWEEP_ORDER_MAX,
     SWEEP_ROUNDS,
@@ -24,9 +25,9 @@ from .axes import (
 )
 from .balance import rms_balance as balance
 
-__all__ = ["INT8_SHARE", "balance", "build", "online_bytes"]
+__all__ = ["INT8_SHARE", "align", "align_bytes", "balance", "build", "online_bytes"]
 
-INT8_SHARE = 1 / 8  # of the first axis's directions, the most energetic, that keep 8 bits
+INT8_SHARE = 1 / 4  # of the first axis's directions, the most energetic, that keep 8 bits
 
 
 def build(site: Site) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ALL_INPUTS = ("residual", "attention", "mlp")  # what a site may read: `Site.reads`
+ALL_INPUTS = ("residual", "latent", "attention", "mlp")  # what a site may read: `Site.reads`
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,14 @@ class Method:
     build(site, **options): builds the axes of an `axes.Site`, or returns a rotation of its own;
         needed where `rotates` names sites.
     balance(statistics): the balance [k] of a `SiteStatistics`; needed where `balances` names sites.
+    align(statistics): the `Alignment` of a `SiteStatistics`, or None; needed where `aligns` names
+        sites, as is align_bytes(reads, k): bytes that it adds to the stored rotation.
     online_bytes(k): bytes that the stored rotation of a site with k inputs takes; needed where
         `rotates` names sites.
     prepare(checkpoint, config, windows): the view of the checkpoint whose residual stream is
-        rotated in the weights; needed where `residual` is true.
+        rotated in the weights; needed where `residual` is true. With `samples` it takes recorded
+        activations, a `stream.StreamSamples`, in place of the windows. With `trains` the view has
+        trained weights instead.
     """
 
     name: str
@@ -35,7 +39,10 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)  # of build: variants share a module
     rotates: tuple[str, ...] = ALL_INPUTS  # sites that are rotated online, by what they read
     balances: tuple[str, ...] = ()  # sites whose inputs are balanced, by what they read
+    aligns: tuple[str, ...] = ()  # sites whose inputs and weights are aligned, by what they read
     residual: bool = False  # whether it rotates the residual stream inside the weights
+    samples: bool = False  # whether it finds that rotation from recorded activations
+    trains: bool = False  # whether it trains weights and scales
     int8_inputs: bool = False  # whether it keeps some inputs at 8 bits where others get 4
     extra: str | None = None  # the optional dependency that it needs: "torch"
 
@@ -44,7 +51,9 @@ class Method:
         """What it folds into the weights, which a packed folder does not tell apart; or None."""
         if self.residual:
             return "rotation of the residual stream"
-        return "balance" if self.balances else None
+        if self.trains:
+            return "training"
+        return "balance" if self.balances else "alignment" if self.aligns else None
 
     def implementation(self) -> Any:
         """The module that has its functions; imported at the first call."""
@@ -56,17 +65,28 @@ class Method:
 
     def online_bytes(self, reads: str, k: int) -> int:
         """Bytes of the stored rotation of a site with k inputs that reads `reads`."""
-        return self.implementation().online_bytes(k) if reads in self.rotates else 0
+        found = self.implementation().online_bytes(k) if reads in self.rotates else 0
+        if reads in self.aligns:
+            found += self.implementation().align_bytes(reads, k)
+        return found
 
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("balanced", "principal directions of the first axis, an eighth of them at 8 bits; H "
+        Method("balanced", "principal directions of the first axis, a quarter of them at 8 bits; H "
                "and 2 uniformity sweeps in the two parts apart, and on the second axis",
                "singlequant.methods.balanced", balances=ALL_INPUTS, int8_inputs=True),
-        Method("singlequant", "H on both axes, token-exact ART on both, then 2 uniformity sweeps "
-               "of each axis in turn", "singlequant.methods.singlequant"),
+        Method("aligned", "`balanced`, with value heads aligned in the weights of v and o, and "
+               "blocks of down's inputs online", "singlequant.methods.balanced",
+               balances=ALL_INPUTS, aligns=("attention", "mlp"), int8_inputs=True),
+        Method("aligned-o", "`aligned`, value heads alone", "singlequant.methods.balanced",
+               balances=ALL_INPUTS, aligns=("attention",), int8_inputs=True),
+        Method("aligned-down", "`aligned`, down's inputs alone", "singlequant.methods.balanced",
+               balances=ALL_INPUTS, aligns=("mlp",), int8_inputs=True),
+        Method("singlequant", "of three, what rounding harms least at the site: H on both axes; H "
+               "and 2 uniformity sweeps of each axis in turn; H, token-exact ART on both axes, "
+               "and the sweeps", "singlequant.methods.singlequant", {"art": "chosen"}),
         Method("paper", "first axis: ART on the sample's signed extremes (at most 25 % of the "
                "indices), then URT to flat; second axis: H, then URT to flat",
                "singlequant.methods.paper"),
@@ -76,15 +96,27 @@ METHODS: dict[str, Method] = {
         Method("random", "a random orthogonal matrix on each axis, of the seed",
                "singlequant.methods.random"),
         Method("quarot", "a randomized H of the residual stream and H of each value head in the "
-               "weights; online H", "singlequant.methods.quarot", rotates=("attention", "mlp"),
-               residual=True),
+               "weights; online H", "singlequant.methods.quarot",
+               rotates=("latent", "attention", "mlp"), residual=True),
         Method("spinquant", "learned rotations of the residual stream and of each value head in "
                "the weights; online H", "singlequant.methods.spinquant", rotates=("mlp",),
                residual=True, extra="torch"),
+        Method("kurtail", "rotations of the residual stream and of each value head in the weights "
+               "that have the least kurtosis; online H", "singlequant.methods.kurtail",
+               rotates=("mlp",), residual=True, samples=True),
+        Method("conqur", "rotations of the residual stream and of each value head in the weights "
+               "onto the corners of a cube; online H", "singlequant.methods.conqur",
+               rotates=("mlp",), residual=True, samples=True),
+        Method("cat", "symmetric alignment of blocks, then H on both axes",
+               "singlequant.methods.cat", aligns=ALL_INPUTS),
+        Method("wush", "alignment of blocks that makes them diagonal, then H of each block",
+               "singlequant.methods.wush", aligns=ALL_INPUTS),
         Method("duquant", "block rotations around a permutation", "singlequant.methods.duquant",
                balances=ALL_INPUTS),
         Method("smoothquant", "the balance alone", "singlequant.methods.smoothquant",
                rotates=(), balances=("residual",)),
+        Method("efficientqat", "weights and scales trained block by block, no rotation",
+               "singlequant.methods.efficientqat", rotates=(), trains=True, extra="torch"),
         Method("none", "nothing: plain rounding", None, rotates=()),
     )
 }
@@ -112,5 +144,6 @@ def methods_table() -> str:
 
 def _places(reads: tuple[str, ...]) -> str:
     """Sites by what they read, in words."""
-    words = {"residual": "q, k, v, gate, up", "attention": "o", "mlp": "down"}
+    words = {"residual": "q, k, v, gate, up", "latent": "q_b, kv_b", "attention": "o",
+             "mlp": "down"}
     return "all linears" if reads == ALL_INPUTS else ", ".join(words[r] for r in reads)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _C
 from ..config import INT8_STEP, QuantConfig
-from ..rotations import BlockRotation, LayerRotations, SiteRotation
+from ..rotations import Alignment, BlockRotation, LayerRotations, SiteRotation
 from ..statistics import LayerStatistics, SiteStatistics
 from .axes import Site
 from .registry import DEFAULT_METHOD, Method, find_method
@@ -39,10 +41,12 @@ def solve_site(
     if statistics.reads not in row.rotates:
         return Site(statistics).rotation(balance)
     if balance is not None:
-        statistics = replace(
-            statistics, sample=statistics.sample / balance, weights=statistics.weights * balance
-        )
-    return _built(statistics, row.build, seed, int8_step, balance)
+        statistics = balanced_statistics(statistics, balance)
+    align = site_alignment(statistics, row)
+    if align is None:
+        return _built(statistics, row.build, seed, int8_step, balance)
+    found = _built(aligned_statistics(statistics, align), row.build, seed, int8_step, None)
+    return replace(found, **_behind(balance, align))
 
 
 def site_balance(statistics: SiteStatistics, method: Method) -> NDArray[np.float32] | None:
@@ -50,6 +54,37 @@ def site_balance(statistics: SiteStatistics, method: Method) -> NDArray[np.float
     if statistics.reads not in method.balances or not statistics.foldable:
         return None
     return method.implementation().balance(statistics).astype(np.float32)
+
+
+def site_alignment(statistics: SiteStatistics, method: Method) -> Alignment | None:
+    """The alignment that the method gives a site with these (balanced) statistics, or None."""
+    if statistics.reads not in method.aligns:
+        return None
+    return method.implementation().align(statistics)
+
+
+def _behind(balance: NDArray[np.float32] | None, align: Alignment) -> dict[str, Any]:
+    """Balance and alignment of a rotation; a folded alignment takes the balance in."""
+    if balance is None or not align.folded:
+        return {"balance": balance, "align": align}
+    scale = balance.astype(np.float64).reshape(-1, align.matrices.shape[1], 1)
+    return {"balance": None,
+            "align": Alignment(align.matrices / scale, align.inverse_t * scale, folded=True)}
+
+
+def balanced_statistics(s: SiteStatistics, balance: NDArray[np.float32]) -> SiteStatistics:
+    """The statistics that a method builds from, of balanced inputs and weights."""
+    scale = balance.astype(np.float64).reshape(-1, s.block)
+    outer = scale[:, :, None] * scale[:, None, :]
+    return replace(s, sample=s.sample / balance, weights=s.weights * balance,
+                   gram=s.gram / outer, weight_gram=s.weight_gram * outer)
+
+
+def aligned_statistics(s: SiteStatistics, align: Alignment) -> SiteStatistics:
+    """The sample and the weights behind an alignment."""
+    x, w = (_C.Rotation(align.k, align=blocks.astype(np.float32))
+            for blocks in (align.matrices, align.inverse_t))
+    return replace(s, sample=_C.rotate(s.sample, x), weights=_C.rotate(s.weights, w))
 
 
 def _built(

@@ -12,13 +12,13 @@ import numpy as np
 
 from .. import _C
 from ..checkpoint.views import require_commuting
-from ..models.spec import LayerSpec, Site, tensor_name
+from ..models.spec import NORM_PLACES, LayerSpec, Site, tensor_name
 from .quarot import online_hadamard
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Network", "fake_quantize", "fused_linear"]
+__all__ = ["Network", "fake_quantize", "fused_linear", "load_network"]
 
 
 # ---- rounding -----------------------------------------------------------------------------------
@@ -92,9 +92,9 @@ class Network:
 
     transformers computes. Here the norms' weights are folded into the linears that read them, each
     linear gets another forward, and the inputs of linears are rounded. A linear that reads the MLP
-    holds the transpose of the online Hadamard. Embedding and head are not rounded, as in the packed
-    format. ValueError when a weight of the checkpoint holds NaN or Inf, and when a norm does not
-    commute with R1.
+    holds the transpose of the online Hadamard. Embedding and head are not rounded, whatever the
+    packed folder does with them. ValueError when a weight of the checkpoint holds NaN or Inf, and
+    when a norm does not commute with R1.
     """
 
     def __init__(self, checkpoint) -> None:
@@ -103,16 +103,20 @@ class Network:
         checkpoint.require_unquantized()
         self.spec = spec = checkpoint.spec
         require_commuting(spec)
+        if any(kind.experts for kind in spec.kinds):
+            raise ValueError(f"checkpoint: expected a family without experts, as rotations are "
+                             f"learned for no other, found {spec.family}")
         for i in range(spec.layers):
             checkpoint.require_finite(i)
         self.activation_bits, self.clip = 16, 1.0
-        model = _load(checkpoint)
+        model = load_network(checkpoint)
         self.decoder = model.base_model
         with torch.no_grad():
             self.embedding = model.get_input_embeddings().weight
             final = model.get_submodule(spec.final_norm.name)
-            self.head = model.get_output_embeddings().weight * final.weight
-            final.weight.fill_(1)
+            offset = spec.final_norm.offset
+            self.head = model.get_output_embeddings().weight * (final.weight + offset)
+            final.weight.fill_(1 - offset)
             self.layers = [self._layer(model, i) for i in range(spec.layers)]
         self.R1: torch.Tensor | None = None
 
@@ -120,15 +124,17 @@ class Network:
         """A layer's linears, their norms folded and their forwards replaced."""
         layer, by_module = self.spec.layer(i), {}
         norms = {place: model.get_submodule(tensor_name(norm.name, i))
-                 for place, norm in layer.norms.items()}
+                 for place, norm in layer.norms.items() if place in NORM_PLACES}
         values = _value_roles(layer)
         for site in layer.sites.values():
             for role in sorted(site.roles, key=lambda role: layer.linears[role].first_row):
                 row = layer.linears[role]
-                module = model.get_submodule(tensor_name(row.stored or row.name, i))
+                name = tensor_name(row.stored or row.name, i).removesuffix(".weight")
+                module = model.get_submodule(name)
                 weight = module.weight[row.first_row : row.first_row + row.n]
                 if site.reads == "residual":
-                    weight = weight * norms[site.producer].weight
+                    norm = layer.norms[site.norm]
+                    weight = weight * (norms[site.norm].weight + norm.offset)
                 bias = module.bias
                 if bias is not None:
                     bias = bias[row.first_row : row.first_row + row.n]
@@ -136,8 +142,8 @@ class Network:
                 by_module.setdefault(module, []).append(linear)
         for module, linears in by_module.items():
             module.weight, module.forward = None, _joined(linears)
-        for norm in norms.values():
-            norm.weight.fill_(1)
+        for place, norm in norms.items():
+            norm.weight.fill_(1 - layer.norms[place].offset)
             norm.register_forward_hook(lambda module, inputs, output: self.rounded(output))
         return [linear for linears in by_module.values() for linear in linears]
 
@@ -257,7 +263,7 @@ def _online_factors(k: int) -> tuple[torch.Tensor, torch.Tensor]:
                  for factor in (rotation.left, rotation.right))
 
 
-def _load(checkpoint) -> Any:
+def load_network(checkpoint) -> Any:
     """transformers' model of the checkpoint's folder, in float32, without gradients."""
     import torch
     from transformers import AutoModelForCausalLM

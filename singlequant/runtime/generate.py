@@ -71,7 +71,7 @@ def generate(
 
 def _prefill(session: Session, prompts: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
     """Feed prompts, many or pieces of one to a call; each one's last hidden state [m, hidden]."""
-    last = np.empty((len(prompts), session.model.spec.hidden), np.float32)
+    last = np.empty((len(prompts), session.model.spec.width), np.float32)
     for call in _prefill_calls([len(p) for p in prompts]):
         hidden = session.append([prompts[i][begin:end] for i, begin, end in call],
                                 [i for i, _, _ in call])
@@ -114,22 +114,32 @@ def check_sampling(
             raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def stream_text(model: Model, prompt: Sequence[int]) -> Callable[[int], str]:
-    """A function from the next token behind a prompt to the text it completes.
+class TextStream:
+    """Tokens behind a prompt, one by one -> the text that each completes.
 
-    '' inside a character: a text that ends in U+FFFD waits for the bytes that follow.
+    '' inside a character: a text that ends in U+FFFD waits for the bytes that follow. `finish`
+    gives what still waits when no token follows.
     """
-    context = list(prompt)[-STREAM_CONTEXT:]
-    tokens: list[int] = []
-    shown = ""
 
-    def step(token: int) -> str:
-        nonlocal shown
-        tokens.append(token)
-        text = model.decode_after(context, tokens)
-        if text.endswith("\ufffd"):
-            return ""
-        new, shown = text[len(shown) :], text
+    def __init__(self, model: Model, prompt: Sequence[int]) -> None:
+        self._model, self._context = model, list(prompt)[-STREAM_CONTEXT:]
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def __call__(self, token: int) -> str:
+        self._tokens.append(token)
+        text = self._model.decode_after(self._context, self._tokens)
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def finish(self) -> str:
+        """The rest of the text, unfinished characters as U+FFFD."""
+        return self._show(self._model.decode_after(self._context, self._tokens))
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[len(self._shown) :], text
         return new
 
-    return step
+
+def stream_text(model: Model, prompt: Sequence[int]) -> TextStream:
+    """A function from the next token behind a prompt to the text it completes."""
+    return TextStream(model, prompt)

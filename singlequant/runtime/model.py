@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +12,11 @@ from numpy.typing import NDArray
 from .. import _C
 from .._C import FormatError
 from ..checkpoint.chat import render_chat
-from ..config import KV_BITS
+from ..config import KV_BITS, KV_DTYPES
 from .generate import generate
 from .layers import build_layer, flat_positions, new_cache
+from .outer import Outer
 from .session import Session
-
-HEAD_ROWS = _C.DENSE_FEW  # up to so many rows of logits, a row knows nothing of the others
 
 
 class Model:
@@ -24,24 +25,28 @@ class Model:
     Made by `load`. The weights stay memory-mapped, apart from the packed panels. kv_bits: 32, 16, 8
     or 4 bits for cached keys and values (default: the folder's; 32 if it is not quantized), which
     hidden_states keeps to as well. kv_hadamard: below 16 bits, queries and keys take a Hadamard
-    after the rotary embedding. ValueError for other bits.
+    after the rotary embedding. kv_dtype: the cache's 16-bit floats, "float16" or "bfloat16"
+    (default: the folder's). ValueError for others. A RuntimeWarning, once, says when keys or values
+    were beyond what the cache holds.
     """
 
-    def __init__(self, checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True) -> None:
+    def __init__(
+        self, checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True,
+        kv_dtype: str | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.kv_bits = own_kv_bits(checkpoint) if kv_bits is None else kv_bits
         if not isinstance(self.kv_bits, (int, np.integer)) or self.kv_bits not in (*KV_BITS, 32):
             raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, 32, "
                              f"found {kv_bits!r}")
         self.kv_hadamard = kv_hadamard
+        self.kv_dtype = own_kv_dtype(checkpoint) if kv_dtype is None else kv_dtype
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, "
+                             f"found {kv_dtype!r}")
+        self._clamp_told = False
         self.spec = checkpoint.spec
-        self._embedding = checkpoint.embedding
-        self._head = checkpoint.head
-        norm = self.spec.final_norm
-        if norm.kind != "rms" or norm.bias:
-            raise ValueError(f"{checkpoint.path}: the last norm: expected an RMSNorm without bias, "
-                             f"found kind {norm.kind!r}, bias {norm.bias}")
-        self._norm = _C.to_float32(checkpoint.final_norm.weight) + np.float32(norm.offset)
+        self.outer = Outer(checkpoint)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
         self._decoder = _C.Decoder(self._layers)
 
@@ -61,10 +66,14 @@ class Model:
         """Token ids [count] of a text; special adds the tokenizer's own special tokens (BOS)."""
         return self.checkpoint.encode(text, special)
 
-    def decode_after(self, prompt: Sequence[int], new: Sequence[int]) -> str:
-        """The text that new tokens add behind a prompt's, its first space included."""
-        before = self.tokenizer.decode(list(prompt))
-        return self.tokenizer.decode([*prompt, *new])[len(before) :]
+    def decode_after(self, prompt: Sequence[int], new: Sequence[int], special: bool = False) -> str:
+        """The text that new tokens add behind a prompt's, its first space included.
+
+        special: with the texts of special tokens, which are left out otherwise.
+        """
+        before = self.tokenizer.decode(list(prompt), skip_special_tokens=not special)
+        whole = self.tokenizer.decode([*prompt, *new], skip_special_tokens=not special)
+        return whole[len(before) :]
 
     def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final hidden states [count, length, hidden], after the last norm, of windows of tokens.
@@ -76,34 +85,24 @@ class Model:
             raise ValueError(f"windows: expected 2 dimensions (count, length), got {windows.ndim}")
         count, length = windows.shape
         sequence, position = flat_positions(np.full(count, length))
-        hidden = _C.gather_rows(self._embedding, windows.reshape(-1))
+        hidden = self.outer.embed(windows.reshape(-1), position)
         # one layer's keys and values at a time: nothing is decoded after these windows
         cache = self.new_cache(count, length, layers=1)
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers):
             layer.forward(hidden, sequence, position, cache, 0)
-        return self._normalized(hidden).reshape(count, length, -1)
+            self.warn_of_clamped(cache, f"layer {index}: ")
+        return self.outer.finish(hidden).reshape(count, length, -1)
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [..., vocab] of final hidden states [..., hidden].
+        """Logits [..., vocab] of final hidden states, as `hidden_states` returns them.
 
-        With a head in 16 bits a row's are the same bits whatever rows come with it.
+        With a head in 16 bits or less a row's are the same bits whatever rows come with it.
         """
-        hidden = np.asarray(hidden, np.float32)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if len(rows) <= HEAD_ROWS:
-            return _C.linear_dense(hidden, self._head)
-        out = np.empty((len(rows), len(self._head)), np.float32)
-        for begin in range(0, len(rows), HEAD_ROWS):
-            part = slice(begin, begin + HEAD_ROWS)
-            out[part] = _C.linear_dense(rows[part], self._head)
-        return out.reshape(*hidden.shape[:-1], -1)
+        return self.outer.logits(hidden)
 
     def forward(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [count, length, vocab] of windows of tokens [count, length]."""
         return self.logits(self.hidden_states(windows))
-
-    def _normalized(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        return _C.rms_norm(hidden, self._norm, self.spec.final_norm.eps)
 
     def new_cache(
         self, sequences: int, capacity: int, limit: int = 0, layers: int | None = None
@@ -111,7 +110,17 @@ class Model:
         """An empty cache of the model's kv_bits, for all layers by default; see `Session`."""
         layers = self.spec.layers if layers is None else layers
         return new_cache(self.spec, layers, sequences, capacity, self.kv_bits, self.kv_hadamard,
-                         limit)
+                         limit, self.kv_dtype == "bfloat16")
+
+    def warn_of_clamped(self, cache: _C.KVCache, where: str = "") -> None:
+        """A RuntimeWarning if a cache of the model has clamped numbers and none was given yet."""
+        if cache.clamped and not self._clamp_told:
+            self._clamp_told = True
+            warnings.warn(
+                f"{self.checkpoint.path.name}: {where}{cache.clamped} keys and values are beyond "
+                f"the range of {self.kv_dtype} and were clamped (the largest is "
+                f"{cache.largest:.4g}): run it with 32 KV bits (--kv-bits 32) or with "
+                f"kv_dtype='bfloat16'", RuntimeWarning, stacklevel=3)
 
     def new_session(self, sequences: int, capacity: int, limit: int = 0) -> Session:
         """A KV cache for so many sequences of at most `capacity` tokens, and their lengths.
@@ -135,9 +144,9 @@ class Model:
 
         temperature 0 takes the most likely token; top_k 0 and top_p 1 are off. A sequence ends at a
         stop token (default: the folder's end-of-sequence ids) or after max_new_tokens. The same
-        seed gives the same tokens; with packed linears and a head in 16 bits a sequence does not
-        depend on its neighbours in the batch (unquantized linears go through BLAS, whose last bits
-        follow the batch).
+        seed gives the same tokens; with packed linears and a head in 16 bits or less a sequence
+        does not depend on its neighbours in the batch (unquantized linears go through BLAS, whose
+        last bits follow the batch).
         on_token(sequence, token) is called as tokens appear; True ends the sequence, an exception
         cancels.
         ValueError when a prompt is empty or longer than the model's maximum.
@@ -169,16 +178,24 @@ class Model:
                 return ids
         return []
 
-    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation under the folder's chat template, for `generate`.
 
-        messages: [{"role": "user", "content": ...}, ...]. The template writes the special tokens
-        itself. ValueError without a template.
+        messages: [{"role": "user", "content": ...}, ...]. options: those of `render_chat`, such as
+        tools, and variables of the template. The template writes the special tokens itself.
+        ValueError without a template.
         """
-        return self.encode(render_chat(self.checkpoint, messages), special=False).tolist()
+        text = render_chat(self.checkpoint, messages, **options)
+        return self.encode(text, special=False).tolist()
 
 
 def own_kv_bits(checkpoint) -> int:
     """Bits of cached keys and values that a folder asks for: 32 when it is not quantized."""
     config = checkpoint.quant_config
     return 32 if config is None else config.kv_bits
+
+
+def own_kv_dtype(checkpoint) -> str:
+    """The 16-bit floats of the KV cache that a folder asks for."""
+    config = checkpoint.quant_config
+    return KV_DTYPES[0] if config is None else config.kv_dtype

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .layers import flat_positions
 
 if TYPE_CHECKING:
@@ -68,7 +67,8 @@ class Session:
                 f"tokens: expected at most {self.capacity} in a sequence, got {longest}"
             )
         local, position = flat_positions(lengths, starts)
-        hidden = _C.gather_rows(self.model._embedding, np.concatenate(tokens))
+        hidden = self.model.outer.embed(np.concatenate(tokens), position)
         self.model._decoder.forward(hidden, chosen[local], position, self._cache)
+        self.model.warn_of_clamped(self._cache)
         self.lengths[chosen] = starts + lengths
-        return self.model._normalized(hidden)
+        return self.model.outer.finish(hidden)

@@ -20,7 +20,7 @@ from ..sweep.run import quantize_folder
 from ..sweep.texts import bundled_model, bundled_text, calibration_windows
 from .evaluate import perplexity
 
-EQUAL = {"weights": "rtn", "clip": 1.0}  # plain rounding, for all but the defaults
+EQUAL = {"weights": "rtn", "clip": 1.0, "bits": 4.0}  # plain rounding, for all but the defaults
 RUNS = (
     QuantConfig("w4a4", "none", **EQUAL),
     QuantConfig("w4a4", "hadamard", **EQUAL),
@@ -54,11 +54,11 @@ def demo(picture: Path) -> None:
             print(f"{config.scheme:<7} {config.method:<12} {config.weights:<7} "
                   f"{result.perplexity:>11.3f}  {result.kl_mean:>14.5f}  "
                   f"{summary.bytes_after / 1e6:>8.2f}   {summary.seconds:>14.2f}")
-            if config == QuantConfig("w4a4"):
+            if config == QuantConfig():
                 text = quantized.generate(PROMPT, max_new_tokens=NEW_TOKENS, temperature=0.6,
                                           top_k=20, seed=1)
     written = " ".join(f"{PROMPT}{text}".split())
-    print(f"\nW4A4 writes: {written}\n")
+    print(f"\nW4A8 writes: {written}\n")
     print(draw(source, picture))
 
 

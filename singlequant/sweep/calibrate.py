@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ from .. import _C
 from .._C import FormatError
 from ..files import read_json
 from ..methods.registry import ALL_INPUTS
+from ..rows import float32_blocks
 from ..runtime.layers import build_layer, flat_positions, new_cache
+from ..runtime.outer import Outer
 from ..statistics import LayerStatistics, SiteStatistics
+from .experts import borrow
 
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
-STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 3
-ARRAYS = ("min", "max", "sum2", "sample", "weights", "weight_max", "weight_sum2")
-FACTS = ("k1", "k2", "count", "shared", "reads", "foldable")  # of a site, beside its arrays
+STATISTICS_FILE, STATISTICS_VERSION = "statistics.json", 5
+ARRAYS = ("min", "max", "sum2", "sample", "weights", "weight_max", "weight_sum2", "gram",
+          "weight_gram")
+FACTS = ("k1", "k2", "count", "shared", "reads", "foldable", "borrowed")  # beside the arrays
 
 
 def site_statistics(
@@ -55,12 +60,29 @@ def site_statistics(
     rows = max(1, -(-sum(map(len, weights)) // SAMPLE_ROWS))
     kept = [_C.to_float32(np.ascontiguousarray(w[::rows]), reject=True) for w in weights]
     moments = [_C.column_moments(w) for w in weights]
+    shared = shared or (1, 1, k1 * k2)
+    b = gram_block(reads, shared, k2)
     return SiteStatistics(k1, k2, count, low, high, sum2, sample=inputs[::tokens].copy(),
                           weights=np.concatenate(kept),
                           weight_max=np.max([m for m, _ in moments], axis=0),
                           weight_sum2=np.sum([s for _, s in moments], axis=0),
-                          shared=shared or (1, 1, k1 * k2), reads=reads, foldable=foldable,
+                          gram=_C.block_gram(inputs, b), weight_gram=_weight_gram(weights, b),
+                          shared=shared, reads=reads, foldable=foldable,
                           inputs=inputs if keep_inputs else None)
+
+
+def gram_block(reads: str, shared: tuple[int, int, int], k2: int) -> int:
+    """Inputs of a block of a site's Gram matrices: a value head's where it reads attention."""
+    return shared[2] if reads == "attention" else k2
+
+
+def _weight_gram(weights: Sequence[NDArray], b: int) -> NDArray[np.float64] | None:
+    """The Gram matrices [k / b, b, b] of the rows of weights [n, k] of any stored type."""
+    gram = None
+    for weight in weights:
+        for _, block in float32_blocks(weight, "weight"):
+            gram = _C.block_gram(block, b, gram)
+    return gram
 
 
 def calibrate(
@@ -70,6 +92,7 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     skip: Collection[int] = (),
     keep_inputs: bool = True,
+    stream: bool = False,
 ) -> Iterator[LayerStatistics]:
     """Yield the statistics of each layer's sites, in order.
 
@@ -78,6 +101,7 @@ def calibrate(
     skip: layers that are only passed through, without statistics. keep_inputs: the statistics
     also hold the sites' inputs, which weights "gptq" need: fine in a chain of generators, where a
     layer is dropped before the next is made; pass False to collect the layers of a large model.
+    stream: the statistics also hold the energies of the residual stream by token.
     ValueError when the checkpoint is packed, a token id is outside the vocabulary or an activation
     is not finite.
     """
@@ -85,50 +109,62 @@ def calibrate(
     windows = np.asarray(windows, np.int64)
     if windows.ndim != 2 or windows.size == 0:
         raise ValueError(f"windows: expected (count, length) with tokens, got {windows.shape}")
-    return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs)
+    return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream)
 
 
 def _layers(
-    checkpoint, windows, sample_tokens, progress, skip, keep_inputs
+    checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream
 ) -> Iterator[LayerStatistics]:
     """The loop of `calibrate`, whose arguments were checked."""
     spec = checkpoint.spec
     last = max(set(range(spec.layers)) - set(skip), default=-1)  # nothing is asked behind it
     sequence, position = flat_positions(np.full(len(windows), windows.shape[1]))
-    hidden = _C.gather_rows(checkpoint.embedding, windows.reshape(-1))
+    hidden = Outer(checkpoint).embed(windows.reshape(-1), position)
     for index in range(spec.layers):
         if index <= last:
             layer = build_layer(checkpoint, index)
             cache = new_cache(spec, 1, len(windows), windows.shape[1])
             record = index not in skip
+            before = hidden.copy() if stream else None
             inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
+            kv_largest = cache.largest
             del layer, cache
             if record:
                 sites = _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs)
                 del inputs
-                yield sites
+                energies = map(energy, (before, hidden, hidden - before) if stream else ())
+                yield LayerStatistics(index, sites, kv_largest, *energies)
                 del sites
         if progress:
             progress(index + 1, spec.layers)
 
 
-def _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs) -> LayerStatistics:
-    """Statistics of a layer from the recorded inputs of its sites."""
+def energy(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[rows] sum of squares of each row of x."""
+    return np.einsum("ij,ij->i", x, x, dtype=np.float64)
+
+
+def _layer_statistics(
+    checkpoint, index, inputs, sample_tokens, keep_inputs
+) -> dict[str, SiteStatistics]:
+    """Statistics of a layer's sites from their recorded inputs."""
     linears, sites, spec = checkpoint.layer(index).linears, {}, checkpoint.spec.layer(index)
-    a = spec.attention
+    a, borrowed = spec.attention, borrow(spec, linears, inputs)
     for name, site in spec.sites.items():
+        own = borrowed.get(name, inputs[name])
         weights = [linears[role].weight for role in site.roles]
         shared = None
         if site.reads == "attention":  # a value head serves all its queries
-            shared = a.kv_heads, a.heads // a.kv_heads, a.head_dim
+            shared = a.kv_heads, a.heads // a.kv_heads, a.value_channels
         try:
-            sites[name] = site_statistics(inputs[name], weights, sample_tokens, keep_inputs,
-                                          shared, site.reads, site.producer is not None)
+            found = site_statistics(own, weights, sample_tokens, keep_inputs, shared, site.reads,
+                                    site.producer is not None)
+            sites[name] = replace(found, borrowed=name in borrowed)
         except ValueError as error:
             for i in range(index + 1):  # a weight that is not finite is the better message
                 checkpoint.require_finite(i)
             raise ValueError(f"layer {index}, inputs of {name}: {error}") from None
-    return LayerStatistics(index, sites)
+    return sites
 
 
 def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -> None:
@@ -151,7 +187,8 @@ def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -
             }
             facts = {name: {fact: getattr(site, fact) for fact in FACTS}
                      for name, site in layer.sites.items()}
-            save_file(tensors, partial / _layer_file(layer.index), {"sites": json.dumps(facts)})
+            save_file(tensors, partial / _layer_file(layer.index),
+                      {"sites": json.dumps(facts), "kv_largest": repr(layer.kv_largest)})
             count += 1
         header = {"format_version": STATISTICS_VERSION, "layers": count}
         (partial / STATISTICS_FILE).write_text(json.dumps(header))
@@ -184,11 +221,13 @@ def _load_layer(path: Path, index: int) -> LayerStatistics:
     try:
         tensors = load_file(path)
         with safe_open(path, "np") as file:
-            facts = json.loads((file.metadata() or {})["sites"])
+            metadata = file.metadata() or {}
+            facts = json.loads(metadata["sites"])
+            kv_largest = float(metadata.get("kv_largest", 0))
         if not isinstance(facts, dict) or not all(isinstance(f, dict) for f in facts.values()):
             raise ValueError(f"sites: expected facts of each site, found {facts!r:.80}")
-        return LayerStatistics(index, {name: _load_site(name, tensors, facts[name])
-                                       for name in facts})
+        sites = {name: _load_site(name, tensors, facts[name]) for name in facts}
+        return LayerStatistics(index, sites, kv_largest)
     except KeyError as error:
         raise FormatError(f"{path}: expected {error.args[0]}, found no such entry") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -206,22 +245,29 @@ def _load_site(
         if type(found[fact]) is not int or found[fact] < least:
             raise ValueError(f"{name}.{fact}: expected an integer from {least}, "
                              f"found {found[fact]!r:.80}")
+    b = arrays["gram"].shape[-1] if arrays["gram"].ndim == 3 else 0
+    grams = (k1 * k2 // b if b else 0, b, b)
     for field, array in arrays.items():
         rows = len(array) if array.ndim else 0
         shape = (rows, k1 * k2) if field in ("sample", "weights") else (k1 * k2,)
+        shape = grams if field in ("gram", "weight_gram") else shape
         dtype = np.float32 if field in ("sample", "weights") else np.float64
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{name}.{field}: expected {np.dtype(dtype)} {shape}, "
                              f"found {array.dtype} {array.shape}")
-    shared, reads, foldable = (found[fact] for fact in ("shared", "reads", "foldable"))
+    shared, reads, *switches = (found[fact] for fact in FACTS[3:])
     whole = isinstance(shared, list) and len(shared) == 3 and all(type(n) is int for n in shared)
     if not whole or min(shared) < 1 or prod(shared) != k1 * k2:
         raise ValueError(f"{name}.shared: expected 3 factors of {k1 * k2}, found {shared!r:.80}")
-    if reads not in ALL_INPUTS or type(foldable) is not bool:
-        raise ValueError(f"{name}: expected reads among {', '.join(ALL_INPUTS)} and foldable true "
-                         f"or false, found {reads!r:.80} and {foldable!r:.80}")
+    if reads not in ALL_INPUTS or any(type(switch) is not bool for switch in switches):
+        raise ValueError(f"{name}: expected reads among {', '.join(ALL_INPUTS)}, foldable and "
+                         f"borrowed true or false, found {reads!r:.80} and {switches!r:.80}")
+    expected = gram_block(reads, tuple(shared), k2)
+    if b != expected:
+        raise ValueError(f"{name}.gram: expected blocks of {expected} inputs, found {b}")
+    foldable, borrowed = switches
     return SiteStatistics(k1, k2, count, **arrays, shared=tuple(shared), reads=reads,
-                          foldable=foldable)
+                          foldable=foldable, borrowed=borrowed)
 
 
 def _missing(name: str) -> None:

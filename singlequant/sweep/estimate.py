@@ -1,43 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep would make and take, from its first layer: nothing is written."""
+"""What a sweep would make and take, from its first layers: nothing is written."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folder import load_checkpoint
+from ..checkpoint.folder import Checkpoint, open_model
 from ..config import QuantConfig
 from ..export.writer import check_run, estimate_size
-from ..files import folder_bytes
+from ..models.spec import ModelSpec
+from ..rotations import poor_factors
 from .measure import measure
 from .prepare import prepare
 from .sweep import Job, sweep
-from .texts import calibration_windows
+from .texts import calibration_windows, written_by_model
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep would make and take: bytes within a few percent, seconds from one layer."""
+    """What a sweep would make and take: bytes within a few percent, seconds from the first layers.
+
+    poor_factors: (k1, k2) of the sites whose k has no two short factors; see rotations.py.
+    """
 
     bytes_before: int
     bytes_after: int
     seconds: float
     peak_memory: int
+    poor_factors: dict[str, tuple[int, int]]
 
 
 def dry_run(
-    model: str | Path, config: QuantConfig | None = None, calibration: str | Path | None = None
+    model: str | Path | Checkpoint, config: QuantConfig | None = None,
+    calibration: str | Path | None = None,
+    writing: Callable[[int, int], None] | None = None,
 ) -> Estimate:
-    """Process the first layer, write nothing, and scale up."""
+    """Process the layers up to the first of the largest, write nothing, and scale up by weights.
+
+    Most models have layers of one size. Others begin with dense ones before those with experts.
+    calibration, writing: as for `quantize_folder`. The time of a text that the model writes counts.
+    """
     config = config or QuantConfig()
-    checkpoint = load_checkpoint(model)
+    checkpoint = open_model(model)
+    config = config.settled(checkpoint.spec.tied)  # before a method unties the head
     check_run(None, checkpoint, config)
-    windows = calibration_windows(checkpoint, config, calibration)
+    chosen = measure(calibration_windows, checkpoint, config, calibration, writing)
+    windows, written = chosen.value, written_by_model(calibration) is not None
     prepared = measure(prepare, checkpoint, config, windows)
-    (first,) = sweep(prepared.value, windows, [Job(config)], layers=1)
-    layers = sum(first.seconds.values()) * checkpoint.spec.layers
+    weights = _weights(checkpoint.spec)
+    count = weights.index(max(weights)) + 1
+    (first,) = sweep(prepared.value, windows, [Job(config)], layers=count)
+    layers = sum(first.seconds.values()) * sum(weights) / sum(weights[:count])
     return Estimate(
-        folder_bytes(checkpoint.path), estimate_size(prepared.value, config),
-        prepared.seconds + layers, max(prepared.peak_memory, first.peak_memory),
+        checkpoint.bytes_with_tokenizer, estimate_size(prepared.value, config),
+        prepared.seconds + layers + (chosen.seconds if written else 0),
+        max(prepared.peak_memory, first.peak_memory),
+        poor_factors({name: site.k for kind in checkpoint.spec.kinds
+                      for name, site in kind.sites.items()}),
     )
+
+
+def _weights(spec: ModelSpec) -> list[int]:
+    """How many weights the linears of each layer have."""
+    by_kind = [sum(linear.n * linear.k for linear in kind.linears.values()) for kind in spec.kinds]
+    return [by_kind[spec.pattern[i % len(spec.pattern)]] for i in range(spec.layers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,9 +13,10 @@ from .. import _C
 from ..config import QuantConfig
 from ..models.spec import LayerSpec
 from ..rotations import BlockRotation, LayerRotations, SiteRotation
-from ..rows import ROWS_PER_BLOCK, require_finite, rotate_rows
+from ..rows import ROWS_PER_BLOCK, require_finite
 from ..statistics import SiteStatistics
 from ..weights import (
+    WEIGHT_BITS,
     Linear,
     Norm,
     PackedLinear,
@@ -44,7 +45,8 @@ def transform_inputs(x: NDArray[np.float32], rotation: Rotation | None) -> NDArr
         return x
     if rotation.balance is not None:
         x = x / rotation.balance
-    return x if rotation.is_identity else rotate_rows(x, rotation)
+    turn = rotation.of_inputs
+    return x if turn is None else _C.rotate(x, turn)
 
 
 def transform_rows(
@@ -55,7 +57,8 @@ def transform_rows(
     rows [n] multiplies the rows first.
     """
     weights = scaled(weights, None if rotation is None else rotation.balance, rows)
-    return weights if rotation is None or rotation.is_identity else rotate_rows(weights, rotation)
+    turn = None if rotation is None else rotation.of_weights
+    return weights if turn is None else _C.rotate(weights, turn)
 
 
 def round_inputs(
@@ -77,8 +80,11 @@ def gptq_factor(
 ) -> GptqFactor:
     """The factor of the Gram matrix of a site's rotated calibration inputs, in float32.
 
-    With config.gptq_inputs "quantized", of the inputs after their own rounding and clip. ValueError
-    when the statistics do not hold the inputs or the matrix is not positive definite.
+    With config.gptq_inputs "quantized", of the inputs after their own rounding and clip. Where
+    fewer tokens than inputs were seen, the matrix has not the rank to say how all inputs go
+    together: its damping is more by that ratio. The more of it, the nearer GPTQ is to rounding each
+    weight by itself. ValueError when the statistics do not hold the inputs or the matrix is not
+    positive definite.
     """
     if statistics.inputs is None:
         raise ValueError(
@@ -91,7 +97,8 @@ def gptq_factor(
         if config.gptq_inputs == "quantized":
             x = round_inputs(x, rotation, config)
         gram = _C.gram(x, gram)
-    return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True))
+    missing = max(1.0, gram.shape[0] / len(statistics.inputs))
+    return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping * missing, config.gptq_order, True))
 
 
 # ---- linears and layers -------------------------------------------------------------------------
@@ -104,12 +111,14 @@ def quantize_linear(
     name: str = "weight",
     gptq: GptqFactor | None = None,
     rows_scale: NDArray[np.float32] | None = None,
+    bits: int = 4,
 ) -> PackedLinear:
     """Rotate, quantize and pack weight [n, k] (float32, float16 or bfloat16), blocks in cache.
 
     gptq: the site's `gptq_factor`, which config.weights "gptq" needs. rows_scale [n] multiplies the
-    rows first. ValueError names the linear when it holds NaN or Inf, when k does not suit the group
-    size, or when the factor is missing.
+    rows first. bits of a weight: 4, 5, 6 or 8. Scales of groups are rounded to bfloat16, as they
+    are stored, before the weights are rounded with them. ValueError names the linear when it holds
+    NaN or Inf, when k does not suit the group size, or when the factor is missing.
     """
     n, k = weight.shape
     group = config.group_size
@@ -120,25 +129,25 @@ def quantize_linear(
         raise ValueError(f"gptq: expected a factor with weights 'gptq' and none otherwise, found "
                          f"{'none' if gptq is None else 'one'} with {config.weights!r}")
     columns = None if rotation is None else rotation.balance
-    turn = None if rotation is None or rotation.is_identity else rotation.core
+    turn = None if rotation is None else rotation.of_weights
     try:
         if gptq is None:
             words, scales = _C.quantize_weight(
-                weight, group, config.weights == "mse", turn, columns, rows_scale
+                weight, group, config.weights == "mse", turn, columns, rows_scale, bits, group > 0
             )
-            return PackedLinear(words, scales, (n, k), group)
-        words = np.empty((n, packed_words(k)), np.int32)
+            return PackedLinear(words, scales, (n, k), group, bits)
+        words = np.empty((n, packed_words(k, bits)), np.int32)
         scales = np.empty((n, k // group if group else 1), np.float32)
         for first in range(0, n, ROWS_PER_BLOCK):
             rows = slice(first, min(first + ROWS_PER_BLOCK, n))
             scale = None if rows_scale is None else rows_scale[rows]
             block = _C.transform_weight(weight[rows], turn, columns, scale)
-            codes, scales[rows] = _C.gptq_round(block, *gptq, 4, group, True)
-            words[rows] = _C.pack(codes)
+            codes, scales[rows] = _C.gptq_round(block, *gptq, bits, group, True, group > 0)
+            words[rows] = _C.pack(codes, bits)
     except ValueError as error:
         require_finite(weight, name)  # names its rows as everywhere else
         raise ValueError(f"{name}: {error}") from None
-    return PackedLinear(words, scales, (n, k), group)
+    return PackedLinear(words, scales, (n, k), group, bits)
 
 
 def scaled(
@@ -167,7 +176,7 @@ def producer_scales(spec: LayerSpec, rotations: LayerRotations) -> dict[str, NDA
             raise ValueError(f"layer {rotations.layer}: {name}: balance: expected none, as nothing "
                              f"produces its input channel by channel, found one")
         if site.reads == "attention":  # a value head serves all its queries
-            heads = scale.reshape(spec.attention.kv_heads, -1, spec.attention.head_dim)
+            heads = scale.reshape(spec.attention.kv_heads, -1, spec.attention.value_channels)
             if (heads != heads[:, :1]).any():
                 raise ValueError(f"layer {rotations.layer}: {name}: balance: expected one factor "
                                  f"per channel of a value head, found several")
@@ -176,8 +185,49 @@ def producer_scales(spec: LayerSpec, rotations: LayerRotations) -> dict[str, NDA
     return scales
 
 
-def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -> QuantizedLayer:
+def producer_blocks(spec: LayerSpec, rotations: LayerRotations) -> dict[str, _C.Rotation]:
+    """By role, the blocks that a folded alignment makes its producer's outputs take.
+
+    ValueError where queries that share a value head ask for different ones, and where the site's
+    producer is not v.
+    """
+    blocks = {}
+    for name, rotation in rotations.sites.items():
+        if rotation.align is None or not rotation.align.folded:
+            continue
+        site, a = spec.sites[name], spec.attention
+        where = f"layer {rotations.layer}: {name}: align"
+        if site.producer != "v" or site.reads != "attention":
+            raise ValueError(f"{where}: expected blocks that v's heads can take, found producer "
+                             f"{site.producer}")
+        matrices = rotation.align.matrices
+        d = a.value_channels
+        if matrices.shape != (a.heads, d, d):
+            raise ValueError(f"{where}: expected {(a.heads, d, d)}, found {matrices.shape}")
+        heads = matrices.reshape(a.kv_heads, -1, d, d)
+        if (heads != heads[:, :1]).any():
+            raise ValueError(f"{where}: expected one block per value head, found several")
+        own = np.ascontiguousarray(heads[:, 0], np.float32)
+        blocks[site.producer] = _C.Rotation(a.kv_heads * d, align=own)
+    return blocks
+
+
+def _with_blocks(linear: Linear, blocks: _C.Rotation) -> Linear:
+    """The linear whose outputs take the blocks: W -> (W^T blockdiag)^T, in float32."""
+    require_finite(linear.weight, f"{linear.name}.weight")
+    columns = np.ascontiguousarray(_C.to_float32(linear.weight).T)
+    weight = np.ascontiguousarray(_C.rotate(columns, blocks).T)
+    bias = None if linear.bias is None else _C.rotate(_C.to_float32(linear.bias), blocks)
+    return Linear(linear.name, weight, bias)
+
+
+def quantize_layer(
+    checkpoint, rotations: LayerRotations, config: QuantConfig,
+    bits: Mapping[str, int] | None = None,
+) -> QuantizedLayer:
     """One layer: every linear that config.ignore does not name, packed; the rest as it is.
+
+    bits: of the weights by linear; one that is absent has 4.
 
     A site's balance is folded into the norm or the rows of the linear that produce its input, and
     into the columns of its linears, the ignored ones included; a site whose linears are all ignored
@@ -194,17 +244,21 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
     }
     used_sites = {site: r for site, r in rotations.sites.items() if any(packs[site])}
     rotations = replace(rotations, sites=used_sites)
-    scales = producer_scales(spec, rotations)
+    scales, blocks = producer_scales(spec, rotations), producer_blocks(spec, rotations)
+    linears = {role: _with_blocks(linear, blocks[role]) if role in blocks else linear
+               for role, linear in weights.linears.items()}
     dense: dict[str, NDArray] = {}
     for place, norm in weights.norms.items():
-        dense |= norm_tensors(_scaled_norm(norm, spec.norms[place].offset, scales.get(place)))
+        scaled_norm = _scaled_norm(norm, spec.norms[place].offset, scales.get(place))
+        dense |= norm_tensors(scaled_norm, spec.norms[place].weight)
+    dense |= {tensor.name: tensor.array for tensor in weights.dense.values()}
     packed, used, int8 = {}, {}, {}
     for site in spec.sites.values():
         rotation, gptq = rotations.sites.get(site.name), None
         if config.weights == "gptq" and any(packs[site.name]):
             gptq = _site_factor(rotations, site.name, config)
         for role, pack in zip(site.roles, packs[site.name], strict=True):
-            linear, rows = weights.linears[role], scales.get(role)
+            linear, rows = linears[role], scales.get(role)
             if linear.bias is not None:
                 bias = linear.bias if rows is None else _C.to_float32(linear.bias) * rows
                 dense[f"{linear.name}.bias"] = bias
@@ -212,13 +266,25 @@ def quantize_layer(checkpoint, rotations: LayerRotations, config: QuantConfig) -
                 dense[f"{linear.name}.weight"] = _ignored_weight(linear, rotation, rows)
                 continue
             packed[linear.name] = quantize_linear(
-                linear.weight, rotation, config, linear.name, gptq, rows
+                linear.weight, rotation, config, linear.name, gptq, rows,
+                (bits or {}).get(linear.name, 4)
             )
             if rotation is not None:
                 used[site.name], int8[site.name] = rotation, int8_inputs_of(rotation, config)
     for name, array in dense.items():
         require_finite(array, name)
-    return QuantizedLayer(index, packed, dense, used, int8_inputs=int8)
+    return QuantizedLayer(index, packed, dense, used, int8_inputs=int8,
+                          kv_largest=_kv_largest(rotations, scales.get("v"), blocks.get("v")))
+
+
+def _kv_largest(
+    rotations: LayerRotations, rows: NDArray[np.float32] | None, blocks: _C.Rotation | None
+) -> float:
+    """At most so large are the keys and values of calibration, after what v's rows take."""
+    largest = rotations.statistics.kv_largest if rotations.statistics else 0.0
+    if blocks is not None:
+        return largest * max(1.0, float(np.abs(blocks.parts[2]).sum(axis=1).max()))
+    return largest if rows is None else largest * max(1.0, float(np.max(rows)))
 
 
 def _scaled_norm(norm: Norm, offset: float, scale: NDArray[np.float32] | None) -> Norm:
@@ -266,12 +332,14 @@ def _site_factor(rotations: LayerRotations, site: str, config: QuantConfig) -> G
 
 
 def quantize(
-    checkpoint, rotations: Iterable[LayerRotations], config: QuantConfig | None = None
+    checkpoint, rotations: Iterable[LayerRotations], config: QuantConfig | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Quantize layer by layer; takes what `solve_rotations` yields and feeds `save`.
 
-    Weights "gptq" look at the calibration inputs that `calibrate` keeps by default. For arrays
-    use `singlequant.arrays.quantize`.
+    bits: by linear, as `assign_bits` gives them; needed where config.bits is above 4. Weights
+    "gptq" look at the calibration inputs that `calibrate` keeps by default. For arrays use
+    `singlequant.arrays.quantize`.
     """
     if isinstance(checkpoint, np.ndarray):
         raise TypeError(
@@ -279,5 +347,7 @@ def quantize(
             "singlequant.arrays.quantize"
         )
     config = config or QuantConfig()
-    for layer in rotations:
-        yield quantize_layer(checkpoint, layer, config)
+    if bits is None and config.bits > WEIGHT_BITS[0]:
+        raise ValueError(f"bits: config.bits is {config.bits:g}: expected what "
+                         f"assign_bits(checkpoint, config, windows) gives, found none")
+    return (quantize_layer(checkpoint, layer, config, bits) for layer in rotations)

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folder import Checkpoint, load_checkpoint
-from ..config import QuantConfig
+from ..checkpoint.folder import Checkpoint, open_model
+from ..config import KV_DTYPES, QuantConfig
 from ..export.writer import ModelWriter, check_run
 from ..files import folder_bytes, read_json
+from ..statistics import LayerStatistics
 from ..weights import QuantizedLayer
 from .measure import PeakMemory, measure
 from .prepare import check_outer, prepare
 from .sweep import Job, sweep
-from .texts import calibration_windows, token_digest
+from .texts import calibration_windows, token_digest, written_by_model, written_tokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class SiteCounts:
     sweep_rotations: int
     balanced: bool
     int8_inputs: int
+    borrowed: bool  # calibrated on the union of the layer's experts, as its own saw too few tokens
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Summary:
     peak_memory: int
     sites: tuple[SiteCounts, ...]
     resumed_layers: int  # taken over from the run that was interrupted
+    kv_dtype: str = KV_DTYPES[0]  # the folder's; bfloat16 where calibration asked for it
+    written_tokens: int = 0  # calibration tokens that the model wrote itself
+    writing_seconds: float = 0.0
 
     def __repr__(self) -> str:
         return (
@@ -60,7 +65,7 @@ class Summary:
 
 
 def quantize_folder(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     out: str | Path,
     config: QuantConfig | None = None,
     calibration: str | Path | None = None,
@@ -68,28 +73,35 @@ def quantize_folder(
     resume: bool = False,
     recipe: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    writing: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Quantize a `save_pretrained` folder into a new folder `out`, in one sweep.
 
-    calibration: a text file; a bundled text otherwise. progress(layers done, layers) is called
-    after each layer; an exception in it cancels. OUT appears only when whole; resume=True goes
-    on behind the layers that an interrupted run of the same recipe left in OUT.partial. recipe:
-    the recipe.json that config is from; ValueError when it was made of the same model, by the same
-    choice of tokens, with another calibration text.
+    model: the folder, or what `load_checkpoint` made of it.
+    calibration: a text file; a bundled text otherwise. "self" has the unquantized model write the
+    text, "mixed" half of it (`calibration_windows`). progress(layers done, layers) is called after
+    each layer, writing(tokens done, tokens) as the model writes; an exception in them cancels.
+    OUT appears only when whole; resume=True goes on behind the layers that an interrupted run of
+    the same recipe left in OUT.partial. recipe: the recipe.json that config is from; ValueError
+    when it was made of the same model, by the same choice of tokens, with another calibration text.
     """
     config = config or QuantConfig()
     out, start, counts = Path(out), time.perf_counter(), []
     with PeakMemory() as memory:
-        checkpoint = load_checkpoint(model)
+        checkpoint = open_model(model)
+        config = config.settled(checkpoint.spec.tied)  # before a method unties the head
         check_run(out, checkpoint, config)
-        windows = calibration_windows(checkpoint, config, calibration)
+        check_outer(checkpoint)
+        chosen = measure(calibration_windows, checkpoint, config, calibration, writing)
+        windows = chosen.value
         if recipe is not None:
             _check_text(Path(recipe), checkpoint, config, token_digest(windows))
-        check_outer(checkpoint)
         prepared = measure(prepare, checkpoint, config, windows)
         job = Job(config, out, resume=resume,
-                  observe=lambda statistics, layer: counts.extend(_counts(layer)))
-        (outcome,) = sweep(prepared.value, windows, [job], progress=progress)
+                  observe=lambda *seen: counts.extend(_counts(*seen)))
+        (outcome,) = sweep(prepared.value, windows, [job], progress=progress,
+                           written=written_by_model(calibration))
+    written = written_tokens(calibration, windows)
     return Summary(
         out=out,
         config=config,
@@ -98,11 +110,14 @@ def quantize_folder(
         solve_seconds=prepared.seconds + outcome.seconds["solve"],
         quantize_seconds=outcome.seconds["quantize"],
         calibration_tokens=int(windows.size),
-        bytes_before=folder_bytes(checkpoint.path),
+        bytes_before=checkpoint.bytes_with_tokenizer,
         bytes_after=folder_bytes(out),
         peak_memory=memory.peak,
         sites=tuple(counts),
         resumed_layers=outcome.resumed_layers,
+        kv_dtype=_kv_dtype(out),
+        written_tokens=written,
+        writing_seconds=chosen.seconds if written else 0.0,
     )
 
 
@@ -123,26 +138,35 @@ def save(
     return Path(out)
 
 
+def _kv_dtype(out: Path) -> str:
+    """What a folder that was written asks for."""
+    quantization = read_json(out / "config.json")["quantization_config"]
+    return quantization.get("kv_dtype", KV_DTYPES[0])
+
+
 def _check_text(recipe: Path, checkpoint: Checkpoint, config: QuantConfig, digest: str) -> None:
     """ValueError when a saved recipe of this model saw other tokens, chosen in the same way."""
     saved = read_json(recipe)
     used, provenance = saved.get("config"), saved.get("provenance")
     if not isinstance(used, dict) or not isinstance(provenance, dict):
         return  # options alone, as people write them
-    same = saved.get("source_sha256") == checkpoint.fingerprint and all(
-        used.get(key) == getattr(config, key) for key in ("calibration_tokens", "seed")
-    )
+    same = (saved.get("source_sha256") == checkpoint.fingerprint
+            and QuantConfig.from_json(used).sample == config.sample)
     found = provenance.get("calibration_sha256", digest)
     if same and found != digest:
+        advice = "pass the same --calibration"
+        if (word := written_by_model(provenance.get("calibration"))) is not None:
+            advice = (f"pass --calibration {word}, on a machine with the same kernels: others "
+                      f"write another text")
         raise ValueError(
-            f"{recipe}: it was made with another calibration text (sha256 {found!s:.64}); pass the "
-            f"same --calibration"
+            f"{recipe}: it was made with another calibration text (sha256 {found!s:.64}); {advice}"
         )
 
 
-def _counts(layer: QuantizedLayer) -> list[SiteCounts]:
+def _counts(statistics: LayerStatistics, layer: QuantizedLayer) -> list[SiteCounts]:
     return [
         SiteCounts(layer.index, name, *r.sizes, *map(r.givens_count, ("ART", "URT", "sweep")),
-                   r.balance is not None, layer.int8_inputs.get(name, 0))
+                   r.balance is not None, layer.int8_inputs.get(name, 0),
+                   statistics.sites[name].borrowed)
         for name, r in layer.rotations.items()
     ]

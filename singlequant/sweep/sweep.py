@@ -31,6 +31,7 @@ from ..methods.solve import config_int8_step
 from ..rotations import LayerRotations
 from ..statistics import LayerStatistics
 from ..weights import QuantizedLayer
+from .bits import assign_bits
 from .calibrate import calibrate
 from .layer import quantize_layer
 from .measure import Measured, measure
@@ -40,7 +41,7 @@ from .texts import token_digest
 STAGES = ("calibrate", "solve", "quantize")
 
 Solve = Callable[[LayerStatistics], LayerRotations]
-Quantize = Callable[[View, LayerRotations, QuantConfig], QuantizedLayer]
+Quantize = Callable[..., QuantizedLayer]
 Observe = Callable[[LayerStatistics, QuantizedLayer], None]
 
 
@@ -52,7 +53,8 @@ class Job:
     go on with the layers that an interrupted run left in OUT.partial. scratch: OUT belongs to the
     caller alone, so an existing folder is replaced and OUT.partial never stays behind.
     solve(statistics) replaces the solver of config.method; jobs that share one function share what
-    it returns. quantize(view, rotations, config) replaces `quantize_layer`.
+    it returns. quantize(view, rotations, config) replaces `quantize_layer`, which also takes the
+    bits by linear where config.bits is above 4.
     observe(statistics, layer) is called with each layer that was made, after it was written.
     """
 
@@ -98,6 +100,7 @@ def sweep(
     jobs: Sequence[Job],
     *,
     layers: int | None = None,
+    written: str | None = None,
     failures: tuple[type[Exception], ...] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Outcome, ...]:
@@ -107,16 +110,21 @@ def sweep(
     layer's statistics are computed once for all jobs, and its rotations once for jobs of equal
     method, seed and step of 8-bit inputs. One layer is in memory at a time. Layers that every job
     has already are passed through. layers: stop after so many, without finishing the folders.
+    written: the word for windows that the model wrote (`written_by_model`), for recipe.json.
     failures: exceptions that end one job and leave its message in its outcome; all others end the
     sweep. progress(layers done, layers) is called after each layer; an exception in it cancels.
     """
-    provenance = {"version": __version__, "calibration_sha256": token_digest(windows)}
+    provenance = {"version": __version__, "calibration_sha256": token_digest(windows),
+                  **({"calibration": written} if written else {})}
     works = [_Work(job, view, failures) for job in jobs]
+    for work in works:
+        work.assign(windows)
     limit = view.spec.layers if layers is None else layers
     with contextlib.ExitStack() as stack:
         for work in works:
             stack.push(work.close)
-            work.attempt("quantize", work.open, provenance)
+            if work.outcome.error is None:
+                work.attempt("quantize", work.open, provenance)
         running = [work for work in works if work.outcome.error is None]
         done = set.intersection(*(work.finished for work in running)) if running else set()
         inputs = any(work.job.config.weights == "gptq" for work in running)
@@ -170,6 +178,7 @@ class _Work:
         self.job, self.view, self.failures = job, view, failures
         self.outcome = Outcome()
         self.finished: set[int] = set()
+        self.bits: dict[str, int] = {}  # by linear, those with more than 4
         self._writer: ModelWriter | None = None
 
     @property
@@ -182,6 +191,10 @@ class _Work:
         """Call and count as part of a stage; None when it failed."""
         return self.outcome.add(stage, measure(function, *arguments, failures=self.failures))
 
+    def assign(self, windows: NDArray[np.int64]) -> None:
+        """Choose the bits of each linear."""
+        self.bits = self.attempt("solve", assign_bits, self.view, self.job.config, windows) or {}
+
     def open(self, provenance: dict[str, str]) -> None:
         """Start the folder. ValueError when the config does not suit the model."""
         job = self.job
@@ -190,7 +203,8 @@ class _Work:
         if job.scratch and job.out.exists():
             shutil.rmtree(job.out)
         self._writer = ModelWriter(
-            job.out, self.view, job.config, resume=job.resume, provenance=provenance
+            job.out, self.view, job.config, resume=job.resume, provenance=provenance,
+            bits=self.bits,
         ).__enter__()
         self.finished = self._writer.finished_layers()
         self.outcome.resumed_layers = len(self.finished)
@@ -209,7 +223,8 @@ class _Work:
 
     def make(self, rotations: LayerRotations) -> QuantizedLayer:
         """Rotate, round and pack one layer, and write it."""
-        layer = self.job.quantize(self.view, rotations, self.job.config)
+        bits = (self.bits,) if self.bits else ()
+        layer = self.job.quantize(self.view, rotations, self.job.config, *bits)
         if self._writer is not None:
             self._writer.write_layer(layer)
         return layer

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ... import harness
 from ...checkpoint.folder import Checkpoint, load_checkpoint
-from ...files import folder_bytes
 from ...runtime.model import Model
 from ...sweep.measure import reason
-from ...sweep.texts import bundled_text, read_text, token_digest
+from ...sweep.text_file import first_tokens
+from ...sweep.texts import bundled_path, token_digest
 from ..evaluate import CachedScorer, evaluate, split_windows
 from .rows import Row
 
@@ -44,15 +45,17 @@ def read_texts(
 ) -> list[Text]:
     """The texts' first windows. ValueError names the file that is empty or too short."""
     if files is None:
-        sources = {"heldout": ("bundled text", bundled_text("heldout"))}
+        sources = {"heldout": ("bundled text", bundled_path("heldout"))}
     else:
         paths = [Path(file) for file in dict.fromkeys(map(str, files))]
         alike = len({path.stem for path in paths}) < len(paths)
-        sources = {str(p) if alike else p.stem: (str(p), read_text(p)) for p in paths}
+        sources = {str(p) if alike else p.stem: (str(p), p) for p in paths}
     texts = []
-    for name, (source, text) in sources.items():
+    for name, (source, path) in sources.items():
+        tokens = first_tokens(checkpoint.encode, path, None if windows is None
+                              else windows * seq_len)
         try:
-            whole = split_windows(checkpoint.encode(text), seq_len)[:windows]
+            whole = split_windows(tokens, seq_len)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         texts.append(Text(name, whole.reshape(-1)))
@@ -88,30 +91,35 @@ class Evaluator:
         results = [evaluate(self._original, text.tokens, self._seq_len) for text in self._texts]
         results = [replace(r, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0,
                            reference_perplexity=r.perplexity) for r in results]
-        tasks = self._task_values(self._original.model)
-        return Row(None, results=tuple(results), tasks=tasks,
+        scores = self._scores(self._original.model)
+        return Row(None, results=tuple(results), tasks=scores.metrics, answers=scores.answers,
                    seconds={"evaluate": time.perf_counter() - start},
-                   bytes_on_disk=folder_bytes(self._checkpoint.path))
+                   bytes_on_disk=self._checkpoint.bytes_with_tokenizer)
 
-    def quantized(self, folder: Path, row: Row) -> Row:
-        """The row with a packed folder's scores; with the reason when it cannot be run."""
+    def quantized(self, folder: Path, row: Row, original: Row) -> Row:
+        """The row with a packed folder's scores; with the reason when it cannot be run.
+
+        original: the original's row, whose answers those to tasks are paired with.
+        """
         start = time.perf_counter()
         try:
             model = Model(load_checkpoint(folder))
             results = [evaluate(model, text.tokens, self._seq_len, self._original)
                        for text in self._texts]
-            tasks = self._task_values(model)
+            scores = self._scores(model)
+            paired = harness.paired_differences(scores.answers, original.answers)
         except FAILURES as error:
             return replace(row, error=reason(error))
         seconds = {**row.seconds, "evaluate": time.perf_counter() - start}
-        return replace(row, results=tuple(results), tasks=tasks, seconds=seconds)
+        return replace(row, results=tuple(results), tasks=scores.metrics, paired=paired,
+                       seconds=seconds)
 
-    def _task_values(self, model: Model) -> dict[str, dict[str, float]]:
+    def _scores(self, model: Model) -> harness.TaskScores:
+        """Finite metrics of the tasks, and the answers."""
         if not self._tasks:
-            return {}
-        from ...harness import evaluate_tasks
-
-        found = evaluate_tasks(model, list(self._tasks), self._task_folder)
-        return {task: {metric: float(value) for metric, value in values.items()
-                       if isinstance(value, (int, float)) and math.isfinite(value)}
-                for task, values in found.items()}
+            return harness.TaskScores({}, {})
+        found = harness.score_tasks(model, list(self._tasks), self._task_folder)
+        metrics = {task: {metric: float(value) for metric, value in values.items()
+                          if isinstance(value, (int, float)) and math.isfinite(value)}
+                   for task, values in found.metrics.items()}
+        return replace(found, metrics=metrics)

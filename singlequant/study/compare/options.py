@@ -27,13 +27,16 @@ class CompareOptions:
     """
 
     methods: Sequence[str] | None = None  # None: `default_methods()`
-    schemes: Sequence[str] = ("w4a4", "w4a8")
+    schemes: Sequence[str] = ("w4a8", "w4a4")
     weights: Sequence[str] = ("rtn",)  # rounding of every method, a row each
     clip: float = EQUAL_CLIP  # of every method's activations
+    bits: float = 4.0  # of every method's weights
     group_size: int = 0
+    head_bits: int | None = None  # of every row, as in QuantConfig
+    embedding_bits: int | None = None
     defaults: bool = True  # a row more per scheme and seed: the recipe's own rounding
     learned: str | Path | None = None  # a file of SpinQuant's rotations, instead of learning them
-    calibration: str | Path | None = None  # a text file; None: the bundled text
+    calibration: str | Path | None = None  # as for quantize_folder; None: the bundled text
     calibration_tokens: int | None = None  # None: the recipe's own number
     seeds: Sequence[int] = (0,)  # draws of the calibration windows, a row each
     texts: Sequence[str | Path] | None = None  # files to evaluate on; None: the bundled text
@@ -69,14 +72,16 @@ class CompareOptions:
     def recipes(self) -> list[tuple[QuantConfig, bool]]:
         """(config, whether it is the recipe's default) of every row, in the table's order."""
         tokens = self.calibration_tokens
-        common = {} if tokens is None else {"calibration_tokens": tokens}
+        common = {"head_bits": self.head_bits, "embedding_bits": self.embedding_bits,
+                  **({} if tokens is None else {"calibration_tokens": tokens})}
         rows = []
         for scheme in dict.fromkeys(self.schemes):
             for seed, rounding, method in itertools.product(
                 *map(dict.fromkeys, (self.seeds, self.weights, self.methods))
             ):
                 config = QuantConfig(scheme=scheme, method=method, weights=rounding, seed=seed,
-                                     clip=self.clip, group_size=self.group_size, **common)
+                                     clip=self.clip, bits=self.bits,
+                                     group_size=self.group_size, **common)
                 if method == "spinquant" and self.learned is not None:
                     config = replace(config, learned=str(self.learned))
                 rows.append((config, False))

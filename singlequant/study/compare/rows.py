@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import QuantConfig
+from ...harness import Answers, PairedDifference, differences_json
 from ..evaluate import Evaluation
 
 ROWS_FILE = "rows.jsonl"
@@ -22,15 +23,19 @@ STAGES = ("calibrate", "solve", "quantize", "evaluate")
 class Row:
     """One line of a comparison: the original (config None) or one quantized model.
 
-    results has one Evaluation per text. seconds: what this row alone would take, by stage; the
-    quantize stage packs and writes. peak_memory: anonymous bytes while it was made; None for the
-    original. error: why there are no figures, or None.
+    results has one Evaluation per text. tasks: task -> metric -> value. answers: the original's by
+    task, with which others are paired. paired: task -> metric -> difference from the original,
+    question by question; empty for the original. seconds: what this row alone would take, by
+    stage; the quantize stage packs and writes. peak_memory: anonymous bytes while it was made; None
+    for the original. error: why there are no figures, or None.
     """
 
     config: QuantConfig | None
     default: bool = False  # the recipe's own rounding, not that of the other rows
     results: tuple[Evaluation, ...] = ()
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+    paired: Mapping[str, Mapping[str, PairedDifference]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
     bytes_on_disk: int | None = None
@@ -55,6 +60,8 @@ class Row:
             "config": None if self.config is None else self.config.to_json(),
             "results": [result.to_json() for result in self.results],
             "tasks": {task: dict(values) for task, values in self.tasks.items()},
+            "answers": {task: found.to_json() for task, found in self.answers.items()},
+            "paired": differences_json(self.paired),
             "seconds": dict(self.seconds),
             "peak_memory": self.peak_memory,
             "bytes_on_disk": self.bytes_on_disk,
@@ -68,6 +75,11 @@ class Row:
         config = values["config"]
         values["config"] = None if config is None else QuantConfig.from_json(config)
         values["results"] = tuple(Evaluation(**result) for result in values["results"])
+        values["answers"] = {task: Answers.from_json(found)
+                             for task, found in values.get("answers", {}).items()}
+        values["paired"] = {
+            task: {metric: PairedDifference(**found) for metric, found in metrics.items()}
+            for task, metrics in values.get("paired", {}).items()}
         return cls(**values)
 
 

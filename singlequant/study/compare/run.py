@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint.folder import Checkpoint, load_checkpoint
+from ...checkpoint.folder import Checkpoint, open_model
 from ...config import QuantConfig
 from ...files import folder_bytes
 from ...info import __version__, machine_info
@@ -24,21 +24,22 @@ from ...methods.spinquant import load_learned
 from ...sweep.measure import anonymous_bytes, measure
 from ...sweep.prepare import View, check_outer, prepare
 from ...sweep.sweep import Job, Outcome, sweep
-from ...sweep.texts import calibration_windows, token_digest
+from ...sweep.texts import calibration_windows, token_digest, written_by_model
 from ..evaluate import default_seq_len
 from .evaluator import FAILURES, Evaluator, folder_digest, read_texts
 from .options import CompareOptions
 from .rows import ROWS_FILE, STAGES, Row, RowsFile
 from .table import Comparison
 
-Sample = tuple[int, int]  # calibration tokens and seed
+Sample = tuple[int, int, int]  # QuantConfig.sample
 
 
 def compare(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     options: CompareOptions | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    writing: Callable[[int, int], None] | None = None,
     **changes: Any,
 ) -> Comparison:
     """Quantize a `save_pretrained` folder by each method and scheme, and evaluate each result.
@@ -51,14 +52,15 @@ def compare(
     method that cannot run is a row with the reason. With `out` a later run goes on where this one
     ended, and other models, texts or options add to the folder; without it the packed models are
     temporary, and finished rows are kept in `rows_file`, if named.
-    progress(done, total) is called after each layer of a sweep and each evaluation; an exception in
-    it cancels. ValueError names the argument that is wrong, or the tensor that is not finite.
+    progress(done, total) is called after each layer of a sweep and each evaluation, writing(tokens
+    done, tokens) as the model writes calibration text; an exception in them cancels.
+    ValueError names the argument that is wrong, or the tensor that is not finite.
     """
     if not isinstance(options, CompareOptions | None):
         raise TypeError(f"options: expected CompareOptions, found {type(options).__name__} (fields "
                         f"go by name: methods=[...])")
     options = replace(options or CompareOptions(), **changes)
-    plan = _Plan(model, options)
+    plan = _Plan(model, options, writing)
     with contextlib.ExitStack() as stack:
         rows_file = None if options.rows_file is None else Path(options.rows_file)
         if options.out is None:
@@ -72,7 +74,7 @@ def compare(
     quantized = [replace(found[plan.key(config)], default=default)
                  for config, default in plan.recipes]
     return Comparison(
-        model=plan.checkpoint.path.resolve().name,
+        model=plan.checkpoint.name,
         fingerprint=plan.checkpoint.fingerprint,
         texts=tuple(text.name for text in plan.texts),
         seq_len=plan.seq_len,
@@ -88,21 +90,26 @@ class _Plan:
     Two runs give a row the same key when nothing that changes its figures differs.
     """
 
-    def __init__(self, model: str | Path, options: CompareOptions) -> None:
+    def __init__(self, model: str | Path | Checkpoint, options: CompareOptions,
+                 writing: Callable[[int, int], None] | None) -> None:
         self.recipes = options.recipes()
         self._learned_digest = None
         if options.learned is not None:
             load_learned(options.learned)
             self._learned_digest = hashlib.sha256(Path(options.learned).read_bytes()).hexdigest()
-        self.checkpoint = checkpoint = load_checkpoint(model)
+        self.checkpoint = checkpoint = open_model(model)
         checkpoint.require_unquantized()
+        if (options.head_bits, options.embedding_bits) != (None, None):
+            self.recipes = [(c.settled(checkpoint.spec.tied), d) for c, d in self.recipes]
         self.seq_len = _seq_len(checkpoint, options.seq_len)
         self.texts = read_texts(checkpoint, options.texts, self.seq_len, options.windows)
-        self.windows: dict[Sample, NDArray[np.int64]] = {
-            (c.calibration_tokens, c.seed): calibration_windows(checkpoint, c, options.calibration)
-            for c, _ in self.recipes
-        }
         check_outer(checkpoint)
+        samples = {c.sample: c for c, _ in self.recipes}
+        self.windows: dict[Sample, NDArray[np.int64]] = {
+            sample: calibration_windows(checkpoint, c, options.calibration, writing)
+            for sample, c in samples.items()
+        }
+        self.written = written_by_model(options.calibration)
         self.evaluator = Evaluator(checkpoint, self.texts, self.seq_len, options.tasks,
                                    options.task_folder)
         self._facts = {
@@ -110,6 +117,8 @@ class _Plan:
             "texts": [text.digest for text in self.texts], "tasks": list(options.tasks),
             "task_folder": folder_digest(options.task_folder), "config": None,
         }
+        if options.tasks:  # rows of before pairs were made have no answers
+            self._facts["paired"] = True
         self.original_key = _digest(self._facts)
         self.wanted = {self.key(config): config for config, _ in self.recipes}
 
@@ -118,7 +127,7 @@ class _Plan:
         values = config.to_json()
         if config.learned is not None:  # its content counts, not its name
             values["learned"] = self._learned_digest
-        tokens = token_digest(self.windows[config.calibration_tokens, config.seed])
+        tokens = token_digest(self.windows[config.sample])
         return _digest({**self._facts, "config": values, "calibration": tokens})
 
 
@@ -156,7 +165,7 @@ class _Runner:
         for key, config in wanted.items():
             if key in self._rows.rows:
                 continue
-            sample = config.calibration_tokens, config.seed
+            sample = config.sample
             prepared = measure(self._view, config, self._plan.windows[sample], failures=FAILURES)
             if prepared.error:
                 failed[key] = Row(config, error=prepared.error)
@@ -194,12 +203,14 @@ class _Runner:
         folders = {key: self._folder / _folder_name(key, config)
                    for key, config in configs.items()}
         errors = self._build(view, windows, configs, folders)
+        original = Row.from_json(self._rows.rows[self._plan.original_key])
         failed = {}
         for key, config in configs.items():
             if errors.get(key):
                 row = Row(config, error=errors[key])
             else:
-                row = self._evaluator.quantized(folders[key], Row(config, **self._rows.built[key]))
+                row = self._evaluator.quantized(
+                    folders[key], Row(config, **self._rows.built[key]), original)
             if row.error:
                 failed[key] = row
             else:
@@ -218,7 +229,7 @@ class _Runner:
         outcomes = ()
         if jobs:
             outcomes = sweep(view, windows, list(jobs.values()), failures=FAILURES,
-                             progress=self._step)
+                             progress=self._step, written=self._plan.written)
         for _ in range(before + view.spec.layers - self._done):
             self._step()  # layers that nobody needed any more
         for (key, job), outcome in zip(jobs.items(), outcomes, strict=True):

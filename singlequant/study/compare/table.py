@@ -59,6 +59,9 @@ class Comparison:
     def _notes(self) -> list[str]:
         """What stands below the table: the mark's meaning and why rows have no figures."""
         notes = ["* lowest KL of its scheme"] if self._best() else []
+        if any(row.paired for row in self.rows):
+            notes.append("- original: mean difference of the answers to each question, +- its "
+                         "standard error")
         failed = [row for row in self.rows if row.error]
         return notes + [f"{row.scheme} {row_name(row)}: {row.error}" for row in failed]
 
@@ -81,6 +84,9 @@ class Comparison:
         for task, metric in self._task_columns():
             values = [row.tasks.get(task, {}).get(metric) for row in self.rows]
             columns.append([f"{task} {metric}", *(_format(value, ".4f") for value in values)])
+            paired = [row.paired.get(task, {}).get(metric) for row in self.rows]
+            if any(paired):
+                columns.append([f"{task} {metric} - original", *(str(d or "-") for d in paired)])
         for stage in STAGES:
             columns.append([f"{stage} s", *(_format(row.seconds.get(stage), ".2f")
                                             for row in self.rows)])
@@ -129,8 +135,12 @@ class Comparison:
                 suffix = f"[{text}]" if len(self.texts) > 1 else ""
                 record |= {f"{name}{suffix}": getattr(row.results[t], name) if row.results else None
                            for _, name, _ in _MEASURES}
-            record |= {f"{task}.{metric}": row.tasks.get(task, {}).get(metric)
-                       for task, metric in self._task_columns()}
+            for task, metric in self._task_columns():
+                record[f"{task}.{metric}"] = row.tasks.get(task, {}).get(metric)
+                if any(metric in r.paired.get(task, {}) for r in self.rows):
+                    paired = row.paired.get(task, {}).get(metric)
+                    record[f"{task}.{metric}_difference"] = getattr(paired, "difference", None)
+                    record[f"{task}.{metric}_difference_stderr"] = getattr(paired, "stderr", None)
             record |= {f"{stage}_seconds": row.seconds.get(stage) for stage in STAGES}
             record |= {"peak_memory_bytes": row.peak_memory, "disk_bytes": row.bytes_on_disk,
                        "error": row.error}

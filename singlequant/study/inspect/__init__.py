@@ -2,18 +2,27 @@
 """Outliers of every site, before and after each step of its transformation: figures and pictures.
 
 All figures are of the evenly spaced tokens that calibration keeps (512 of each site) and of as many
-rows of the site's weights. `Measures` has the definitions.
+rows of the site's weights. `Measures` has the definitions. The gains alone are of all tokens and
+rows.
 """
 
 from .measures import MASSIVE, NORMAL, NORMAL_SHARE, Measures, measure
 from .plots import plot_errors, plot_heatmaps, plot_overview, plot_surface
-from .result import FIGURE_FIELDS, IDENTITY_FIELDS, Inspection, OutlierRow, Surface
+from .result import (
+    FIGURE_FIELDS,
+    GAIN_FIELDS,
+    IDENTITY_FIELDS,
+    Inspection,
+    OutlierRow,
+    Surface,
+)
 from .run import inspect_model, own_config
 from .steps import transform, transform_weights, transformation_steps
 from .tables import site_table, step_table
 
 __all__ = [
     "FIGURE_FIELDS",
+    "GAIN_FIELDS",
     "IDENTITY_FIELDS",
     "MASSIVE",
     "NORMAL",

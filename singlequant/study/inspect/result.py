@@ -21,6 +21,10 @@ class OutlierRow(Measures):
 
     output_error: |x W^T - Q(x') Q(W')^T|^2 / |x W^T|^2 on the sample, x', W' the transformed inputs
     and weight rows, computed by the runtime's integer kernels.
+    balance_gain, alignment_gain: what the rms balance, and the alignment of the site's blocks,
+    promise over the site as it is, in dB of the outputs' signal-to-noise ratio (`methods.gain`).
+    They are of all calibration tokens and weight rows, and equal in all rows of a site. None where
+    the site cannot have one.
     """
 
     output_error: float
@@ -32,11 +36,14 @@ class OutlierRow(Measures):
     final: bool
     tokens: int
     channels: int
+    balance_gain: float | None = None
+    alignment_gain: float | None = None
 
 
 IDENTITY_FIELDS = ("layer", "site", "method", "step", "name", "final", "tokens", "channels")
 FIGURE_FIELDS = ("largest", "normal", "peak", "kurtosis", "utilization", "fill", "flatness",
                  "activation_error", "output_error")
+GAIN_FIELDS = ("balance_gain", "alignment_gain")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,13 +111,17 @@ class Inspection:
             raise ValueError(f"inspection: expected what to_json writes, found: {error}") from None
 
     def to_csv(self) -> str:
-        """A line per row; massive_T counts the entries beyond T times the median."""
+        """A line per row; massive_T counts the entries beyond T times the median.
+
+        A gain that a site cannot have is empty.
+        """
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         massive = [f"massive_{t:g}" for t in self.massive]
-        writer.writerow([*IDENTITY_FIELDS, *massive, *FIGURE_FIELDS])
+        writer.writerow([*IDENTITY_FIELDS, *massive, *FIGURE_FIELDS, *GAIN_FIELDS])
         for row in self.rows:
-            identity, figures = ([getattr(row, name) for name in names]
-                                 for names in (IDENTITY_FIELDS, FIGURE_FIELDS))
-            writer.writerow([*identity, *row.massive, *figures])
+            identity, figures, gains = (
+                [getattr(row, name) for name in names]
+                for names in (IDENTITY_FIELDS, FIGURE_FIELDS, GAIN_FIELDS))
+            writer.writerow([*identity, *row.massive, *figures, *gains])
         return out.getvalue()

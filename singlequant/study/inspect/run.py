@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import _C
-from ...checkpoint.folder import Checkpoint, load_checkpoint
+from ...checkpoint.folder import Checkpoint, open_model
 from ...config import QuantConfig
 from ...export.writer import RECIPE_FILE
 from ...files import read_json
+from ...methods.gain import alignment_gain, balance_gain
 from ...methods.registry import METHODS
 from ...methods.solve import solve_layer
 from ...rotations import SiteRotation
@@ -32,9 +33,9 @@ SURFACE_TOKENS, SURFACE_CHANNELS = 64, 128  # cells of a surface, at most
 
 
 def inspect_model(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     methods: Sequence[str] | None = None,
-    original: str | Path | None = None,
+    original: str | Path | Checkpoint | None = None,
     config: QuantConfig | None = None,
     calibration: str | Path | None = None,
     layer: int | None = None,
@@ -56,7 +57,7 @@ def inspect_model(
     The same input gives the same figures, at any number of threads. ValueError names the argument
     that is wrong, what was expected and what was found.
     """
-    opened = load_checkpoint(model)
+    opened = open_model(model)
     checkpoint, packed = _original(opened, original)
     if config is None:
         config = own_config(opened)
@@ -66,10 +67,11 @@ def inspect_model(
     run = _Inspector(config, methods, packed, massive, normal, normal_share, surface)
     skip = set() if layer is None else set(range(checkpoint.spec.layers)) - {layer}
     for statistics in calibrate(checkpoint, windows, progress=progress, skip=skip):
-        for name in statistics.sites if site is None else (site,):
-            run.add(statistics.index, name, statistics.sites[name])
+        for name in statistics.sites:
+            if site in (None, name):
+                run.add(statistics.index, name, statistics.sites[name])
     return Inspection(
-        model=opened.path.resolve().name, methods=methods, bits=config.activation_bits,
+        model=opened.name, methods=methods, bits=config.activation_bits,
         clip=config.activation_clip, weights=config.weights,
         calibration_tokens=int(windows.size), massive=tuple(map(float, massive)),
         normal=float(normal), normal_share=float(normal_share), rows=tuple(run.rows),
@@ -116,11 +118,12 @@ def own_config(opened: Checkpoint) -> QuantConfig:
     if not recipe.is_file():  # others' folders may come without
         return opened.quant_config
     made = QuantConfig.from_file(recipe)
-    return replace(opened.quant_config, calibration_tokens=made.calibration_tokens, seed=made.seed)
+    return replace(opened.quant_config, calibration_tokens=made.calibration_tokens,
+                   calibration_window=made.calibration_window, seed=made.seed)
 
 
 def _original(
-    opened: Checkpoint, original: str | Path | None
+    opened: Checkpoint, original: str | Path | Checkpoint | None
 ) -> tuple[Checkpoint, Checkpoint | None]:
     """(the unquantized checkpoint, the packed one or None)."""
     if not opened.quantized:
@@ -136,15 +139,16 @@ def _original(
         advice = "" if method.residual else f": inspect the original with --method {method.name}"
         raise ValueError(f"{opened.path}: its method, {method.name}, folds a {method.folds} into "
                          f"the weights, which the folder does not tell apart{advice}")
-    checkpoint = load_checkpoint(original)
+    checkpoint = open_model(original)
     if checkpoint.quantized:
-        raise ValueError(f"original: expected an unquantized model, found a packed one: {original}")
+        raise ValueError(f"original: expected an unquantized model, found a packed one: "
+                         f"{checkpoint.path}")
     recipe = opened.path / RECIPE_FILE
     source = read_json(recipe).get("source_sha256") if recipe.is_file() else None
     same = checkpoint.spec.separate() == opened.spec.separate()
     if not same or source not in (None, checkpoint.fingerprint):
         raise ValueError(f"original: expected the model that {opened.path} was made of, found "
-                         f"another: {original}")
+                         f"another: {checkpoint.path}")
     return checkpoint, opened
 
 
@@ -167,6 +171,8 @@ class _Inspector:
         """Measure one site after each step of each method."""
         x, weights = statistics.sample, statistics.weights
         exact = _C.linear_dense(x, weights).astype(np.float64)
+        gains = {"balance_gain": balance_gain(statistics),
+                 "alignment_gain": alignment_gain(statistics)}
         clip, stored = self.config.activation_clip, None
         finals, peak = [], 0.0
         for method in self.methods:
@@ -195,7 +201,7 @@ class _Inspector:
                 self.rows.append(OutlierRow(
                     **vars(figures), output_error=self._output_error(inputs, packed, clip, exact),
                     layer=layer, site=site, method=method, step=index, name=name, final=final,
-                    tokens=len(x), channels=x.shape[1],
+                    tokens=len(x), channels=x.shape[1], **gains,
                 ))
                 peak = figures.peak if index == 0 else peak
             finals.append((method, inputs))
@@ -229,10 +235,12 @@ class _Inspector:
         rows = None
         if all(isinstance(linear, PackedLinear) for linear in linears):
             every = max(1, -(-sum(linear.shape[0] for linear in linears) // SAMPLE_ROWS))
-            words, scales = (np.concatenate([getattr(w, part)[::every] for w in linears])
-                             for part in ("words", "scales"))
+            k, bits = linears[0].shape[1], max(linear.bits for linear in linears)
+            words = np.concatenate([
+                _C.pack(_C.unpack(w.words[::every], k, w.bits), bits) for w in linears])
+            scales = np.concatenate([w.scales[::every] for w in linears])
             if len(words) == kept and len({linear.group for linear in linears}) == 1:
-                rows = _C.PackedWeight(words, scales, linears[0].shape[1], linears[0].group)
+                rows = _C.PackedWeight(words, scales, k, linears[0].group, bits=bits)
         return rotation, weights.clips[site], rows
 
 

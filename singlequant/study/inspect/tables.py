@@ -7,20 +7,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .result import FIGURE_FIELDS, Inspection, OutlierRow
+from .result import FIGURE_FIELDS, GAIN_FIELDS, Inspection, OutlierRow
 
 HEADINGS = ("largest", "NO", "peak²/rms²", "kurtosis", "utiliz.", "fill", "flatness", "act. err",
             "out. err")
+GAIN_HEADINGS = ("balance dB", "align dB")
 
 
 def site_table(inspection: Inspection) -> str:
-    """Every layer and site, the original and what the whole transformation makes of it."""
+    """Every layer and site, the original and what the whole transformation makes of it.
+
+    The gains of a site stand in the line of the original; "-": it cannot have one.
+    """
     names = {row.name if row.step == 0 else row.method: None for row in inspection.rows}
     label = max(len(name) for name in names)
-    lines = [f"layer site     {'after':<{label}} {_heading(inspection)}"]
+    lines = [f"layer site     {'after':<{label}} {_heading(inspection)} "
+             + " ".join(f"{title:>10}" for title in GAIN_HEADINGS)]
     for row in inspection.rows:
         if row.step == 0 and row.method == inspection.methods[0]:
-            lines.append(f"{row.layer:>5} {row.site:<8} {'original':<{label}} {_figures([row])}")
+            lines.append(f"{row.layer:>5} {row.site:<8} {'original':<{label}} {_figures([row])} "
+                         f"{_gains(row)}")
         if row.final and row.step:
             lines.append(f"{row.layer:>5} {row.site:<8} {row.method:<{label}} {_figures([row])}")
     return "\n".join(lines)
@@ -43,6 +49,11 @@ def step_table(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
+def _gains(row: OutlierRow) -> str:
+    values = (getattr(row, name) for name in GAIN_FIELDS)
+    return " ".join(f"{'-' if value is None else format(value, '.2f'):>10}" for value in values)
+
+
 def _heading(inspection: Inspection) -> str:
     massive = [f"MO>{t:g}" for t in inspection.massive]
     return " ".join(f"{title:>10}" for title in [*massive, *HEADINGS])
@@ -56,5 +67,5 @@ def _figures(rows: Sequence[OutlierRow]) -> str:
     means = {name: float(np.mean([getattr(row, name) for row in rows])) for name in FIGURE_FIELDS}
     counts += [f"{means[name]:>10.2f}" for name in ("peak", "kurtosis")]
     counts += [f"{means[name]:>10.3f}" for name in ("utilization", "fill", "flatness")]
-    counts += [f"{means[name]:>10.4f}" for name in ("activation_error", "output_error")]
+    counts += [f"{means[name]:>10.2g}" for name in ("activation_error", "output_error")]
     return " ".join(counts)

@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Rows of codes as a file has them, of an embedding or a head: their layout, and what they mean. */
+#ifndef CODE_ROWS_H
+#define CODE_ROWS_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* k inputs a row, in blocks of SQ_ROW_BLOCK that have a scale each. With 8 bits a row is k signed
+ * codes, the last block as short as k makes it. With 4 bits each block has 16 bytes: byte j holds
+ * input j in the low nibble and input j + 16 in the high one, as code + 8; inputs behind k are code
+ * 0. Scales are bfloat16, so that scale * code is exact in float32. */
+#define SQ_ROW_BLOCK 32
+struct sq_code_rows {
+    int bits; /* 8 or 4 */
+    int64_t k;
+    const uint8_t *codes;   /* [rows][sq_code_row_bytes] */
+    const uint16_t *scales; /* [rows][sq_code_row_scales] */
+};
+
+static inline int64_t
+sq_code_row_scales(int64_t k)
+{
+    return (k + SQ_ROW_BLOCK - 1) / SQ_ROW_BLOCK;
+}
+
+static inline int64_t
+sq_code_row_bytes(int bits, int64_t k)
+{
+    return bits == 8 ? k : sq_code_row_scales(k) * (SQ_ROW_BLOCK / 2);
+}
+
+static inline float
+sq_float_of_bf16(uint16_t bits)
+{
+    const uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+/* Nearest, halves to even; x is finite. */
+static inline uint16_t
+sq_bf16_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Code p of a row [sq_code_row_bytes]. */
+static inline int
+sq_code_of_row(int bits, const uint8_t *row, int64_t p)
+{
+    enum { HALF = SQ_ROW_BLOCK / 2 };
+    if (bits == 8) {
+        return (int8_t)row[p];
+    }
+    const int byte = row[p / SQ_ROW_BLOCK * HALF + p % HALF];
+    return (p % SQ_ROW_BLOCK < HALF ? byte & 15 : byte >> 4) - 8;
+}
+
+/* The scale of code p of a row. */
+static inline float
+sq_scale_of_row(const struct sq_code_rows *w, int64_t row, int64_t p)
+{
+    return sq_float_of_bf16(w->scales[row * sq_code_row_scales(w->k) + p / SQ_ROW_BLOCK]);
+}
+
+#endif

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Codes to the words of the file and back: a dense stream of bits, the lowest first. */
+#include "quantize/sq_quantize.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "core/sq_internal.h"
+#include "core/sq_threads.h"
+
+enum { WORD_BITS = 32, NIBBLES = 8, CHUNK_WORDS = 1 << 13 };
+_Static_assert(NIBBLES * 4 == WORD_BITS, "eight nibbles fill a word");
+
+int
+sq_weight_bits_valid(int bits)
+{
+    return bits == 4 || bits == 5 || bits == 6 || bits == 8;
+}
+
+int64_t
+sq_packed_words(int bits, int64_t k)
+{
+    /* k bits / 32 without overflow for any k */
+    return k / WORD_BITS * bits + sq_ceil_div(k % WORD_BITS * bits, WORD_BITS);
+}
+
+/* ---- rows ------------------------------------------------------------------------------- */
+
+/* Eight bytes of 0 .. 15, the first one lowest, to eight nibbles: neighbours are merged three
+ * times. */
+static uint32_t
+merge_nibbles(uint64_t bytes)
+{
+    bytes = (bytes | bytes >> 4) & 0x00ff00ff00ff00ffu;
+    bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+    return (uint32_t)(bytes | bytes >> 16);
+}
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "byte 0 becomes the lowest nibble");
+
+static void
+pack_nibbles(const uint8_t *codes, int64_t k, int32_t *words)
+{
+    for (int64_t w = 0; w < k / NIBBLES; w++) {
+        uint64_t bytes;
+        memcpy(&bytes, codes + w * NIBBLES, sizeof bytes);
+        words[w] = (int32_t)merge_nibbles(bytes);
+    }
+    if (k % NIBBLES) {
+        uint64_t bytes = 0x0808080808080808u;
+        memcpy(&bytes, codes + k / NIBBLES * NIBBLES, (size_t)(k % NIBBLES));
+        words[k / NIBBLES] = (int32_t)merge_nibbles(bytes);
+    }
+}
+
+/* A row's codes follow each other in the words, and codes 0 follow them. */
+void
+sq_pack_row(int bits, const uint8_t *codes, int64_t k, int32_t *words)
+{
+    if (bits == 4) {
+        pack_nibbles(codes, k, words);
+        return;
+    }
+    const uint64_t zero = (uint64_t)1 << (bits - 1);
+    uint64_t held = 0;
+    int64_t j = 0;
+    for (int64_t w = 0, filled = 0; w < sq_packed_words(bits, k); w++) {
+        for (; filled < WORD_BITS; filled += bits, j++) {
+            held |= (j < k ? codes[j] : zero) << filled;
+        }
+        words[w] = (int32_t)(uint32_t)held;
+        held >>= WORD_BITS;
+        filled -= WORD_BITS;
+    }
+}
+
+void
+sq_unpack_row(int bits, const int32_t *words, int64_t k, int8_t *codes)
+{
+    const int half = 1 << (bits - 1), mask = 2 * half - 1;
+    uint64_t held = 0;
+    int filled = 0;
+    for (int64_t j = 0; j < k; j++) {
+        if (filled < bits) {
+            held |= (uint64_t)(uint32_t)*words++ << filled;
+            filled += WORD_BITS;
+        }
+        codes[j] = (int8_t)((int)(held & (unsigned)mask) - half);
+        held >>= bits;
+        filled -= bits;
+    }
+}
+
+/* ---- matrices --------------------------------------------------------------------------- */
+
+struct words_job {
+    const int8_t *codes_in;
+    int8_t *codes_out;
+    const int32_t *words_in;
+    int32_t *words_out;
+    int64_t k;
+    int bits;
+    atomic_int status;
+};
+
+static void
+pack_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct words_job *job = context;
+    const int64_t k = job->k, words = sq_packed_words(job->bits, k);
+    const int half = 1 << (job->bits - 1);
+    (void)thread;
+    uint8_t *row = sq_alloc((size_t)k);
+    if (!row) {
+        atomic_store(&job->status, SQ_ERR_NOMEM);
+        return;
+    }
+    unsigned bad = 0; /* the bits that no code + half has */
+    for (int64_t i = begin; i < end; i++) {
+        const int8_t *codes = job->codes_in + i * k;
+        for (int64_t j = 0; j < k; j++) {
+            const unsigned code = (unsigned)(codes[j] + half);
+            bad |= code >> job->bits;
+            row[j] = (uint8_t)(code & (unsigned)(2 * half - 1));
+        }
+        sq_pack_row(job->bits, row, k, job->words_out + i * words);
+    }
+    if (bad) {
+        atomic_store(&job->status, SQ_ERR_RANGE);
+    }
+    free(row);
+}
+
+static void
+unpack_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct words_job *job = context;
+    const int64_t k = job->k, words = sq_packed_words(job->bits, k);
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        sq_unpack_row(job->bits, job->words_in + i * words, k, job->codes_out + i * k);
+    }
+}
+
+static sq_status
+run(struct words_job *job, int64_t n, const void *codes, const void *words,
+    void (*rows)(void *, int64_t, int64_t, int))
+{
+    int64_t count;
+    if (job->k < 1 || !sq_product(n, job->k, &count)) {
+        return SQ_ERR_SHAPE;
+    }
+    if (count && (!codes || !words)) {
+        return SQ_ERR_NULL;
+    }
+    if (!sq_weight_bits_valid(job->bits)) {
+        return SQ_ERR_RANGE;
+    }
+    const int64_t length = sq_packed_words(job->bits, job->k);
+    sq_parallel_for(n, sq_max_i64(1, CHUNK_WORDS / length), rows, job);
+    return (sq_status)atomic_load(&job->status);
+}
+
+sq_status
+sq_pack_codes(int bits, const int8_t *codes, int64_t n, int64_t k, int32_t *words)
+{
+    struct words_job job = {.codes_in = codes, .words_out = words, .k = k, .bits = bits};
+    return run(&job, n, codes, words, pack_rows);
+}
+
+sq_status
+sq_unpack_codes(int bits, const int32_t *words, int64_t n, int64_t k, int8_t *codes)
+{
+    struct words_job job = {.codes_out = codes, .words_in = words, .k = k, .bits = bits};
+    return run(&job, n, codes, words, unpack_rows);
+}

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantizing a model cost, measured at once on a little held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.folder import Checkpoint
+from ..config import QuantConfig
+from ..runtime.model import Model
+from ..runtime.open import load
+from ..sweep.texts import bundled_text
+from .evaluate import Evaluation, evaluate
+
+CHECK_WINDOWS = 4  # of CHECK_LENGTH tokens, or of the model's maximum where that is less
+CHECK_LENGTH = QuantConfig.calibration_window
+
+
+def check(out: str | Path, original: Checkpoint) -> Evaluation:
+    """The quantized folder `out` beside the model it was made of, on the first CHECK_WINDOWS
+    windows of the bundled held-out text. Calibration never sees that text."""
+    length = min(CHECK_LENGTH, original.spec.max_position_embeddings)
+    tokens = original.encode(bundled_text("heldout"))[: CHECK_WINDOWS * length]
+    return evaluate(load(out), tokens, min(length, len(tokens)), Model(original))
