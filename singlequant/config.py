@@ -15,7 +15,7 @@ from .files import read_json
 from .methods.registry import DEFAULT_METHOD, METHODS
 
 KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
-TABLE_BITS = (4, 8, 16)  # of embedding and head; 16: as they are
+TABLE_BITS = (4, 6, 8, 16)  # of embedding and head; 16: as they are
 DEFAULT_TABLE_BITS = 8
 KV_DTYPES = ("float16", "bfloat16")
 
@@ -51,7 +51,8 @@ class QuantConfig:
     learned: str | None = None  # spinquant's rotations, a file of `spinquant.save_learned`
     kv_bits: int = 16  # of cached keys and values; below 16 the value heads are rotated as well
     kv_dtype: str = "float16"  # the cache's 16-bit floats; "bfloat16" for numbers beyond 65504
-    head_bits: int | None = None  # 8 where None; a tied head is the embedding: one may say it
+    # None in both: 8, or 6 where `assign_bits` finds that better at equal bytes; None in one: 8.
+    head_bits: int | None = None  # a tied head is the embedding: one may say it
     embedding_bits: int | None = None  # 16 in either leaves it as it is
 
     def __post_init__(self) -> None:
@@ -115,6 +116,12 @@ class QuantConfig:
     def ignores(self, linear: str) -> bool:
         """Whether the linear of that name (without .weight) stays as it is."""
         return any(fnmatch.fnmatchcase(linear, pattern) for pattern in self.ignore)
+
+    @property
+    def leaves_tables_open(self) -> bool:
+        """Whether `assign_bits` may choose the bits of embedding and head: none were asked, and the
+        linears can take the bits that these do without."""
+        return self.bits > 4 and self.head_bits is None and self.embedding_bits is None
 
     def settled(self, tied: bool) -> QuantConfig:
         """The same with the bits of embedding and head as numbers, for a model whose head is the

@@ -56,3 +56,4 @@ class LayerStatistics:
     entry: NDArray[np.float64] | None = None
     stream: NDArray[np.float64] | None = None
     change: NDArray[np.float64] | None = None
+    hidden: NDArray[np.float32] | None = None  # the stream behind it, [tokens, hidden]

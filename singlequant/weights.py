@@ -62,21 +62,21 @@ class PackedLinear:
         return f"PackedLinear({n}x{k}, {self.bits} bits, {grid})"
 
 
-TABLE_DTYPES = {8: np.dtype(np.int8), 4: np.dtype(np.uint8)}  # of codes by bits
+TABLE_DTYPES = {8: np.dtype(np.int8), 6: np.dtype(np.uint8), 4: np.dtype(np.uint8)}  # of codes
 ROW_BLOCK = 32  # inputs of a row of codes that share a scale
 
 
 def table_shapes(rows: int, width: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of a table's codes and scales: a code a byte, or blocks of 16 bytes."""
+    """Shapes of a table's codes and scales: a code a byte, or blocks of 4 * bits bytes."""
     blocks = -(-width // ROW_BLOCK)
-    return (rows, width if bits == 8 else 16 * blocks), (rows, blocks)
+    return (rows, width if bits == 8 else ROW_BLOCK * bits // 8 * blocks), (rows, blocks)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedTable:
-    """An embedding or a head in 8 or 4 bits, row by row, as docs/format.md stores it."""
+    """An embedding or a head in 8, 6 or 4 bits, row by row, as docs/format.md stores it."""
 
-    codes: NDArray[Any]  # int8 [rows, width], or uint8 [rows, 16 * blocks] for 4 bits
+    codes: NDArray[Any]  # int8 [rows, width], or uint8 [rows, 4 * bits * blocks]
     scales: NDArray[Any]  # bfloat16 [rows, blocks]
     shape: tuple[int, int]  # (rows, width)
 
@@ -101,8 +101,10 @@ class PackedTable:
 
     @property
     def bits(self) -> int:
-        """8 or 4."""
-        return 8 if self.codes.dtype == np.int8 else 4
+        """8, 6 or 4."""
+        if self.codes.dtype == np.int8:
+            return 8
+        return 6 if self.codes.shape == table_shapes(*self.shape, 6)[0] else 4
 
     @property
     def nbytes(self) -> int:

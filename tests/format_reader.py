@@ -69,9 +69,12 @@ def table(quantization: dict, tensors: dict, key: str) -> np.ndarray:
     spread = np.repeat(scales, 32, axis=1)
     if bits == 8:
         return codes.astype(np.float64) * spread[:, :width]
-    blocks = codes.reshape(*scales.shape, 16)
-    nibbles = np.concatenate([blocks & 15, blocks >> 4], -1).astype(np.float64) - 8
-    return (nibbles.reshape(len(codes), -1) * spread)[:, :width]
+    blocks = codes.reshape(*scales.shape, 4 * bits).astype(np.int64)
+    column = np.arange(32)
+    values = blocks[..., column % 16] >> column // 16 * 4 & 15
+    if bits == 6:
+        values |= (blocks[..., 16 + column % 8] >> column // 8 * 2 & 3) << 4
+    return ((values - 2 ** (bits - 1)).reshape(len(codes), -1) * spread)[:, :width]
 
 
 def quantize(tensors: dict, layer: int, site: str, activations: dict, x: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import random_layer
@@ -94,3 +95,14 @@ def test_plain_reader_multiplies_as_the_core_does(folder):
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 12, 20, 28, 36, 44, 52, 86, 92, 172, 521, 600, 1042])
 def test_plain_hadamard_is_the_cores(n):
     np.testing.assert_allclose(hadamard(n), _C.hadamard_matrix(n), atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_plain_reader_reads_tables_of_all_bits(bits):
+    given = np.random.default_rng(bits).standard_normal((9, 70)).astype(np.float32)
+    codes, scales = _C.quantize_rows(given, bits)
+    tensors = {"head.weight_codes": codes.view(np.int8) if bits == 8 else codes,
+               "head.weight_scale": scales.view(ml_dtypes.bfloat16).astype(np.float64)}
+    quantization = {"head_bits": bits, "model": {"head": "head", "tied": False, "hidden": 70}}
+    np.testing.assert_array_equal(table(quantization, tensors, "head"),
+                                  reference.rows_of_codes(codes, scales, bits, 70))

@@ -244,7 +244,7 @@ def test_gemm_half_is_within_the_chain_bound_and_knows_no_batch(table, guarded, 
         np.testing.assert_array_equal(_C.linear_dense(x, guarded(w[-1:])), whole[:, -1:])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 17, 32, 33, 250])
 def test_gemm_rows_is_within_the_chain_bound_and_knows_no_batch(table, guarded, bits, k):
     rng = np.random.default_rng(k)

@@ -42,11 +42,13 @@ def stored_bits(checkpoint):
 @pytest.mark.parametrize(("tied", "given", "expected"), [
     (True, {}, [8, 8]),
     (True, {"head_bits": 4}, [4, 4]),
+    (True, {"head_bits": 6}, [6, 6]),
     (True, {"embedding_bits": 16}, [16, 16]),
     (True, {"ignore": (HEAD,)}, [16, 16]),
     (False, {}, [8, 8]),
     (False, {"head_bits": 4}, [8, 4]),
     (False, {"embedding_bits": 16, "head_bits": 8}, [16, 8]),
+    (False, {"embedding_bits": 6, "head_bits": 4}, [6, 4]),
     (False, {"ignore": ("*embed*",), "embedding_bits": 4}, [16, 8]),
 ])
 def test_bits_that_are_stored(make_checkpoint, tmp_path, out, tied, given, expected):
@@ -67,7 +69,7 @@ def test_bits_that_are_stored(make_checkpoint, tmp_path, out, tied, given, expec
         assert own == ((bits == 16, bits < 16) if name == EMBED or not tied else (False, False))
     header = json.loads((out / "config.json").read_text())["quantization_config"]
     assert [header.get(key, 16) for key in ("embedding_bits", "head_bits")] == expected
-    assert packed.dtype == {16: "bfloat16", 8: "int8", 4: "int4"}[expected[0]]
+    assert packed.dtype == {16: "bfloat16", 8: "int8", 6: "int6", 4: "int4"}[expected[0]]
 
 
 def test_codes_stay_in_the_file(source, out):
@@ -78,7 +80,7 @@ def test_codes_stay_in_the_file(source, out):
     assert "320x64, 8 bits" in repr(embedding)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("name", [
     "gemma2-tied", "gptj-partial", "granite-factors", "opt-350m", "bloom-power-of-two",
     "mixtral-tied"])
@@ -104,7 +106,7 @@ def test_families_read_codes_as_the_table_that_they_say(tmp_path, name, bits):
                                atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 def test_logits_do_not_depend_on_the_batch(table, source, out, rng, bits):
     write(source, out, QuantConfig(head_bits=bits))
     outer = Outer(load_checkpoint(out))
@@ -142,7 +144,7 @@ def test_different_bits_of_one_table_are_refused(source, out):
 @pytest.mark.parametrize("name", ["head_bits", "embedding_bits"])
 @pytest.mark.parametrize("bad", [0, 5, 32, 8.0, "8", True])
 def test_config_refuses_other_bits(name, bad):
-    with pytest.raises(ValueError, match=f"{name}: expected one of 4, 8, 16, found"):
+    with pytest.raises(ValueError, match=f"{name}: expected one of 4, 6, 8, 16, found"):
         QuantConfig(**{name: bad})
 
 
@@ -223,7 +225,7 @@ def test_hostile_scales_are_refused(source, out):
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"head_bits": 5}, "head_bits: expected one of 4, 8, 16, found 5"),
+    ({"head_bits": 5}, "head_bits: expected one of 4, 6, 8, 16, found 5"),
     ({"head_bits": 4}, "embedding_bits: the model's head is its embedding"),
     ({"head_bits": 16, "embedding_bits": 16}, r"embed_tokens\.weight: missing tensor"),
     ({"head_bits": None, "embedding_bits": None}, "head_bits, embedding_bits: expected numbers"),

@@ -14,7 +14,15 @@ from singlequant import _C
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.config import QuantConfig
 from singlequant.export.writer import estimate_size
-from singlequant.sweep.bits import ERROR, Share, assign_bits, spend
+from singlequant.sweep.bits import (
+    ERROR,
+    Noise,
+    Share,
+    assign_bits,
+    predict_noise,
+    settle_bits,
+    spend,
+)
 from singlequant.sweep.layer import gptq_factor, quantize_linear
 
 
@@ -68,6 +76,56 @@ def test_budget_is_kept_and_nearly_used(budget):
             assert noise(shares, bits) <= noise(shares, dealt)
 
 
+# ---- embedding and head -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shares(source):
+    linears = [(linear.at(i), linear.n * linear.k) for i in range(source.spec.layers)
+               for linear in source.spec.layer(i).linears.values()]
+    return {name: Share(1.0, weights) for name, weights in linears}
+
+
+def test_tables_get_6_bits_where_the_linears_make_more_of_the_difference(source, shares):
+    tables, linears = 320 * 64, sum(share.weights for share in shares.values())
+    settled, bits = settle_bits(source, config(bits=4.5), Noise(shares, logits=1.0, tables=1e-3))
+    assert settled.table_bits(source.spec) == {"model.embed_tokens": 6}
+    assert settled.bits == pytest.approx(4.5 + 2 * tables / linears, abs=1e-4)
+    assert bits == spend(shares, settled.bits)
+    assert settle_bits(source, settled, Noise(shares, 1.0, 1e9)) == (settled, bits)  # no more open
+    kept, bits = settle_bits(source, config(bits=4.5), Noise(shares, logits=1e-6, tables=1e-3))
+    assert kept == config(bits=4.5, head_bits=8, embedding_bits=8)
+    assert bits == spend(shares, 4.5)
+
+
+@pytest.mark.parametrize("given", [
+    {"head_bits": 8}, {"embedding_bits": 4}, {"head_bits": 16, "embedding_bits": 16}])
+def test_bits_that_were_asked_stay(source, shares, given):
+    asked = config(bits=4.5, **given)
+    assert settle_bits(source, asked, Noise(shares, 1.0, 0.0)) == (asked, spend(shares, 4.5))
+
+
+def test_a_table_left_alone_frees_nothing(source, shares):
+    asked = config(bits=4.5, ignore=("*embed_tokens",))
+    settled, bits = settle_bits(source, asked, Noise(shares, 1.0, 0.0))
+    assert (settled.bits, settled.table_bits(source.spec)) == (4.5, {})
+    assert bits == spend(shares, 4.5)
+
+
+def test_cost_of_6_bits_is_foreseen(tmp_path):
+    checkpoint = load_checkpoint(sq.bundled_model())
+    original = sq.load(sq.bundled_model())
+    windows = sq.calibration_windows(checkpoint, config(calibration_tokens=2048))
+    kl = []
+    for bits in (6, 8):
+        out, given = tmp_path / f"{bits}", config(scheme="w4a16", bits=8, head_bits=bits)
+        sq.quantize_folder(sq.bundled_model(), out, given)
+        found = sq.perplexity(sq.load(out), windows.reshape(-1)[:1024], 512, reference=original)
+        kl.append(found.kl_mean)
+    foreseen = predict_noise(checkpoint, windows).tables
+    assert 0.5 < foreseen / (kl[0] - kl[1]) < 3
+
+
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -75,8 +133,8 @@ def test_bits_of_the_bundled_model():
     checkpoint = load_checkpoint(sq.bundled_model())
     windows = sq.calibration_windows(checkpoint, config())
     given = config(bits=5.0, ignore=("model.layers.0.*",))
-    bits = assign_bits(checkpoint, given, windows)
-    assert bits == assign_bits(checkpoint, given, windows)
+    settled, bits = assign_bits(checkpoint, given, windows)
+    assert (settled, bits) == assign_bits(checkpoint, given, windows)
     assert set(bits.values()) <= {5, 6, 8}
     assert not [name for name in bits if name.startswith("model.layers.0.")]
     sizes = {name: linear.n * linear.k for i in range(1, checkpoint.spec.layers)
@@ -84,7 +142,8 @@ def test_bits_of_the_bundled_model():
     assert set(bits) <= set(sizes)
     mean = sum(n * bits.get(name, 4) for name, n in sizes.items()) / sum(sizes.values())
     assert 4.8 < mean <= 5.0
-    assert assign_bits(checkpoint, config(bits=4), windows) == {}
+    four = config(bits=4)
+    assert assign_bits(checkpoint, four, windows) == (four, {})
 
 
 @pytest.mark.parametrize("name", ["granitemoeshared-shared", "gemma2-tied", "phi-phi-2"])
@@ -94,7 +153,7 @@ def test_other_layers_are_quantized_within_their_budget(tmp_path, text, name):
     shutil.copytree(FAMILIES / name, folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(FAMILIES / file, folder / file)
-    given = config(bits=4.6)
+    given = config(bits=4.6, head_bits=8)
     sq.quantize_folder(folder, tmp_path / "out", given, text)
     packed, weights, bits = load_checkpoint(tmp_path / "out"), 0, 0
     for i in range(packed.spec.layers):
@@ -132,7 +191,11 @@ def test_recipe_holds_the_bits_and_a_resumed_run_shares_them(model, tmp_path, te
         sq.quantize_folder(model, out, config(bits=5.5), text, resume=True)
     sq.quantize_folder(model, out, config(bits=4.5), text, resume=True)
     recipe = json.loads((out / "recipe.json").read_text())
-    assert recipe["config"]["bits"] == 4.5
+    assert recipe["config"]["bits"] >= 4.5  # more where embedding and head have 6 bits
+    again = QuantConfig.from_json(recipe["config"])
+    assert not again.leaves_tables_open
+    sq.quantize_folder(model, tmp_path / "again", again, text)
+    assert load_checkpoint(tmp_path / "again").fingerprint == load_checkpoint(out).fingerprint
     stored = {linear.name: linear.weight.bits for i in range(2)
               for linear in load_checkpoint(out).layer(i).linears.values()}
     assert recipe["bits"] == {name: bits for name, bits in stored.items() if bits > 4}

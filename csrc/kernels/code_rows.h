@@ -8,15 +8,23 @@
 
 /* k inputs a row, in blocks of SQ_ROW_BLOCK that have a scale each. With 8 bits a row is k signed
  * codes, the last block as short as k makes it. With 4 bits each block has 16 bytes: byte j holds
- * input j in the low nibble and input j + 16 in the high one, as code + 8; inputs behind k are code
- * 0. Scales are bfloat16, so that scale * code is exact in float32. */
+ * input j in the low nibble and input j + 16 in the high one, as code + 8. With 6 bits it has 24:
+ * these 16 hold the low four bits of code + 32, and byte 16 + j the upper two of inputs j, j + 8,
+ * j + 16 and j + 24, from the lowest bits on. Inputs behind k are code 0. Scales are bfloat16, so
+ * that scale * code is exact in float32. */
 #define SQ_ROW_BLOCK 32
 struct sq_code_rows {
-    int bits; /* 8 or 4 */
+    int bits; /* 8, 6 or 4 */
     int64_t k;
     const uint8_t *codes;   /* [rows][sq_code_row_bytes] */
     const uint16_t *scales; /* [rows][sq_code_row_scales] */
 };
+
+static inline int
+sq_code_row_bits_valid(int bits)
+{
+    return bits == 8 || bits == 6 || bits == 4;
+}
 
 static inline int64_t
 sq_code_row_scales(int64_t k)
@@ -27,7 +35,7 @@ sq_code_row_scales(int64_t k)
 static inline int64_t
 sq_code_row_bytes(int bits, int64_t k)
 {
-    return bits == 8 ? k : sq_code_row_scales(k) * (SQ_ROW_BLOCK / 2);
+    return bits == 8 ? k : sq_code_row_scales(k) * (SQ_ROW_BLOCK * bits / 8);
 }
 
 static inline float
@@ -52,12 +60,17 @@ sq_bf16_of_float(float x)
 static inline int
 sq_code_of_row(int bits, const uint8_t *row, int64_t p)
 {
-    enum { HALF = SQ_ROW_BLOCK / 2 };
+    enum { HALF = SQ_ROW_BLOCK / 2, QUARTER = SQ_ROW_BLOCK / 4 };
     if (bits == 8) {
         return (int8_t)row[p];
     }
-    const int byte = row[p / SQ_ROW_BLOCK * HALF + p % HALF];
-    return (p % SQ_ROW_BLOCK < HALF ? byte & 15 : byte >> 4) - 8;
+    const uint8_t *block = row + sq_code_row_bytes(bits, p / SQ_ROW_BLOCK * SQ_ROW_BLOCK);
+    const int i = (int)(p % SQ_ROW_BLOCK), byte = block[i % HALF];
+    const int low = i < HALF ? byte & 15 : byte >> 4;
+    if (bits == 4) {
+        return low - 8;
+    }
+    return (low | (block[HALF + i % QUARTER] >> (i / QUARTER * 2) & 3) << 4) - 32;
 }
 
 /* The scale of code p of a row. */

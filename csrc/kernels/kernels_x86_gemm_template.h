@@ -251,7 +251,7 @@ gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const fl
 /* ---- float32 x narrow weights ----------------------------------------------------------- */
 
 /* What a weight is widened from. Codes meet their block's scale here. */
-enum narrow { NARROW_F16, NARROW_BF16, NARROW_INT8, NARROW_INT4 };
+enum narrow { NARROW_F16, NARROW_BF16, NARROW_INT8, NARROW_INT6, NARROW_INT4 };
 
 /* Of w and of x: 12 or 24 accumulators, and each widened weight meets all tokens of a tile. */
 enum { HALF_ROWS = 4, HALF_TOKENS = TILE_BITS == 256 ? 3 : 6 };
@@ -310,16 +310,39 @@ load_int8(const uint8_t *from, uint16_t scale, int64_t count)
     return VEC(mul_ps)(floats_of_int8(load_bytes(from)), VEC(set1_ps)(sq_float_of_bf16(scale)));
 }
 
-/* Inputs first .. first + LANES - 1 of a block of 4-bit codes, times its scale. */
-static ALWAYS_INLINE vec_f
-load_int4(const uint8_t *block, uint16_t scale, const int first)
+/* The low four bits of inputs first .. first + LANES - 1 of a block of 4- or 6-bit codes. */
+static ALWAYS_INLINE __m128i
+load_nibbles(const uint8_t *block, const int first)
 {
     enum { HALF = SQ_ROW_BLOCK / 2 };
     const __m128i bytes = load_bytes(block + first % HALF);
-    const __m128i nibbles =
-        _mm_and_si128(first < HALF ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
-    return VEC(mul_ps)(floats_of_int8(_mm_sub_epi8(nibbles, _mm_set1_epi8(8))),
+    return _mm_and_si128(first < HALF ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+}
+
+/* Codes as they are stored, code + zero_code, times the block's scale. */
+static ALWAYS_INLINE vec_f
+scale_codes(__m128i codes, const int zero_code, uint16_t scale)
+{
+    return VEC(mul_ps)(floats_of_int8(_mm_sub_epi8(codes, _mm_set1_epi8((char)zero_code))),
                        VEC(set1_ps)(sq_float_of_bf16(scale)));
+}
+
+static ALWAYS_INLINE vec_f
+load_int4(const uint8_t *block, uint16_t scale, const int first)
+{
+    return scale_codes(load_nibbles(block, first), 8, scale);
+}
+
+static ALWAYS_INLINE vec_f
+load_int6(const uint8_t *block, uint16_t scale, const int first)
+{
+    enum { HALF = SQ_ROW_BLOCK / 2, QUARTER = SQ_ROW_BLOCK / 4 };
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(block + HALF));
+    const __m128i pairs = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 2));
+    const __m128i upper =
+        _mm_and_si128(_mm_srli_epi16(pairs, first / QUARTER * 2), _mm_set1_epi8(3));
+    return scale_codes(_mm_or_si128(load_nibbles(block, first), _mm_slli_epi16(upper, 4)), 32,
+                       scale);
 }
 
 /* Lanes in halves, the upper onto the lower: the same order on every call. */
@@ -357,6 +380,9 @@ load_widened(const struct narrow_args *s, int r, int64_t p, const int first, int
         case NARROW_INT8:
             return load_int8(row + p + first, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK],
                              count);
+        case NARROW_INT6:
+            return load_int6(row + p / SQ_ROW_BLOCK * (SQ_ROW_BLOCK * 6 / 8),
+                             s->scales[r * s->row_scales + p / SQ_ROW_BLOCK], first);
         case NARROW_INT4:
             return load_int4(row + p / 2, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK], first);
         default:
@@ -386,11 +412,18 @@ multiply_narrow(const struct narrow_args *s, int64_t p, const int first, int64_t
     }
 }
 
+/* Bits of a weight. */
+static ALWAYS_INLINE int
+bits_of(const enum narrow kind)
+{
+    return kind == NARROW_INT8 ? 8 : kind == NARROW_INT6 ? 6 : kind == NARROW_INT4 ? 4 : 16;
+}
+
 /* The inputs of one step: a vector, or a block of codes. */
 static ALWAYS_INLINE int
 step_of(const enum narrow kind)
 {
-    return kind == NARROW_INT8 || kind == NARROW_INT4 ? SQ_ROW_BLOCK : LANES;
+    return bits_of(kind) < 16 ? SQ_ROW_BLOCK : LANES;
 }
 
 /* The same for one step. count is the step but at the end. */
@@ -412,8 +445,8 @@ static ALWAYS_INLINE void
 prefetch_rows(const struct narrow_args *s, int64_t p, const int rows, const enum narrow kind)
 {
     enum { LINE_BYTES = 64 };
-    const int64_t byte = kind == NARROW_INT8 ? p : kind == NARROW_INT4 ? p / 2 : 2 * p;
-    if (byte % LINE_BYTES == 0) {
+    const int64_t byte = p * bits_of(kind) / 8;
+    if (byte % LINE_BYTES < step_of(kind) * bits_of(kind) / 8) { /* the first step of a line */
         const char *next = (const char *)s->w + 2 * rows * s->row_bytes + byte;
         UNROLL
         for (int r = 0; r < rows; r++) {
@@ -534,10 +567,14 @@ gemm_rows(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x, in
                                   .y = y,
                                   .ld_x = ld_x,
                                   .ld_y = ld_y};
-    if (w->bits == 8) {
-        gemm_narrow(s, m, n, NARROW_INT8);
-    }
-    else {
-        gemm_narrow(s, m, n, NARROW_INT4);
+    switch (w->bits) {
+        case 8:
+            gemm_narrow(s, m, n, NARROW_INT8);
+            break;
+        case 6:
+            gemm_narrow(s, m, n, NARROW_INT6);
+            break;
+        default:
+            gemm_narrow(s, m, n, NARROW_INT4);
     }
 }

@@ -10,10 +10,10 @@
 static int
 check_bits(int bits)
 {
-    if (bits == 8 || bits == 4) {
+    if (sq_code_row_bits_valid(bits)) {
         return 0;
     }
-    PyErr_Format(PyExc_ValueError, "bits: expected 8 or 4, got %d", bits);
+    PyErr_Format(PyExc_ValueError, "bits: expected 8, 6 or 4, got %d", bits);
     return -1;
 }
 
@@ -23,9 +23,10 @@ PyDoc_STRVAR(
     "(codes [n, b] uint8, scales [n, s] uint16 that are bfloat16) of a table [n, k] of float32, "
     "float16 or\nbfloat16, in s = ceil(k / 32) blocks of 32 inputs. 8 bits: b = k signed codes, to "
     "nearest over the\nblock's largest magnitude. 4 bits: b = 16 s, byte j of a block with code + "
-    "8 "
-    "of its inputs j and\nj + 16, and the clip of least squared error; a scale below 0 turns the "
-    "block round. The same bytes at\nany thread count. ValueError names the first row with NaN or "
+    "8 of its inputs j and\nj + 16; 6 bits: b = 24 s, these bytes with the low bits of code + 32, "
+    "and behind them byte j with the\nupper two of inputs j, j + 8, j + 16 and j + 24. Both take "
+    "the clip of least squared error; a scale\nbelow 0 turns the block round. The same bytes at "
+    "any thread count. ValueError names the first row with NaN or "
     "Inf.");
 
 static PyObject *

@@ -147,9 +147,9 @@ sq_quantize_weight(const struct sq_quantizer *q, const struct sq_weight_transfor
 /* table [rows][k] of dtype -> rows of codes as kernels/code_rows.h lays them out, of an embedding
  * or a head: codes [rows][sq_code_row_bytes] and bfloat16 scales [rows][sq_code_row_scales]. The
  * scale is rounded first, and the codes with what it became: 8 bits to nearest over the row's
- * largest; 4 bits with the searched clip of sq_quantizer, of x and of -x (its scale is then below
- * 0), as -8 reaches further than 7. SQ_ERR_NONFINITE: *bad_row is the first row that holds NaN or
- * Inf. Parallel over rows; a row's codes depend on that row alone. */
+ * largest; 6 and 4 bits with the searched clip of sq_quantizer, of x and of -x (its scale is then
+ * below 0), as -8 reaches further than 7. SQ_ERR_NONFINITE: *bad_row is the first row that holds
+ * NaN or Inf. Parallel over rows; a row's codes depend on that row alone. */
 sq_status
 sq_quantize_rows(int bits, sq_dtype dtype, const void *table, int64_t rows, int64_t k,
                  uint8_t *codes, uint16_t *scales, int64_t *bad_row);

@@ -10,7 +10,7 @@
 #include "core/sq_threads.h"
 #include "kernels/sq_kernels.h"
 
-enum { CHUNK_ELEMENTS = 1 << 16, HALF_BLOCK = SQ_ROW_BLOCK / 2 };
+enum { CHUNK_ELEMENTS = 1 << 16, HALF_BLOCK = SQ_ROW_BLOCK / 2, QUARTER_BLOCK = SQ_ROW_BLOCK / 4 };
 _Static_assert(SQ_ROW_BLOCK % SQ_FIXED_ALIGN == 0, "the scratch of a block's search");
 
 struct rows_job {
@@ -69,46 +69,66 @@ round_bytes(const struct rows_job *job, const float *x, uint8_t *codes, uint16_t
     }
 }
 
-/* One block x [SQ_ROW_BLOCK] to code + 8 in nibbles [SQ_ROW_BLOCK]; its scale and squared error. */
+/* One block x [SQ_ROW_BLOCK] to code + 2^(bits - 1) in codes [SQ_ROW_BLOCK]; its scale and squared
+ * error. */
 static double
-round_block(const struct sq_kernels *kernels, const float *x, int8_t *nibbles, uint16_t *scale)
+round_block(const struct sq_kernels *kernels, int bits, const float *x, int8_t *codes,
+            uint16_t *scale)
 {
-    static const struct sq_quantizer search = {
-        .bits = 4, .symmetric = 1, .clip = 1.0f, .search = 1};
+    const struct sq_quantizer search = {.bits = bits, .symmetric = 1, .clip = 1.0f, .search = 1};
+    const int zero_code = 1 << (bits - 1);
     _Alignas(SQ_ALIGN_BYTES) int16_t scratch[SQ_ROW_BLOCK];
     float found = 0.0f;
     int32_t zero;
-    (void)sq_quantize_group(kernels, &search, x, SQ_ROW_BLOCK, 8, scratch, nibbles, &found, &zero);
+    (void)sq_quantize_group(kernels, &search, x, SQ_ROW_BLOCK, zero_code, scratch, codes, &found,
+                            &zero);
     *scale = stored_scale(found);
     if (!*scale) {
-        memset(nibbles, 8, SQ_ROW_BLOCK);
+        memset(codes, zero_code, SQ_ROW_BLOCK);
         return 0.0;
     }
-    const struct sq_step step = {sq_float_of_bf16(*scale), -8.0f, 7.0f};
+    const struct sq_step step = {sq_float_of_bf16(*scale), (float)-zero_code,
+                                 (float)(zero_code - 1)};
     double error;
-    kernels->quantize_codes(x, SQ_ROW_BLOCK, 1.0f / step.scale, step.low, step.high, 8, nibbles);
+    kernels->quantize_codes(x, SQ_ROW_BLOCK, 1.0f / step.scale, step.low, step.high, zero_code,
+                            codes);
     kernels->quantize_errors(x, SQ_ROW_BLOCK, &step, 1, &error);
     return error;
 }
 
-/* x [k rounded up to blocks], zeros behind k. */
+/* A block's bytes of 4 or 6 bits from code + 2^(bits - 1) in wide [SQ_ROW_BLOCK]. */
+static void
+pack_block(int bits, const int8_t *wide, uint8_t *block)
+{
+    for (int i = 0; i < HALF_BLOCK; i++) {
+        block[i] = (uint8_t)((wide[i] & 15) | (wide[i + HALF_BLOCK] & 15) << 4);
+    }
+    for (int i = 0; bits == 6 && i < QUARTER_BLOCK; i++) {
+        int byte = 0;
+        for (int j = 0; j < 4; j++) {
+            byte |= wide[i + j * QUARTER_BLOCK] >> 4 << 2 * j;
+        }
+        block[HALF_BLOCK + i] = (uint8_t)byte;
+    }
+}
+
+/* x [k rounded up to blocks], zeros behind k, to 4 or 6 bits. */
 static void
 round_blocks(const struct rows_job *job, const float *x, uint8_t *codes, uint16_t *scales)
 {
+    const int bits = job->bits;
     for (int64_t b = 0; b * SQ_ROW_BLOCK < job->k; b++) {
-        int8_t nibbles[2][SQ_ROW_BLOCK];
+        int8_t wide[2][SQ_ROW_BLOCK];
         uint16_t scale[2];
         float negative[SQ_ROW_BLOCK];
         for (int i = 0; i < SQ_ROW_BLOCK; i++) {
             negative[i] = -x[b * SQ_ROW_BLOCK + i];
         }
-        const double error = round_block(job->kernels, x + b * SQ_ROW_BLOCK, nibbles[0], &scale[0]);
-        const int turned = round_block(job->kernels, negative, nibbles[1], &scale[1]) < error;
+        const double error =
+            round_block(job->kernels, bits, x + b * SQ_ROW_BLOCK, wide[0], &scale[0]);
+        const int turned = round_block(job->kernels, bits, negative, wide[1], &scale[1]) < error;
         scales[b] = (uint16_t)(scale[turned] | turned << 15); /* the sign */
-        for (int i = 0; i < HALF_BLOCK; i++) {
-            const int8_t *from = nibbles[turned] + i;
-            codes[b * HALF_BLOCK + i] = (uint8_t)(from[0] | from[HALF_BLOCK] << 4);
-        }
+        pack_block(bits, wide[turned], codes + sq_code_row_bytes(bits, b * SQ_ROW_BLOCK));
     }
 }
 
@@ -156,7 +176,7 @@ sq_quantize_rows(int bits, sq_dtype dtype, const void *table, int64_t rows, int6
     if (dtype != SQ_F32 && dtype != SQ_F16 && dtype != SQ_BF16) {
         return SQ_ERR_DTYPE;
     }
-    if (bits != 4 && bits != 8) {
+    if (!sq_code_row_bits_valid(bits)) {
         return SQ_ERR_RANGE;
     }
     if (k < 1 || !sq_product(rows, k, &count) || count > INT64_MAX / 8) {

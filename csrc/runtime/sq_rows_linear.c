@@ -24,7 +24,7 @@ struct rows_job {
 static int
 sound(const struct sq_code_rows *w)
 {
-    return (w->bits == 8 || w->bits == 4) && w->k >= 1;
+    return sq_code_row_bits_valid(w->bits) && w->k >= 1;
 }
 
 /* Items are outputs. The codes of a chunk stay in the cache while all tokens meet them; more than

@@ -128,9 +128,13 @@ def rows_of_codes(codes, scales, bits, k):
     codes = np.asarray(codes).astype(np.uint8)
     if bits == 8:
         return codes.view(np.int8) * np.repeat(wide, ROW_BLOCK, 1)[:, :k]
-    blocks = codes.reshape(len(codes), -1, ROW_BLOCK // 2)
-    nibbles = np.concatenate([blocks & 15, blocks >> 4], -1).astype(np.float64) - 8
-    return (nibbles * wide[..., None]).reshape(len(codes), -1)[:, :k]
+    blocks = codes.reshape(len(codes), -1, ROW_BLOCK * bits // 8)
+    low, high = blocks[..., :16], blocks[..., 16:]
+    values = np.concatenate([low & 15, low >> 4], -1)
+    if bits == 6:
+        values |= np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], -1) << 4
+    values = values.astype(np.float64) - 2 ** (bits - 1)
+    return (values * wide[..., None]).reshape(len(codes), -1)[:, :k]
 
 
 def quantize_rows(table, bits):
@@ -146,19 +150,24 @@ def quantize_rows(table, bits):
                  for x, s in zip(blocks, scale, strict=True)]
         codes = np.array(codes).astype(np.int8).view(np.uint8).reshape(n, -1)
         return np.ascontiguousarray(codes[:, :k]), stored.reshape(n, -1)
-    nibbles, scales = np.zeros(blocks.shape, np.uint8), np.zeros(len(blocks), np.uint16)
+    half = 2 ** (bits - 1)
+    values, scales = np.zeros(blocks.shape, np.uint8), np.zeros(len(blocks), np.uint16)
     for i, x in enumerate(blocks):
         least = None
         for sign in (F32(1), F32(-1)):
-            stored = bfloat16_bits(quantize(sign * x[None], search=True)[1])[0, 0]
+            stored = bfloat16_bits(quantize(sign * x[None], bits, search=True)[1])[0, 0]
             scale = stored.view(ml_dtypes.bfloat16).astype(F32)
-            code = rounded(sign * x, scale, -8, 7) if scale else 0 * x
+            code = rounded(sign * x, scale, -half, half - 1) if scale else 0 * x
             error = sum_of_lanes((sign * x - scale * code).astype(np.float64) ** 2)
             if least is None or error < least:
-                least, nibbles[i] = error, (code + 8).astype(np.uint8)
+                least, values[i] = error, (code + half).astype(np.uint8)
                 scales[i] = stored | (np.uint16(0x8000) if sign < 0 else np.uint16(0))
-    half = ROW_BLOCK // 2
-    return (nibbles[:, :half] | nibbles[:, half:] << 4).reshape(n, -1), scales.reshape(n, -1)
+    packed = values[:, :16] & 15 | values[:, 16:] << 4
+    if bits == 6:
+        quarters = np.split(values >> 4, 4, axis=1)
+        high = sum(quarter << 2 * j for j, quarter in enumerate(quarters)).astype(np.uint8)
+        packed = np.concatenate([packed, high], 1)
+    return packed.reshape(n, -1), scales.reshape(n, -1)
 
 
 def pack(codes, bits=4):

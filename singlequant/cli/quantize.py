@@ -137,6 +137,8 @@ def print_summary(summary) -> None:
         tokens += f", {config.calibration_tokens} asked"
     print(f"{summary.out}: {config.scheme}, method {config.method}, weights {config.weights}, "
           f"activation clip {config.activation_clip:g}, kv bits {config.kv_bits}")
+    tables = "".join(f", {name} {bits}" for name, bits in summary.table_bits.items())
+    print(f"bits        {config.bits:.4g} a weight of the linears on average{tables}")
     print(f"size        {megabytes(summary.bytes_before)} -> {megabytes(summary.bytes_after)}")
     print(f"time        {summary.seconds:.1f} s: calibrate {summary.calibration_seconds:.1f} "
           f"({tokens}), solve {summary.solve_seconds:.1f}, "

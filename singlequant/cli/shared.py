@@ -36,8 +36,9 @@ def add_dequantize(command: argparse.ArgumentParser) -> None:
 def add_table_bits(c: argparse.ArgumentParser) -> None:
     """The options about embedding and head."""
     c.add_argument("--head-bits", type=int, choices=TABLE_BITS,
-                   help=f"bits of the head; 16 leaves it as it is (default {DEFAULT_TABLE_BITS}; "
-                        "where the head is the embedding: as --embedding-bits)")
+                   help=f"bits of the head; 16 leaves it as it is (default {DEFAULT_TABLE_BITS}; 6 "
+                        "where neither is given and the linears make more of the bits; where the "
+                        "head is the embedding: as --embedding-bits)")
     c.add_argument("--embedding-bits", type=int, choices=TABLE_BITS,
                    help=f"bits of the embedding, likewise (default {DEFAULT_TABLE_BITS}; where it "
                         "is the head: as --head-bits)")

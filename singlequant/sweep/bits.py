@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears get 5, 6 or 8 bits a weight within a budget: a closed form of few tokens.
+"""Which linears get 5, 6 or 8 bits a weight within a budget, and whether embedding and head have 6.
 
 Rounding a linear's weights to b bits adds noise to what it writes. Noise of 4-bit weights costs
 four times that of 5-bit ones, so bits go where a bit saves most noise per weight (BAQ, arXiv
@@ -14,26 +14,38 @@ and h_t the stream that the next block reads: behind the layer, or between atten
 its energy is taken to be the sum of the energies of what came in and of what attention added. The
 first quotient is the relative error of the linear's own output; the formula says that a relative
 error passes through the block as a relative error.
+
+Embedding and head have 8 bits, or 6 when the linears can make more of the bits that this frees. The
+noise that it adds is measured, at the head alone: the divergence of the logits when the head is
+rounded. That of the linears is the sum of the above, as noise of the head's inputs: KL_PER_NOISE
+times the energy of the logits that noise of the inputs' own energy would make.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..config import QuantConfig
+from ..config import DEFAULT_TABLE_BITS, QuantConfig
 from ..models.spec import LayerSpec, expert_of, role_row
+from ..runtime.outer import HEAD_ROWS, Outer
 from ..statistics import LayerStatistics
-from ..weights import WEIGHT_BITS
+from ..weights import WEIGHT_BITS, PackedTable
 from .calibrate import calibrate, energy
 from .prepare import View
 
 TOKENS = 1024  # that the noise is predicted on: whole windows, evenly spaced
+HEAD_TOKENS = 256  # of them, that the head's rounding is measured on
+TABLE_BITS_LOW = 6  # of embedding and head when the linears can make more of the difference
+# Measured divergence of whole models over the sum of their linears' noise, see docs/defaults.md. It
+# decides between choices that differ by factors of several.
+KL_PER_NOISE = 1 / 50
 # J. Max, Quantizing for minimum distortion, IRE Trans. IT-6 (1960), table II, for 2^b levels
 ERROR = {4: 0.01154, 5: 0.003495, 6: 0.001041, 8: 0.0000869}
 
@@ -52,21 +64,93 @@ class Share:
         return (self.noise * self.weights) ** 0.5
 
 
-def assign_bits(view: View, config: QuantConfig, windows: NDArray[np.int64]) -> dict[str, int]:
-    """Bits by linear, those with more than 4 alone; config.bits is the mean over all weights.
+@dataclass(frozen=True)
+class Noise:
+    """What `predict_noise` found: what rounding would add to the noise of a model's logits."""
 
-    windows: [count, length] token ids of the calibration, of which TOKENS are looked at. {} when
-    config.bits is 4: nothing is read then.
+    shares: Mapping[str, Share]  # by linear
+    logits: float  # KL_PER_NOISE times the energy of logits: divergence per noise of the linears
+    tables: float  # divergence when embedding and head have TABLE_BITS_LOW bits, above that of 8
+
+
+def assign_bits(
+    view: View, config: QuantConfig, windows: NDArray[np.int64]
+) -> tuple[QuantConfig, dict[str, int]]:
+    """The recipe with the bits of embedding and head settled, and bits by linear, those with more
+    than 4 alone.
+
+    windows: [count, length] token ids of the calibration, of which TOKENS are looked at.
+    config.bits is the mean over the linears' weights. Where the recipe leaves embedding and head
+    open, they may get 6 bits in place of 8, and the linears what that frees: config.bits of the
+    result is then larger, at equal bytes. Nothing is read or changed when config.bits is 4.
     """
-    if config.bits == WEIGHT_BITS[0]:
-        return {}
-    shares: dict[str, Share] = {}
+    noise = predict_noise(view, windows) if config.bits > WEIGHT_BITS[0] else None
+    return settle_bits(view, config, noise)
+
+
+def predict_noise(view: View, windows: NDArray[np.int64]) -> Noise:
+    """The noise that a model's rounding would add, from TOKENS of windows [count, length]."""
     few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
+    shares: dict[str, Share] = {}
+    hidden = None
     for layer in calibrate(view, few, keep_inputs=False, stream=True):
-        for name, share in layer_shares(view, layer):
-            if not config.ignores(name):
-                shares[name] = share
-    return spend(shares, config.bits)
+        shares |= layer_shares(view, layer)
+        hidden = layer.hidden
+    return Noise(shares, *_head_noise(view, hidden))
+
+
+def settle_bits(
+    view: View, config: QuantConfig, noise: Noise | None
+) -> tuple[QuantConfig, dict[str, int]]:
+    """`assign_bits` from what `predict_noise` gave; None where config.bits is 4."""
+    if noise is None:
+        return config, {}
+    shares = {name: share for name, share in noise.shares.items() if not config.ignores(name)}
+    if config.leaves_tables_open:
+        config = _settle_tables(view, config, noise, shares)
+    return config, spend(shares, config.bits)
+
+
+def _settle_tables(
+    view: View, config: QuantConfig, noise: Noise, shares: Mapping[str, Share]
+) -> QuantConfig:
+    """The recipe of equal bytes with less divergence: tables of 8 bits, or of TABLE_BITS_LOW."""
+    spec = view.spec
+    weights = sum(share.weights for share in shares.values())
+    tables = spec.vocab * spec.width * len(config.table_bits(spec))
+    freed = (DEFAULT_TABLE_BITS - TABLE_BITS_LOW) * tables / max(1, weights)
+    more = min(float(WEIGHT_BITS[-1]), int((config.bits + freed) * 1e4) / 1e4)
+
+    def divergence(budget: float) -> float:
+        bits = spend(shares, budget)
+        return noise.logits * sum(share.noise * ERROR[bits.get(name, WEIGHT_BITS[0])]
+                                  for name, share in shares.items())
+
+    low = divergence(config.bits) - divergence(more) > noise.tables
+    count = TABLE_BITS_LOW if low else DEFAULT_TABLE_BITS
+    return replace(config, bits=more if low else config.bits, head_bits=count, embedding_bits=count)
+
+
+def _head_noise(view: View, hidden: NDArray[np.float32]) -> tuple[float, float]:
+    """`Noise.logits` and `Noise.tables`, for the stream behind the last layer [tokens, hidden].
+
+    What the embedding's rounding adds is taken to be as much as what the head's does.
+    """
+    spec, outer = view.spec, Outer(view)
+    x = outer.finish(hidden[:: max(1, len(hidden) // HEAD_TOKENS)])
+    name = f"{spec.embed if spec.tied else spec.head}.weight"
+    head = view.outer[name]
+    square = float(_C.column_moments(head)[1].sum())
+    per_noise = KL_PER_NOISE * float(energy(x).mean()) * square / head.size
+    exact = [outer.logits(x[i : i + HEAD_ROWS]) for i in range(0, len(x), HEAD_ROWS)]
+    divergences = []
+    for bits in (TABLE_BITS_LOW, DEFAULT_TABLE_BITS):
+        table = PackedTable.of(head, bits, name)
+        rounded = Outer(SimpleNamespace(spec=spec, outer={**view.outer, name: table}))
+        parts = [_C.kl_divergence(logits, rounded.logits(x[i * HEAD_ROWS : (i + 1) * HEAD_ROWS]))[0]
+                 for i, logits in enumerate(exact)]
+        divergences.append(float(np.concatenate(parts).mean()))
+    return per_noise, 2 * (divergences[0] - divergences[1])
 
 
 def layer_shares(view: View, layer: LayerStatistics) -> Iterator[tuple[str, Share]]:

@@ -132,9 +132,12 @@ def _layers(
             if record:
                 sites = _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs)
                 del inputs
-                energies = map(energy, (before, hidden, hidden - before) if stream else ())
-                yield LayerStatistics(index, sites, kv_largest, *energies)
-                del sites
+                found = LayerStatistics(index, sites, kv_largest)
+                if stream:
+                    entry, behind, change = map(energy, (before, hidden, hidden - before))
+                    found = replace(found, entry=entry, stream=behind, change=change, hidden=hidden)
+                yield found
+                del sites, found
         if progress:
             progress(index + 1, spec.layers)
 

@@ -44,7 +44,8 @@ def dry_run(
     """
     config = config or QuantConfig()
     checkpoint = open_model(model)
-    config = config.settled(checkpoint.spec.tied)  # before a method unties the head
+    if not config.leaves_tables_open:
+        config = config.settled(checkpoint.spec.tied)  # before a method unties the head
     check_run(None, checkpoint, config)
     chosen = measure(calibration_windows, checkpoint, config, calibration, writing)
     windows, written = chosen.value, written_by_model(calibration) is not None

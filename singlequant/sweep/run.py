@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.folder import Checkpoint, open_model
@@ -55,6 +55,7 @@ class Summary:
     kv_dtype: str = KV_DTYPES[0]  # the folder's; bfloat16 where calibration asked for it
     written_tokens: int = 0  # calibration tokens that the model wrote itself
     writing_seconds: float = 0.0
+    table_bits: Mapping[str, int] = field(default_factory=dict)  # of embedding and head, below 16
 
     def __repr__(self) -> str:
         return (
@@ -89,7 +90,8 @@ def quantize_folder(
     out, start, counts = Path(out), time.perf_counter(), []
     with PeakMemory() as memory:
         checkpoint = open_model(model)
-        config = config.settled(checkpoint.spec.tied)  # before a method unties the head
+        if not config.leaves_tables_open:
+            config = config.settled(checkpoint.spec.tied)  # before a method unties the head
         check_run(out, checkpoint, config)
         check_outer(checkpoint)
         chosen = measure(calibration_windows, checkpoint, config, calibration, writing)
@@ -101,10 +103,10 @@ def quantize_folder(
                   observe=lambda *seen: counts.extend(_counts(*seen)))
         (outcome,) = sweep(prepared.value, windows, [job], progress=progress,
                            written=written_by_model(calibration))
-    written = written_tokens(calibration, windows)
+    written, settled = written_tokens(calibration, windows), outcome.config or config
     return Summary(
         out=out,
-        config=config,
+        config=settled,
         seconds=time.perf_counter() - start,
         calibration_seconds=outcome.seconds["calibrate"],
         solve_seconds=prepared.seconds + outcome.seconds["solve"],
@@ -118,6 +120,7 @@ def quantize_folder(
         kv_dtype=_kv_dtype(out),
         written_tokens=written,
         writing_seconds=chosen.seconds if written else 0.0,
+        table_bits=settled.table_bits(checkpoint.spec),
     )
 
 

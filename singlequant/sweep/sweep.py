@@ -30,8 +30,8 @@ from ..info import __version__
 from ..methods.solve import config_int8_step
 from ..rotations import LayerRotations
 from ..statistics import LayerStatistics
-from ..weights import QuantizedLayer
-from .bits import assign_bits
+from ..weights import WEIGHT_BITS, QuantizedLayer
+from .bits import predict_noise, settle_bits
 from .calibrate import calibrate
 from .layer import quantize_layer
 from .measure import Measured, measure
@@ -73,12 +73,14 @@ class Outcome:
 
     seconds: by stage, as if the job had run alone; "quantize" includes packing and writing.
     peaks: bytes of anonymous memory of the process, the largest of each stage. error: why there is
-    no folder, or None. resumed_layers: those taken over from an interrupted run.
+    no folder, or None. config: the job's, its bits settled, where there was something to settle.
+    resumed_layers: those taken over from an interrupted run.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     error: str | None = None
+    config: QuantConfig | None = None
     resumed_layers: int = 0
 
     @property
@@ -117,8 +119,10 @@ def sweep(
     provenance = {"version": __version__, "calibration_sha256": token_digest(windows),
                   **({"calibration": written} if written else {})}
     works = [_Work(job, view, failures) for job in jobs]
-    for work in works:
-        work.assign(windows)
+    if any(work.job.config.bits > WEIGHT_BITS[0] for work in works):
+        noise = measure(predict_noise, view, windows, failures=failures)
+        for work in works:
+            work.assign(noise)
     limit = view.spec.layers if layers is None else layers
     with contextlib.ExitStack() as stack:
         for work in works:
@@ -191,9 +195,12 @@ class _Work:
         """Call and count as part of a stage; None when it failed."""
         return self.outcome.add(stage, measure(function, *arguments, failures=self.failures))
 
-    def assign(self, windows: NDArray[np.int64]) -> None:
-        """Choose the bits of each linear."""
-        self.bits = self.attempt("solve", assign_bits, self.view, self.job.config, windows) or {}
+    def assign(self, noise: Measured) -> None:
+        """Choose the bits of each linear, and of embedding and head. noise: of `predict_noise`."""
+        if self.job.config.bits > WEIGHT_BITS[0] and self.outcome.add("solve", noise) is not None:
+            config, self.bits = settle_bits(self.view, self.job.config, noise.value)
+            self.job = replace(self.job, config=config)
+            self.outcome.config = config
 
     def open(self, provenance: dict[str, str]) -> None:
         """Start the folder. ValueError when the config does not suit the model."""
