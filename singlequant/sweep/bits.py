@@ -140,17 +140,19 @@ def _head_noise(view: View, hidden: NDArray[np.float32]) -> tuple[float, float]:
     x = outer.finish(hidden[:: max(1, len(hidden) // HEAD_TOKENS)])
     name = f"{spec.embed if spec.tied else spec.head}.weight"
     head = view.outer[name]
-    square = float(_C.column_moments(head)[1].sum())
+    square = float(_C.column_moments(head)[1].sum()) * spec.logit_scale**2
     per_noise = KL_PER_NOISE * float(energy(x).mean()) * square / head.size
-    exact = [outer.logits(x[i : i + HEAD_ROWS]) for i in range(0, len(x), HEAD_ROWS)]
-    divergences = []
-    for bits in (TABLE_BITS_LOW, DEFAULT_TABLE_BITS):
+    blocks = [x[i : i + HEAD_ROWS] for i in range(0, len(x), HEAD_ROWS)]
+    exact = [*map(outer.logits, blocks)]
+
+    def divergence(bits: int) -> float:
         table = PackedTable.of(head, bits, name)
         rounded = Outer(SimpleNamespace(spec=spec, outer={**view.outer, name: table}))
-        parts = [_C.kl_divergence(logits, rounded.logits(x[i * HEAD_ROWS : (i + 1) * HEAD_ROWS]))[0]
-                 for i, logits in enumerate(exact)]
-        divergences.append(float(np.concatenate(parts).mean()))
-    return per_noise, 2 * (divergences[0] - divergences[1])
+        parts = [_C.kl_divergence(logits, rounded.logits(block))[0]
+                 for logits, block in zip(exact, blocks, strict=True)]
+        return float(np.concatenate(parts).mean())
+
+    return per_noise, 2 * (divergence(TABLE_BITS_LOW) - divergence(DEFAULT_TABLE_BITS))
 
 
 def layer_shares(view: View, layer: LayerStatistics) -> Iterator[tuple[str, Share]]:
