@@ -40,7 +40,8 @@ def kl_mean(model, texts, tmp_path, capsys, scheme, method, weights, clip):
 
 @pytest.mark.parametrize("run", FIGURES, ids=lambda r: "-".join(map(str, r)))
 def test_divergence_is_at_most_the_prototypes(run, reference_model, texts, tmp_path, capsys):
-    assert kl_mean(reference_model, texts, tmp_path, capsys, *run) <= FIGURES[run]
+    # BLAS sums in another order on other CPUs, which moves a KL by a tenth of a percent
+    assert kl_mean(reference_model, texts, tmp_path, capsys, *run) <= 1.005 * FIGURES[run]
 
 
 @pytest.mark.parametrize(("weights", "clip"), [("rtn", 1.0), ("mse", 0.85)])

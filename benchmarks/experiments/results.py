@@ -1,6 +1,6 @@
 """docs/results.md from the JSON of the experiments and of `singlequant compare --json`.
 
-    python -m benchmarks.experiments.results --from DIR [--out docs/results.md]
+    python -m benchmarks.experiments.results --from DIR [--out docs/results.md] [--title TEXT]
                                              [--summary docs/summary.md]
 
 DIR is searched with its subfolders. A file named after an experiment (convergence.json,
@@ -394,9 +394,9 @@ def lost(results: Sequence[Result]) -> str:
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def page(results: Sequence[Result], images: Path) -> str:
-    """docs/results.md."""
-    parts = ["# Results",
+def page(results: Sequence[Result], images: Path, title: str) -> str:
+    """docs/results.md, or a page like it."""
+    parts = [f"# {title}",
              "`python -m benchmarks.experiments.results` makes this page from what the commands "
              "below wrote. Do not edit it by hand. KL is in nats per token, from the original to "
              "the quantized model. Seconds of a shared machine mean little by themselves: compare "
@@ -456,11 +456,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = options.bare_parser(__doc__, NAME)
     p.add_argument("--from", dest="folder", metavar="DIR", type=Path, required=True)
     p.add_argument("--out", metavar="FILE", type=Path, default=ROOT / "docs" / "results.md")
+    p.add_argument("--title", metavar="TEXT", default="Results", help="(default: %(default)s)")
     p.add_argument("--summary", metavar="FILE", type=Path)
     arguments = p.parse_args(argv)
     with options.errors_of(NAME):
         results = read_results(arguments.folder)
-        text = page(results, arguments.out.parent / "images")
+        text = page(results, arguments.out.parent / "images", arguments.title)
         if arguments.summary is not None:
             link = os.path.relpath(arguments.out.resolve(), arguments.summary.resolve().parent)
             summary = replace_marked(arguments.summary.read_text("utf-8"), head(results, link),
