@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import singlequant as sq
 from singlequant.study.evaluate import CachedScorer, evaluate, split_windows
+from singlequant.sweep.bits import predict_noise, spend
 
 from .experiments import command as options
 from .experiments.report import Report, add_spread
@@ -80,6 +81,16 @@ def row_of(
     return row
 
 
+def foreseen(model: sq.Model, calibration: str | None) -> str:
+    """What `quantize` predicts before it chooses the bits of embedding and head."""
+    config = sq.QuantConfig()
+    windows = sq.calibration_windows(model.checkpoint, config, calibration)
+    noise = predict_noise(model.checkpoint, windows)
+    linears = noise.divergence(spend(noise.shares, config.bits))
+    return (f"Predicted KL: {linears:.5f} of linears with {config.bits:g} bits, {noise.tables:.5f} "
+            "of embedding and head with 6 bits instead of 8.")
+
+
 def run(arguments: argparse.Namespace) -> Report:
     """All rows of the command as its report."""
     recipes = [{}, *arguments.change]
@@ -103,7 +114,8 @@ def run(arguments: argparse.Namespace) -> Report:
     tokens = ", ".join(f"{len(t)} of {n}" for n, t in texts.items())
     notes = [f"Changes of the default recipe, which is the first row. Seeds: "
              f"{', '.join(map(str, arguments.seeds))}. Tokens: {tokens}, in windows of "
-             f"{arguments.seq_len}. Perplexity is that above the original's."]
+             f"{arguments.seq_len}. Perplexity is that above the original's.",
+             foreseen(model, arguments.calibration)]
     return Report(f"defaults-{name}", f"Changes of the default recipe, {name}", columns, rows,
                   notes, name)
 

@@ -72,6 +72,11 @@ class Noise:
     logits: float  # KL_PER_NOISE times the energy of logits: divergence per noise of the linears
     tables: float  # divergence when embedding and head have TABLE_BITS_LOW bits, above that of 8
 
+    def divergence(self, bits: Mapping[str, int]) -> float:
+        """What rounding the linears costs, in nats per token: bits by linear, others have 4."""
+        return self.logits * sum(share.noise * ERROR[bits.get(name, WEIGHT_BITS[0])]
+                                 for name, share in self.shares.items())
+
 
 def assign_bits(
     view: View, config: QuantConfig, windows: NDArray[np.int64]
@@ -107,26 +112,19 @@ def settle_bits(
         return config, {}
     shares = {name: share for name, share in noise.shares.items() if not config.ignores(name)}
     if config.leaves_tables_open:
-        config = _settle_tables(view, config, noise, shares)
+        config = _settle_tables(view, config, replace(noise, shares=shares))
     return config, spend(shares, config.bits)
 
 
-def _settle_tables(
-    view: View, config: QuantConfig, noise: Noise, shares: Mapping[str, Share]
-) -> QuantConfig:
+def _settle_tables(view: View, config: QuantConfig, noise: Noise) -> QuantConfig:
     """The recipe of equal bytes with less divergence: tables of 8 bits, or of TABLE_BITS_LOW."""
     spec = view.spec
-    weights = sum(share.weights for share in shares.values())
+    weights = sum(share.weights for share in noise.shares.values())
     tables = spec.vocab * spec.width * len(config.table_bits(spec))
     freed = (DEFAULT_TABLE_BITS - TABLE_BITS_LOW) * tables / max(1, weights)
     more = min(float(WEIGHT_BITS[-1]), int((config.bits + freed) * 1e4) / 1e4)
-
-    def divergence(budget: float) -> float:
-        bits = spend(shares, budget)
-        return noise.logits * sum(share.noise * ERROR[bits.get(name, WEIGHT_BITS[0])]
-                                  for name, share in shares.items())
-
-    low = divergence(config.bits) - divergence(more) > noise.tables
+    now, then = (noise.divergence(spend(noise.shares, bits)) for bits in (config.bits, more))
+    low = now - then > noise.tables
     count = TABLE_BITS_LOW if low else DEFAULT_TABLE_BITS
     return replace(config, bits=more if low else config.bits, head_bits=count, embedding_bits=count)
 
