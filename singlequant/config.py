@@ -28,7 +28,7 @@ WEIGHTS = ("rtn", "mse", "gptq")
 GPTQ_INPUTS = ("float", "quantized")
 
 
-DEFAULT_CLIP = {"w4a4": 0.8, "w4a8": 1.0, "w4a16": 1.0}
+DEFAULT_CLIP = {"w4a4": 0.75, "w4a8": 1.0, "w4a16": 1.0}
 
 
 @dataclass(frozen=True)
