@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ __all__ = [
     "read_json",
     "require_matplotlib",
     "save_figure",
+    "sync_folder",
     "unique_keys",
     "whole_file",
     "write_file",
@@ -32,7 +34,8 @@ __all__ = [
 def whole_file(path: Path) -> Iterator[Any]:
     """A binary file to write; it gets the name path only after it was written and synced.
 
-    If an error occurs, path stays as it was.
+    The folder is synced as well: the new name is durable. If an error occurs, path stays as it was,
+    and an OSError names path.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -41,11 +44,25 @@ def whole_file(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # write() knows no name
+        unnamed = isinstance(error, OSError) and error.filename in (None, str(temporary))
+        if unnamed:  # write() knows no name, and nobody asked for the temporary one
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
