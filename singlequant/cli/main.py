@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             parsed.run(parsed)
-    except KeyboardInterrupt:
-        print("singlequant: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        how = f": {error}" if str(error) else ""  # how to go on
+        print(f"singlequant: interrupted{how}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
