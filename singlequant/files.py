@@ -15,11 +15,14 @@ from typing import Any
 from ._C import FormatError
 
 MAX_JSON_BYTES = 100_000_000
+MAX_POINTER_BYTES = 1024  # the specification's own limit
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 __all__ = [
     "check_file",
     "check_picture",
     "folder_bytes",
+    "is_present",
     "read_json",
     "require_matplotlib",
     "save_figure",
@@ -79,6 +82,25 @@ def save_figure(figure: Any, path: str | Path, dpi: int = 150) -> Path:
     return write_file(path, whole.getvalue())
 
 
+def is_present(path: Path) -> bool:
+    """Whether a file of a model is there.
+
+    FormatError for what an unfinished download leaves in its place: a link to nothing, as in the
+    cache of the Hub, or a pointer of Git LFS.
+    """
+    if not path.is_file():
+        if path.is_symlink() and not path.exists():
+            raise FormatError(f"{path}: a link to {os.readlink(path)}, which does not exist: "
+                              f"download the model again")
+        return False
+    if path.stat().st_size <= MAX_POINTER_BYTES:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise FormatError(f"{path}: a Git LFS pointer stands in place of the file: fetch "
+                                  f"the files by `git lfs pull`")
+    return True
+
+
 def folder_bytes(folder: str | Path) -> int:
     """Bytes of the files that lie in a folder, those of its subfolders left out."""
     return sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file())
@@ -125,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     FormatError names the file if it is missing, too large, or holds anything but one JSON object.
     """
-    if not path.is_file():
+    if not is_present(path):
         raise FormatError(f"{path}: no such file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise FormatError(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..config import QuantConfig
-from ..files import read_json, whole_file, write_file
+from ..files import is_present, read_json, whole_file, write_file
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
 from ..tensors import write_safetensors
@@ -64,10 +64,10 @@ COPIED_FOLDERS = {"additional_chat_templates": "*.jinja"}  # and which of their 
 
 def copied_files(folder: Path) -> list[str]:
     """Files beside the weights that a packed folder keeps, relative to the folder."""
-    names = [name for name in COPIED_FILES if (folder / name).is_file()]
+    names = [name for name in COPIED_FILES if is_present(folder / name)]
     for name, pattern in COPIED_FOLDERS.items():
         found = sorted((folder / name).glob(pattern))
-        names += [f"{name}/{file.name}" for file in found if file.is_file()]
+        names += [f"{name}/{file.name}" for file in found if is_present(file)]
     return names
 
 
