@@ -24,7 +24,7 @@ from ..models.spec import LinearSpec, ModelSpec, NormSpec, norm_channels, tensor
 from ..rows import require_finite
 from ..tensors import DTYPES, WEIGHT_DTYPES, TensorFiles, TensorInfo, check_tensor
 from ..weights import Dense, LayerWeights, Linear, Norm, PackedTable
-from .names import require_head, sort_extras, warn_of
+from .names import has_own_head, require_head, sort_extras, warn_of
 from .special_tokens import add_tokens
 from .stored import find_quantization, open_tensors
 
@@ -302,6 +302,8 @@ def load_checkpoint(path: str | Path, dequantize: bool = False) -> Checkpoint:
     opened = open_tensors(folder, spec, family.respelled if family else None, quantization)
     if family is not None and family.experts:  # they are stored in more than one way
         spec = family.spec(config, str(source), opened.files.__contains__)
+    if header is None and has_own_head(folder, spec, opened.files):
+        config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
     checkpoint = Checkpoint(folder, config, spec, None if header is None else header.config,
                             opened.files)
     extras = _check_tensors(checkpoint)
