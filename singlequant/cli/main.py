@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         if getattr(parsed, "threads", None) is not None:
-            _C.set_num_threads(parsed.threads)
+            set_threads(parsed.threads)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             parsed.run(parsed)
@@ -54,10 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, MemoryError, ImportError, OverflowError) as error:
         print(f"singlequant: {describe(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
+
+
+def set_threads(count: int) -> None:
+    """Use so many threads. ValueError names a number that cannot be."""
+    try:
+        _C.set_num_threads(count)
+    except OverflowError:  # beyond 64 bits
+        raise ValueError(f"num_threads: expected a number of threads, got {count!s:.80}") from None
 
 
 def show_warning(message: Warning | str, *_: object) -> None:

@@ -13,6 +13,7 @@ from .. import _C
 from .._C import FormatError
 from ..checkpoint.chat import render_chat
 from ..config import KV_BITS, KV_DTYPES
+from ..rows import token_ids
 from .generate import generate
 from .layers import build_layer, flat_positions, new_cache
 from .outer import Outer
@@ -80,7 +81,7 @@ class Model:
 
         ValueError when a token id is outside the vocabulary.
         """
-        windows = np.asarray(windows, np.int64)
+        windows = token_ids(windows, "windows")
         if windows.ndim != 2:
             raise ValueError(f"windows: expected 2 dimensions (count, length), got {windows.ndim}")
         count, length = windows.shape
@@ -158,9 +159,13 @@ class Model:
         if not batch:
             raise ValueError("prompts: expected at least one prompt, got none")
         as_text = isinstance(batch[0], str)
-        tokens = [self.encode(p) if as_text else np.asarray(p, np.int64) for p in batch]
+        if any(isinstance(p, str) != as_text for p in batch):
+            raise ValueError("prompts: expected texts alone or token ids alone, got both")
+        stop = self.stop_tokens if stop_tokens is None else stop_tokens
+        tokens = [self.encode(p) if as_text else token_ids(p, f"prompt {i}")
+                  for i, p in enumerate(batch)]
         new = generate(self, tokens, max_new_tokens, temperature, top_k, top_p, seed,
-                       self.stop_tokens if stop_tokens is None else stop_tokens, on_token)
+                       token_ids(stop, "stop_tokens").tolist(), on_token)
         if as_text:
             new = [self.decode_after(p, ids) for p, ids in zip(tokens, new, strict=True)]
         return new[0] if single else new
