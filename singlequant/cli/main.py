@@ -41,6 +41,7 @@ def run_runtime(arguments: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 and one line on standard error when the input is at fault."""
     parsed = parser().parse_args(arguments)
+    lost = _C.exit_when_lost(EXIT_BAD_INPUT)
     try:
         if getattr(parsed, "threads", None) is not None:
             set_threads(parsed.threads)
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, ImportError, OverflowError) as error:
         print(f"singlequant: {describe(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    finally:
+        _C.exit_when_lost(lost)
     return 0
 
 
