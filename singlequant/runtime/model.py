@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,9 +130,62 @@ class Model:
         """
         return Session(self, sequences, capacity, limit)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self,
+        prompts: str,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> str: ...
+
+    @overload
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[int] | NDArray[np.integer[Any]],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> list[int]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[NDArray[np.integer[Any]]],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> list[list[int]]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | NDArray[Any]
+        | Sequence[NDArray[Any]],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
