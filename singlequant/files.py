@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,14 +15,18 @@ from typing import Any
 from ._C import FormatError
 
 MAX_JSON_BYTES = 100_000_000
+MAX_POINTER_BYTES = 1024  # the specification's own limit
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 __all__ = [
     "check_file",
     "check_picture",
     "folder_bytes",
+    "is_present",
     "read_json",
     "require_matplotlib",
     "save_figure",
+    "sync_folder",
     "unique_keys",
     "whole_file",
     "write_file",
@@ -32,7 +37,8 @@ __all__ = [
 def whole_file(path: Path) -> Iterator[Any]:
     """A binary file to write; it gets the name path only after it was written and synced.
 
-    If an error occurs, path stays as it was.
+    The folder is synced as well: the new name is durable. If an error occurs, path stays as it was,
+    and an OSError names path.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -41,11 +47,25 @@ def whole_file(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # write() knows no name
+        unnamed = isinstance(error, OSError) and error.filename in (None, str(temporary))
+        if unnamed:  # write() knows no name, and nobody asked for the temporary one
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
@@ -60,6 +80,25 @@ def save_figure(figure: Any, path: str | Path, dpi: int = 150) -> Path:
     whole = io.BytesIO()
     figure.savefig(whole, dpi=dpi, format=Path(path).suffix[1:].lower())
     return write_file(path, whole.getvalue())
+
+
+def is_present(path: Path) -> bool:
+    """Whether a file of a model is there.
+
+    FormatError for what an unfinished download leaves in its place: a link to nothing, as in the
+    cache of the Hub, or a pointer of Git LFS.
+    """
+    if not path.is_file():
+        if path.is_symlink() and not path.exists():
+            raise FormatError(f"{path}: a link to {os.readlink(path)}, which does not exist: "
+                              f"download the model again")
+        return False
+    if path.stat().st_size <= MAX_POINTER_BYTES:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise FormatError(f"{path}: a Git LFS pointer stands in place of the file: fetch "
+                                  f"the files by `git lfs pull`")
+    return True
 
 
 def folder_bytes(folder: str | Path) -> int:
@@ -108,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     FormatError names the file if it is missing, too large, or holds anything but one JSON object.
     """
-    if not path.is_file():
+    if not is_present(path):
         raise FormatError(f"{path}: no such file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise FormatError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import _C
 from .rotations import BlockRotation, SiteRotation
@@ -19,6 +19,17 @@ def rotate_rows(
 ) -> NDArray[np.float32]:
     """Each row of x [..., k], a token or a weight's, as the site's rotation turns it."""
     return _C.rotate(x, rotation.core)
+
+
+def token_ids(tokens: ArrayLike, name: str) -> NDArray[np.int64]:
+    """Token ids as they are, int64 [...]. ValueError `name: ...` for anything but integers."""
+    ids = np.asarray(tokens)
+    if not ids.size and ids.dtype == np.float64:  # of an empty list
+        return ids.astype(np.int64)
+    if ids.dtype.kind not in "iu" or (ids.dtype == np.uint64 and ids.max(initial=0) >> 63):
+        found = f"{ids.dtype}" if ids.dtype.kind != "O" else f"{tokens!r:.80}"
+        raise ValueError(f"{name}: expected integers, the ids of tokens, found {found}")
+    return ids.astype(np.int64, copy=False)
 
 
 def float32_blocks(array: NDArray, name: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:

@@ -17,8 +17,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _C
 from ._C import FormatError
-from .files import read_json, unique_keys, whole_file
+from .files import is_present, read_json, unique_keys, whole_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,7 +64,7 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. FormatError if any byte of it is unaccounted for."""
-    if not path.is_file():
+    if not is_present(path):
         raise FormatError(f"{path}: no such file")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -126,9 +127,9 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a model folder: model.safetensors, or the shards of its index."""
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
-    if (folder / SINGLE_FILE).is_file():
+    if is_present(folder / SINGLE_FILE):
         return read_header(folder / SINGLE_FILE)
-    if not (folder / INDEX_FILE).is_file():
+    if not is_present(folder / INDEX_FILE):
         raise FormatError(_no_weights(folder))
     return _indexed_tensors(folder, folder / INDEX_FILE)
 
@@ -185,6 +186,10 @@ class TensorFiles:
         for path in sorted({info.path for info in self.infos.values()}):
             with path.open("rb") as file:
                 maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            shown = "".join(c if c.isprintable() else "?" for c in str(path))
+            _C.watch_mapping(
+                np.frombuffer(maps[path], np.uint8),
+                f"singlequant: {shown[-800:]}: the file became shorter while it was read")
         return maps
 
     def __contains__(self, name: str) -> bool:

@@ -164,7 +164,8 @@ def test_quantized_folder_keeps_all_templates(model, tmp_path, text):
     partial = tmp_path / "out.partial" / "additional_chat_templates"
     partial.mkdir(parents=True)  # left by an interrupt
     (partial / "old.jinja").write_text("x")
-    write_json(partial.parent / "recipe.json", {})
+    write_json(partial.parent / "singlequant-journal.json",
+               {"out": "out", "files": ["additional_chat_templates/old.jinja"], "layers": {}})
     sq.quantize_folder(model, out, config, text)
     assert sorted(p.name for p in (out / "additional_chat_templates").iterdir()) == [
         "rag.jinja", "tool_use.jinja"]

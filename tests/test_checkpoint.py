@@ -90,6 +90,37 @@ def test_written_copy_of_a_tied_head_is_ignored(model):
     assert load_checkpoint(model).spec.tied
 
 
+@pytest.mark.parametrize("change", ["one value", "all values", "type"])
+def test_head_beside_a_flag_that_ties_it_is_read_as_it_is(model, tmp_path, text, change):
+    tensors = load_file(model / FILE)
+    head = tensors["model.embed_tokens.weight"].copy()
+    if change == "one value":
+        head[len(head) // 4, 5] += 1  # in none of the pages that are compared first
+    else:
+        head = head.astype(np.float32) if change == "type" else head * 2
+    write_weights(model, {**tensors, "lm_head.weight": head}, 1)
+    with pytest.warns(UserWarning, match=r"tie_word_embeddings is true .* but lm_head\.weight is"):
+        found = load_checkpoint(model)
+    assert not found.spec.tied
+    np.testing.assert_array_equal(found.head, head)
+    out = tmp_path / "out"
+    sq.quantize_folder(found, out, sq.QuantConfig(calibration_tokens=64, head_bits=16), text)
+    packed = load_checkpoint(out)
+    np.testing.assert_array_equal(packed.head, head)
+    assert packed.config["tie_word_embeddings"] is False
+
+
+def test_head_of_another_size_beside_a_flag_that_ties_it_is_refused(model):
+    tensors = load_file(model / FILE)
+    head = tensors["model.embed_tokens.weight"][:-1].copy()
+    write_weights(model, {**tensors, "lm_head.weight": head}, 1)
+    with (
+        pytest.warns(UserWarning, match="tie_word_embeddings"),
+        pytest.raises(FormatError, match=r"lm_head\.weight: expected shape"),
+    ):
+        load_checkpoint(model)
+
+
 def test_repr_is_short_and_says_what_it_is(model):
     text = repr(load_checkpoint(model))
     assert text.startswith("Checkpoint('model', LlamaForCausalLM, 2 layers, hidden 64")

@@ -98,6 +98,8 @@ def test_core_never_prints_or_aborts():
     for path in (ROOT / "csrc").rglob("*.[ch]"):
         if path.name == "amx_emulated.h":  # test builds only: it faults where the CPU would
             continue
+        if path.name == "py_mapped.c":  # its handler of SIGBUS is the last thing that runs
+            continue
         code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
         assert not re.search(r"\b(printf|fprintf|puts|abort|exit|_exit)\s*\(", code), path.name
 

@@ -221,21 +221,51 @@ def test_exception_in_a_resumed_run_keeps_the_partial(source, out):
         assert writer.finished_layers() == {0}
 
 
-def test_exception_leaves_nothing(source, out):
-    with pytest.raises(RuntimeError, match="stop"):
-        stop_after_layer_0(source, out, CONFIG, RuntimeError("stop"))
+def test_exception_before_a_layer_leaves_nothing(source, out):
+    with (
+        pytest.raises(RuntimeError, match="^stop$"),
+        ModelWriter(out, source, CONFIG),
+    ):
+        raise RuntimeError("stop")
     assert not out.exists()
     assert not partial(out).exists()
+
+
+def test_exception_leaves_nothing_of_what_cannot_be_resumed(source, out):
+    with pytest.raises(RuntimeError, match="^stop$"):
+        stop_after_layer_0(source, out, CONFIG, RuntimeError("stop"), resumable=False)
+    assert not out.exists()
+    assert not partial(out).exists()
+
+
+ADVICE = r"1 finished layer is in .*out\.partial: the same run with resume \(--resume\) goes on"
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (RuntimeError("stop"), f"^stop; {ADVICE}$"),
+    (MemoryError(), f"^{ADVICE}$"),
+    (OSError(28, "No space left on device", "shard"),
+     rf"^\[Errno 28\] No space left on device; {ADVICE}: 'shard'$"),
+    (KeyboardInterrupt(), f"^{ADVICE}$"),
+])
+def test_exception_keeps_finished_layers_and_says_how_to_go_on(source, out, error, message):
+    with pytest.raises(type(error), match=message):
+        stop_after_layer_0(source, out, CONFIG, error)
+    assert not out.exists()
+    with ModelWriter(out, source, CONFIG, resume=True) as writer:
+        assert writer.finished_layers() == {0}
 
 
 def test_exception_removes_the_parents_it_made_and_no_others(source, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(RuntimeError, match="stop"):
-        stop_after_layer_0(source, tmp_path / "mine/a/b/out", CONFIG, RuntimeError("stop"))
+        stop_after_layer_0(source, tmp_path / "mine/a/b/out", CONFIG, RuntimeError("stop"),
+                           resumable=False)
     assert list((tmp_path / "mine").iterdir()) == []
     write(source, tmp_path / "mine/a/b/out")
     with pytest.raises(RuntimeError, match="stop"):
-        stop_after_layer_0(source, tmp_path / "mine/a/b/again", CONFIG, RuntimeError("stop"))
+        stop_after_layer_0(source, tmp_path / "mine/a/b/again", CONFIG, RuntimeError("stop"),
+                           resumable=False)
     assert [f.name for f in (tmp_path / "mine/a/b").iterdir()] == ["out"]
 
 
@@ -351,17 +381,6 @@ def test_stale_partial_is_started_again_without_resume(source, out):
         assert not (partial(out) / "model-00002-of-00003.safetensors").exists()
 
 
-def test_foreign_partial_is_never_removed(source, out):
-    partial(out).mkdir()
-    (partial(out) / "thesis.txt").write_text("years")
-    with (
-        pytest.raises(ValueError, match=r"found no recipe\.json: remove it yourself"),
-        ModelWriter(out, source, CONFIG),
-    ):
-        pass
-    assert (partial(out) / "thesis.txt").read_text() == "years"
-
-
 def test_two_runs_do_not_share_a_partial(source, out):
     with ModelWriter(out, source, CONFIG) as writer:
         with (
@@ -406,14 +425,17 @@ def run_child(source: Checkpoint, out: Path, act: str) -> subprocess.CompletedPr
     )
 
 
-def test_full_disk_leaves_nothing(source, out):
+def test_full_disk_keeps_what_is_finished(source, out):
     """A limit on the size of files makes write() fail as a full disk does."""
     done = run_child(source, out, "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))")
     assert done.returncode == 1
     shard = partial(out) / "model-00003-of-00003.safetensors"
-    assert f"OSError: [Errno 27] File too large: '{shard}'" in done.stderr
+    assert "OSError: [Errno 27] File too large; 1 finished layer is in" in done.stderr
+    assert f"goes on: '{shard}'" in done.stderr
     assert not out.exists()
-    assert not partial(out).exists()
+    assert not shard.exists()
+    with ModelWriter(out, source, CONFIG, resume=True) as writer:
+        assert writer.finished_layers() == {0}
 
 
 def test_killed_run_leaves_a_partial_that_resumes(source, out):

@@ -134,7 +134,7 @@ def test_nan_and_inf_never_reach_out(make_checkpoint, tmp_path, text, tensor, va
     with pytest.raises(ValueError, match=f"^{re.escape(tensor.removesuffix('.weight'))}"):
         sq.quantize_folder(model, tmp_path / "out", config(ignore=("*.down_proj",)), text)
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert (tmp_path / "out.partial").exists() == ("layers.1" in tensor)  # layer 0 is finished
 
 
 @pytest.mark.parametrize("run", [
@@ -170,14 +170,15 @@ def test_ignoring_the_head_by_name_changes_nothing(model, tmp_path, text):
     assert all(isinstance(linear.weight, sq.PackedLinear) for linear in layer.linears.values())
 
 
-def test_cancelling_leaves_nothing(model, tmp_path, text):
+def test_cancelling_keeps_the_finished_layers(model, tmp_path, text):
     def cancel(done, total):
         raise RuntimeError("cancelled")
 
-    with pytest.raises(RuntimeError, match="cancelled"):
+    with pytest.raises(RuntimeError, match="cancelled; 1 finished layer is in .*--resume"):
         sq.quantize_folder(model, tmp_path / "out", config(), text, progress=cancel)
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    resumed = sq.quantize_folder(model, tmp_path / "out", config(), text, resume=True)
+    assert resumed.resumed_layers == 1
 
 
 def test_resume_solves_the_rest_to_the_bytes_of_an_uninterrupted_run(

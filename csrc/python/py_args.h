@@ -104,6 +104,7 @@ extern PyMethodDef sq_py_experts_methods[];
 extern PyMethodDef sq_py_outliers_methods[];
 extern PyMethodDef sq_py_bench_methods[];
 extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */
+extern PyMethodDef sq_py_mapped_methods[];
 
 /* linear(x, weight, bits=4, clip=1.0, rotation=None): y, and in seconds, unless NULL, what
  * preparing the activations and multiplying took. format ends in the function's name. */

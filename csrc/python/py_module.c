@@ -247,7 +247,7 @@ module_exec(PyObject *module)
         sq_py_quantize_methods,  sq_py_gptq_methods,       sq_py_decode_methods,
         sq_py_pack_methods,      sq_py_runtime_methods,    sq_py_rows_methods,
         sq_py_alignment_methods, sq_py_experts_methods,    sq_py_outliers_methods,
-        sq_py_bench_methods,     sq_py_kernels_methods};
+        sq_py_bench_methods,     sq_py_kernels_methods,    sq_py_mapped_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i])) {
             return -1;

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._C import FormatError
-from ..files import read_json
+from ..files import is_present, read_json
 from .special_tokens import special_tokens
 from .template_process import TemplateError, TemplateProcess
 from .tools import tool_schema
@@ -86,14 +86,14 @@ def chat_templates(checkpoint) -> tuple[dict[str, str], Path]:
     """
     folder = checkpoint.path
     files = {path.stem: path for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))}
-    if (folder / TEMPLATE_FILE).is_file():
+    if is_present(folder / TEMPLATE_FILE):
         files[DEFAULT] = folder / TEMPLATE_FILE
     if files:
         file = files.get(DEFAULT, folder / NAMED_TEMPLATES)
         return {name: _read_template(path) for name, path in files.items()}, file
     config, processor = folder / "tokenizer_config.json", folder / PROCESSOR_FILE
     found = checkpoint.tokenizer_config.get("chat_template")
-    if found is not None or not processor.is_file():
+    if found is not None or not is_present(processor):
         return _named(found, config), config
     return _named(read_json(processor).get("chat_template"), processor), processor
 
@@ -104,6 +104,7 @@ def reads_roles(checkpoint) -> bool:
 
 
 def _read_template(path: Path) -> str:
+    is_present(path)
     if path.stat().st_size > MAX_TEMPLATE_BYTES:
         raise FormatError(f"{path}: expected a template of at most {MAX_TEMPLATE_BYTES} bytes, "
                           f"found {path.stat().st_size}")

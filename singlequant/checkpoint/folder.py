@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 from .._C import FormatError
 from ..config import QuantConfig
 from ..export.packed import PackedReader, parse_quantization
-from ..files import folder_bytes, read_json
+from ..files import folder_bytes, is_present, read_json
 from ..models.families import find_family, language_config
 from ..models.spec import LinearSpec, ModelSpec, NormSpec, norm_channels, tensor_name
 from ..rows import require_finite
 from ..tensors import DTYPES, WEIGHT_DTYPES, TensorFiles, TensorInfo, check_tensor
 from ..weights import Dense, LayerWeights, Linear, Norm, PackedTable
-from .names import require_head, sort_extras, warn_of
+from .names import has_own_head, require_head, sort_extras, warn_of
 from .special_tokens import add_tokens
 from .stored import find_quantization, open_tensors
 
@@ -180,7 +180,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         tokenizer = self.path / "tokenizer.json"
-        digest.update(tokenizer.read_bytes() if tokenizer.is_file() else b"")
+        digest.update(tokenizer.read_bytes() if is_present(tokenizer) else b"")
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape}".encode())
             for page in self.files.pages(name):
@@ -196,10 +196,11 @@ class Checkpoint:
         FormatError when it is missing or broken.
         """
         path = self.path / "tokenizer.json"
-        if not path.is_file() and self.file is not None:
+        present = is_present(path)
+        if not present and self.file is not None:
             raise FormatError(f"{path}: no such file; put tokenizer.json and tokenizer_config.json "
                               f"of the model that {self.file.name} was made of beside it")
-        if not path.is_file():
+        if not present:
             raise FormatError(
                 f"{path}: no such file; slow tokenizers (tokenizer.model) are not read. Save a "
                 f"fast one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
@@ -249,7 +250,7 @@ class Checkpoint:
         return self._optional_json("tokenizer_config.json")
 
     def _optional_json(self, name: str) -> dict[str, Any]:
-        return read_json(self.path / name) if (self.path / name).is_file() else {}
+        return read_json(self.path / name) if is_present(self.path / name) else {}
 
     def __repr__(self) -> str:
         s, files = self.spec, len({info.path for info in self.tensors.values()})
@@ -285,7 +286,7 @@ def load_checkpoint(path: str | Path, dequantize: bool = False) -> Checkpoint:
     names the file, what was expected and what was found. Values are checked when they are used.
     """
     folder = Path(path)
-    if folder.is_file():
+    if is_present(folder):
         return _open_file(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
@@ -301,6 +302,8 @@ def load_checkpoint(path: str | Path, dequantize: bool = False) -> Checkpoint:
     opened = open_tensors(folder, spec, family.respelled if family else None, quantization)
     if family is not None and family.experts:  # they are stored in more than one way
         spec = family.spec(config, str(source), opened.files.__contains__)
+    if header is None and has_own_head(folder, spec, opened.files):
+        config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
     checkpoint = Checkpoint(folder, config, spec, None if header is None else header.config,
                             opened.files)
     extras = _check_tensors(checkpoint)

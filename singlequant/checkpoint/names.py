@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._C import FormatError
 from ..models.spec import ModelSpec, tensor_name
-from ..tensors import TensorInfo
+from ..tensors import TensorFiles, TensorInfo
 
 # Buffers that every forward pass makes anew: tables of the rotary embedding, causal masks.
 ROTARY_BUFFERS = ("*.rotary_emb.*",)
@@ -110,6 +112,25 @@ def require_head(folder: Path, spec: ModelSpec, infos: Mapping[str, TensorInfo])
             f"AutoModelForCausalLM, or set tie_word_embeddings in config.json if the embedding is "
             f"the head"
         )
+
+
+def has_own_head(folder: Path, spec: ModelSpec, files: TensorFiles) -> bool:
+    """Whether a model whose config.json ties the head to the embedding stores another head.
+
+    The tensors decide, as in transformers. A warning says so.
+    """
+    head, embedding = f"{spec.head}.weight", f"{spec.embed}.weight"
+    if not spec.tied or head not in files or embedding not in files:
+        return False
+    same_kind = all(getattr(files.infos[head], field) == getattr(files.infos[embedding], field)
+                    for field in ("dtype", "shape"))
+    if same_kind and files.pages(head) == files.pages(embedding):
+        a, b = (np.ascontiguousarray(files.view(name)).view(np.uint8) for name in (head, embedding))
+        if np.array_equal(a, b):
+            return False
+    warnings.warn(f"{folder}: tie_word_embeddings is true in config.json, but {head} is not "
+                  f"{embedding}: the head is read as it is stored", stacklevel=3)
+    return True
 
 
 # ---- tensors beside the model's own -------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from .._C import FormatError
-from ..files import read_json
+from ..files import is_present, read_json
 
 __all__ = ["SpecialTokens", "add_tokens", "special_tokens"]
 
@@ -51,7 +51,7 @@ def special_tokens(checkpoint, tokenizer: Tokenizer | None = None) -> SpecialTok
     config, source = checkpoint.tokenizer_config, checkpoint.path / "tokenizer_config.json"
     values, extra = _collect(config, source)
     file = checkpoint.path / "special_tokens_map.json"
-    if DECODER not in config and file.is_file():
+    if DECODER not in config and is_present(file):
         over, more = _collect(read_json(file), file)
         values, extra = {**values, **over}, more or extra
     own = CLASS_TOKENS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
@@ -77,7 +77,7 @@ def add_tokens(tokenizer: Tokenizer, checkpoint) -> None:
     if DECODER in config:
         added = [_token(value, f"{source}: {DECODER}: {i}", False)
                  for i, value in _by_id(config[DECODER], f"{source}: {DECODER}")]
-    elif file.is_file():
+    elif is_present(file):
         pairs = [(number, text) for text, number in read_json(file).items()]
         added = [AddedToken(text, special=text in names, normalized=text not in names)
                  for _, text in _by_id(dict(pairs), str(file))]

@@ -13,7 +13,7 @@ from typing import Any
 
 from .._C import FormatError
 from ..export.packed import QUANT_METHOD
-from ..files import read_json
+from ..files import is_present, read_json
 from ..models.spec import ModelSpec
 from ..tensors import TensorFiles, find_tensors
 from .decoded import Forms, Given, StoredTensors
@@ -50,7 +50,7 @@ def find_quantization(
         settings = config.get("compression_config")  # of old compressed-tensors
     if settings is None:
         for method, name in SETTINGS_FILES.items():
-            if (folder / name).is_file():
+            if is_present(folder / name):
                 source = folder / name
                 settings = {"quant_method": method, **read_json(source)}
     method = settings.get("quant_method") if isinstance(settings, dict) else settings

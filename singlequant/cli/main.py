@@ -4,15 +4,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .. import _C
 from ..info import __version__, show_runtime
 from ..sweep.measure import reason
 from . import bench, compare, demo, evaluate, generate, inspect, quantize
+
+
+class Terminated(BaseException):
+    """SIGTERM as an exception: what is finished stays, as after an interrupt."""
+
 
 COMMANDS = (quantize, evaluate, compare, generate, inspect, demo, bench)  # in the order of --help
 EXIT_BAD_INPUT = 2
@@ -41,22 +49,52 @@ def run_runtime(arguments: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 and one line on standard error when the input is at fault."""
     parsed = parser().parse_args(arguments)
+    lost = _C.exit_when_lost(EXIT_BAD_INPUT)
     try:
         if getattr(parsed, "threads", None) is not None:
-            _C.set_num_threads(parsed.threads)
-        with warnings.catch_warnings():
+            set_threads(parsed.threads)
+        with warnings.catch_warnings(), terminable():
             warnings.showwarning = show_warning
             parsed.run(parsed)
-    except KeyboardInterrupt:
-        print("singlequant: interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as error:
+        what = "terminated" if isinstance(error, Terminated) else "interrupted"
+        how = f": {error}" if str(error) else ""  # how to go on
+        print(f"singlequant: {what}{how}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, MemoryError, ImportError, OverflowError) as error:
         print(f"singlequant: {describe(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    finally:
+        _C.exit_when_lost(lost)
     return 0
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, where this is the main thread: others have no signals."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def set_threads(count: int) -> None:
+    """Use so many threads. ValueError names a number that cannot be."""
+    try:
+        _C.set_num_threads(count)
+    except OverflowError:  # beyond 64 bits
+        raise ValueError(f"num_threads: expected a number of threads, got {count!s:.80}") from None
 
 
 def show_warning(message: Warning | str, *_: object) -> None:

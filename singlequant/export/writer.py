@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import fnmatch
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..config import QuantConfig
-from ..files import read_json, whole_file, write_file
+from ..files import is_present, read_json, whole_file, write_file
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
 from ..tensors import write_safetensors
@@ -34,6 +31,7 @@ from ..weights import (
     table_shapes,
 )
 from .packed import FORMAT_VERSION, layer_tensors, outer_tensors, quantization_json
+from .partial import OUTER, PartialFolder, add_advice, content_digest
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
@@ -44,7 +42,9 @@ RECIPE_FILE = "recipe.json"
 # float16 ends at 65504. The keys and values of a calibration text are not the largest of all texts:
 # beyond half of that, the cache takes bfloat16.
 KV_FLOAT16_LARGEST = 65504 / 2
-WIDE_CACHE_FILE = "kv-bfloat16"  # in OUT.partial: a layer had such keys or values
+WIDE_CACHE = "kv_bfloat16"  # in the journal: a layer had such keys or values
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,10 +64,10 @@ COPIED_FOLDERS = {"additional_chat_templates": "*.jinja"}  # and which of their 
 
 def copied_files(folder: Path) -> list[str]:
     """Files beside the weights that a packed folder keeps, relative to the folder."""
-    names = [name for name in COPIED_FILES if (folder / name).is_file()]
+    names = [name for name in COPIED_FILES if is_present(folder / name)]
     for name, pattern in COPIED_FOLDERS.items():
         found = sorted((folder / name).glob(pattern))
-        names += [f"{name}/{file.name}" for file in found if file.is_file()]
+        names += [f"{name}/{file.name}" for file in found if is_present(file)]
     return names
 
 
@@ -89,15 +89,6 @@ def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any
     return {**checkpoint.config, "quantization_config": quantization}
 
 
-def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---- the folder ---------------------------------------------------------------------------------
 
 
@@ -109,9 +100,10 @@ def shard_name(number: int, total: int) -> str:
 class ModelWriter:
     """Writes OUT layer by layer, in OUT.partial; OUT appears complete, by one rename.
 
-    As a context manager: an exception removes OUT.partial, and the parents made for it, unless
-    resume is set; an interrupt or a kill leaves it for a later run with resume. FileExistsError if
-    OUT exists; ValueError if OUT.partial is of another run (with resume) or in use.
+    As a context manager: an exception keeps the layers that are finished, for a later run with
+    resume, and its message says so. If there are none, what the run made is removed, the parents
+    of OUT included. An interrupt or a kill leaves everything. FileExistsError if OUT exists;
+    ValueError if OUT.partial is of another run (with resume), holds files of others, or is in use.
     """
 
     def __init__(
@@ -121,20 +113,24 @@ class ModelWriter:
         config: QuantConfig,
         *,
         resume: bool = False,
+        resumable: bool = True,
         provenance: Mapping[str, Any] | None = None,
         bits: Mapping[str, int] | None = None,
     ) -> None:
-        """provenance: JSON values that a resumed run must share, such as a hash of the text. bits:
+        """resumable: False removes finished layers as well when an exception ends the run.
+        provenance: JSON values that a resumed run must share, such as a hash of the text. bits:
         of the weights by linear, likewise; those of absent linears are 4."""
         config = config.settled(checkpoint.spec.tied)
         self._out, self._checkpoint, self._config = Path(out), checkpoint, config
-        self._resume = resume
+        self._resume, self._resumable = resume, resumable
         check_run(self._out, checkpoint, config)
-        self._partial = self._out.with_name(self._out.name + ".partial")
-        self._made_parents: list[Path] = []  # nearest first
         self._total = checkpoint.spec.layers + 1
+        self._copies = copied_files(checkpoint.path)
+        shards = [shard_name(number + 1, self._total) for number in range(self._total)]
+        self._folder = PartialFolder(
+            self._out, [RECIPE_FILE, *shards, INDEX_FILE, CONFIG_FILE, *self._copies])
+        self._partial = self._folder.path
         self._finished: set[int] = set()
-        self._lock: int | None = None
         self._recipe = {
             "format_version": FORMAT_VERSION,
             "config": config.to_json(),
@@ -146,14 +142,19 @@ class ModelWriter:
 
     def __enter__(self) -> ModelWriter:
         self._refuse_existing()
+        going_on = self._folder.open() and self._resume and (self._partial / RECIPE_FILE).is_file()
         try:
-            if self._partial.exists():
-                self._take_over()
-            else:
-                self._make_partial()
-            if not (self._partial / RECIPE_FILE).exists():
+            if going_on:
+                self._go_on()
+        except BaseException:
+            self._folder.release()
+            raise
+        try:
+            if not going_on:
+                self._folder.empty()
+                self._folder.write_journal()
                 _write_json(self._partial / RECIPE_FILE, self._recipe)
-            if not _is_whole(self._partial / shard_name(1, self._total)):
+            if OUTER not in self._folder.layers or not _is_whole(self._shard(1)):
                 self._write_outer()
             return self
         except BaseException as error:
@@ -164,54 +165,26 @@ class ModelWriter:
         if os.path.lexists(self._out):  # a symbolic link to nothing is there as well
             raise FileExistsError(f"{self._out} already exists")
 
-    def _make_partial(self) -> None:
-        self._made_parents = [parent for parent in self._out.parents if not parent.exists()]
-        self._partial.mkdir(parents=True)
-        self._take_lock()
-
-    def _take_over(self) -> None:
-        """OUT.partial exists: continue it, or empty it if it is ours."""
+    def _go_on(self) -> None:
+        """Take over the finished layers. ValueError if this run would make other ones."""
         recipe = self._partial / RECIPE_FILE
-        leftovers = [file for file in self._partial.iterdir() if file.suffix != ".tmp"]
-        if not recipe.is_file() and leftovers:
-            raise ValueError(
-                f"{self._partial}: expected a folder of an interrupted run, found no "
-                f"{RECIPE_FILE}: remove it yourself"
-            )
-        self._take_lock()
-        if not self._resume or not recipe.is_file():
-            for file in self._partial.iterdir():
-                if file.name in COPIED_FOLDERS:
-                    shutil.rmtree(file)
-                else:
-                    file.unlink()
-            return
-        try:
-            _compare_recipes(recipe, read_json(recipe), self._recipe)
-        except BaseException:
-            self._release_lock()
-            raise
+        _compare_recipes(recipe, read_json(recipe), self._recipe)
         layers = range(self._checkpoint.spec.layers)
-        self._finished = {i for i in layers if _is_whole(self._layer_path(i))}
+        finished = {i for i in layers
+                    if str(i) in self._folder.layers and _is_whole(self._layer_path(i))}
+        if finished:
+            self._folder.require_kernels()
+        written = [OUTER] if OUTER in self._folder.layers else []
+        written += map(str, sorted(finished))
+        self._folder.require_sources(self._checkpoint, written)
+        self._finished = finished
+        self._folder.write_journal()  # files that this run writes beside
 
-    def _take_lock(self) -> None:
-        """One run per OUT.partial; the kernel releases the lock of a killed one."""
-        self._lock = os.open(self._partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release_lock()
-            raise ValueError(f"{self._partial}: in use by another run") from None
-        except OSError:
-            pass  # some network file systems cannot lock folders
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _shard(self, number: int) -> Path:
+        return self._partial / shard_name(number, self._total)
 
     def _layer_path(self, layer: int) -> Path:
-        return self._partial / shard_name(layer + 2, self._total)
+        return self._shard(layer + 2)
 
     def finished_layers(self) -> set[int]:
         """Layers that are already whole on the disk: those of the run that is resumed, and ours."""
@@ -221,16 +194,22 @@ class ModelWriter:
         """The tensors outside the layers: embedding and head in the config's bits, all else as it
         is."""
         bits = self._config.table_bits(self._checkpoint.spec)
-        write_safetensors(self._partial / shard_name(1, self._total),
-                          outer_tensors(self._checkpoint.outer, bits))
+        write_safetensors(self._shard(1), outer_tensors(self._checkpoint.outer, bits))
+        self._note(OUTER)
 
     def write_layer(self, layer: QuantizedLayer) -> None:
         """Writes one layer's shard. ValueError if the layer is not what config and model ask."""
         _check_layer(layer, self._checkpoint, self._config)
-        if layer.kv_largest > KV_FLOAT16_LARGEST:
-            write_file(self._partial / WIDE_CACHE_FILE, b"")  # a resumed run does not see it again
         write_safetensors(self._layer_path(layer.index), layer_tensors(layer, self._config))
+        wide = layer.kv_largest > KV_FLOAT16_LARGEST  # a resumed run does not see it again
+        self._note(str(layer.index), **({WIDE_CACHE: True} if wide else {}))
         self._finished.add(layer.index)
+
+    def _note(self, key: str, **facts: Any) -> None:
+        """Say in the journal what a shard was made of. Without that it does not count."""
+        digest = content_digest(self._checkpoint, key)
+        self._folder.layers[key] = {"source_sha256": digest, **facts}
+        self._folder.write_journal()
 
     def finish(self) -> Path:
         """Writes index, config and copies, then gives the folder its name. Returns OUT."""
@@ -240,24 +219,16 @@ class ModelWriter:
                 f"finish: layers not written: {', '.join(map(str, missing[:8]))} (a generator "
                 f"gives its layers only once)"
             )
-        _write_json(self._partial / "model.safetensors.index.json", self._index())
-        config, wide = self._config, self._partial / WIDE_CACHE_FILE
-        if wide.exists():
+        _write_json(self._partial / INDEX_FILE, self._index())
+        config = self._config
+        if any(entry.get(WIDE_CACHE) for entry in self._folder.layers.values()):
             config = replace(config, kv_dtype="bfloat16")
-        _write_json(self._partial / "config.json", _packed_config(self._checkpoint, config))
-        for name in copied_files(self._checkpoint.path):
+        _write_json(self._partial / CONFIG_FILE, _packed_config(self._checkpoint, config))
+        for name in self._copies:
             (self._partial / name).parent.mkdir(exist_ok=True)
             write_file(self._partial / name, (self._checkpoint.path / name).read_bytes())
-        for name in COPIED_FOLDERS:
-            if (self._partial / name).is_dir():
-                _sync_folder(self._partial / name)
-        _sync_folder(self._partial)
         self._refuse_existing()
-        os.rename(self._partial, self._out)
-        (self._out / WIDE_CACHE_FILE).unlink(missing_ok=True)  # not before: a kill would lose it
-        self._made_parents = []
-        _sync_folder(self._out.parent)
-        self._release_lock()
+        self._folder.rename()
         return self._out
 
     def _index(self) -> dict[str, Any]:
@@ -265,7 +236,7 @@ class ModelWriter:
         weight_map: dict[str, str] = {}
         total_size = 0
         for number in range(1, self._total + 1):
-            path = self._partial / shard_name(number, self._total)
+            path = self._shard(number)
             with safe_open(path, "np") as file:
                 weight_map |= dict.fromkeys(sorted(file.keys()), path.name)
             with path.open("rb") as file:
@@ -283,13 +254,14 @@ class ModelWriter:
     def _leave(self, error: BaseException | None) -> None:
         """Removes what this run made, unless it is to be resumed or was renamed."""
         interrupted = error is not None and not isinstance(error, Exception)
-        if not self._resume and not interrupted:
-            if self._lock is not None:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            for parent in self._made_parents:
-                with contextlib.suppress(OSError):  # not made after all, or in use by others
-                    parent.rmdir()
-        self._release_lock()
+        finished = bool(self._finished) and self._resumable and error is not None
+        if not (self._resume or interrupted or finished):
+            self._folder.discard()
+        elif error is not None and self._finished and self._partial.is_dir():
+            count = len(self._finished)
+            add_advice(error, f"{count} finished layer{'s are' if count > 1 else ' is'} in "
+                              f"{self._partial}: the same run with resume (--resume) goes on")
+        self._folder.release()
 
 
 def _compare_recipes(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

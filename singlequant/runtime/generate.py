@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from .session import Session
 if TYPE_CHECKING:
     from .model import Model
 
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 PREFILL_TOKENS = 2048  # prompt tokens per call
 STREAM_CONTEXT = 16  # prompt tokens decoded with new ones: spaces depend on what stands before
 
@@ -40,6 +42,8 @@ def generate(
     if max(lengths) >= limit:
         raise ValueError(f"prompt {int(np.argmax(lengths))}: expected fewer than {limit} tokens "
                          f"(max_position_embeddings), got {max(lengths)}")
+    temperature, top_p = min(temperature, LARGEST), max(top_p, SMALLEST)  # as the core takes them
+    top_k = min(top_k, model.spec.vocab)
     session = model.new_session(len(prompts), min(limit, max(lengths) + max_new_tokens))
     # one stream of random numbers per sequence, so that the batch's make-up changes nothing
     streams = [np.random.default_rng((seed, i)) for i in range(len(prompts))]
@@ -102,6 +106,12 @@ def check_sampling(
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
 ) -> None:
     """ValueError that names the argument, the expected and the found."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed), ("top_k", top_k)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name}: expected an integer, got {value!r:.80}")
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name}: expected a number, got {value!r:.80}")
     checks = (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("seed", seed, seed >= 0, "at least 0"),
@@ -111,7 +121,7 @@ def check_sampling(
     )
     for name, value, good, expected in checks:
         if not good:
-            raise ValueError(f"{name}: expected {expected}, got {value}")
+            raise ValueError(f"{name}: expected {expected}, got {value!s:.80}")
 
 
 class TextStream:

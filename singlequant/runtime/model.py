@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from .. import _C
 from .._C import FormatError
 from ..checkpoint.chat import render_chat
 from ..config import KV_BITS, KV_DTYPES
+from ..rows import token_ids
 from .generate import generate
 from .layers import build_layer, flat_positions, new_cache
 from .outer import Outer
@@ -80,7 +81,7 @@ class Model:
 
         ValueError when a token id is outside the vocabulary.
         """
-        windows = np.asarray(windows, np.int64)
+        windows = token_ids(windows, "windows")
         if windows.ndim != 2:
             raise ValueError(f"windows: expected 2 dimensions (count, length), got {windows.ndim}")
         count, length = windows.shape
@@ -129,9 +130,62 @@ class Model:
         """
         return Session(self, sequences, capacity, limit)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self,
+        prompts: str,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> str: ...
+
+    @overload
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[int] | NDArray[np.integer[Any]],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> list[int]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[NDArray[np.integer[Any]]],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop_tokens: Sequence[int] | None = ...,
+        on_token: Callable[[int, int], bool | None] | None = ...,
+    ) -> list[list[int]]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | NDArray[Any]
+        | Sequence[NDArray[Any]],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -158,9 +212,13 @@ class Model:
         if not batch:
             raise ValueError("prompts: expected at least one prompt, got none")
         as_text = isinstance(batch[0], str)
-        tokens = [self.encode(p) if as_text else np.asarray(p, np.int64) for p in batch]
+        if any(isinstance(p, str) != as_text for p in batch):
+            raise ValueError("prompts: expected texts alone or token ids alone, got both")
+        stop = self.stop_tokens if stop_tokens is None else stop_tokens
+        tokens = [self.encode(p) if as_text else token_ids(p, f"prompt {i}")
+                  for i, p in enumerate(batch)]
         new = generate(self, tokens, max_new_tokens, temperature, top_k, top_p, seed,
-                       self.stop_tokens if stop_tokens is None else stop_tokens, on_token)
+                       token_ids(stop, "stop_tokens").tolist(), on_token)
         if as_text:
             new = [self.decode_after(p, ids) for p, ids in zip(tokens, new, strict=True)]
         return new[0] if single else new

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rows import token_ids
 from .layers import flat_positions
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Session:
             raise ValueError(f"sequences: expected 0 to {len(self.lengths) - 1}, got {places}")
         if len(set(places)) < len(places):
             raise ValueError(f"sequences: expected each once, got {places}")
+        tokens = [token_ids(t, f"tokens {i}") for i, t in enumerate(tokens)]
         lengths = np.array([len(t) for t in tokens], np.int64)
         starts = self.lengths[chosen]
         if (longest := int((starts + lengths).max())) > self.capacity:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
+from ..rows import token_ids
 from ..runtime.model import Model
 
 TOKENS_PER_STEP = 2048  # windows are grouped into calls of about this many tokens
@@ -101,7 +102,7 @@ def split_windows(tokens: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     if count == 0:
         raise ValueError(f"text: expected at least one window of {seq_len} tokens, "
                          f"got {len(tokens)} tokens")
-    return np.asarray(tokens[: count * seq_len], np.int64).reshape(count, seq_len)
+    return token_ids(tokens[: count * seq_len], "tokens").reshape(count, seq_len)
 
 
 def evaluate(
@@ -164,7 +165,7 @@ def perplexity(
     2048 at most) without overlap; see `evaluate`. reference: a model with the same vocabulary, for
     the divergences. ValueError when the text is shorter than a window.
     """
-    tokens = model.encode(text) if isinstance(text, str) else np.asarray(text, np.int64)
+    tokens = model.encode(text) if isinstance(text, str) else token_ids(text, "text")
     seq_len = default_seq_len(model) if seq_len is None else seq_len
     if reference is not None and reference.spec.vocab != model.spec.vocab:
         raise ValueError(f"reference: expected a vocabulary of {model.spec.vocab}, "

@@ -24,7 +24,7 @@ from .. import _C
 from .._C import FormatError
 from ..files import read_json
 from ..methods.registry import ALL_INPUTS
-from ..rows import float32_blocks
+from ..rows import float32_blocks, token_ids
 from ..runtime.layers import build_layer, flat_positions, new_cache
 from ..runtime.outer import Outer
 from ..statistics import LayerStatistics, SiteStatistics
@@ -106,7 +106,7 @@ def calibrate(
     is not finite.
     """
     checkpoint.require_unquantized()
-    windows = np.asarray(windows, np.int64)
+    windows = token_ids(windows, "windows")
     if windows.ndim != 2 or windows.size == 0:
         raise ValueError(f"windows: expected (count, length) with tokens, got {windows.shape}")
     return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream)

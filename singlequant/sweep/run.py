@@ -132,7 +132,7 @@ def save(
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write what `quantize` yields as a packed folder; OUT appears only when it is whole."""
-    with ModelWriter(Path(out), checkpoint, config) as writer:
+    with ModelWriter(Path(out), checkpoint, config, resumable=False) as writer:
         for layer in layers:
             writer.write_layer(layer)
             if progress:

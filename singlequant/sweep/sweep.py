@@ -210,8 +210,8 @@ class _Work:
         if job.scratch and job.out.exists():
             shutil.rmtree(job.out)
         self._writer = ModelWriter(
-            job.out, self.view, job.config, resume=job.resume, provenance=provenance,
-            bits=self.bits,
+            job.out, self.view, job.config, resume=job.resume, resumable=not job.scratch,
+            provenance=provenance, bits=self.bits,
         ).__enter__()
         self.finished = self._writer.finished_layers()
         self.outcome.resumed_layers = len(self.finished)

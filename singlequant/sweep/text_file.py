@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Encode = Callable[[str, bool], NDArray[np.int64]]  # a text, and whether special tokens are added
 
 BYTES_PER_TOKEN = 6  # read at first; more follows while the tokens are too few
+MOST_BYTES = 1 << 28  # read at first
 MARGIN = 64  # tokens before a cut that the text behind the cut might change
 
 
@@ -107,7 +108,7 @@ class _Reader:
 
 def _first_tokens(encode: Encode, reader: _Reader, count: int | None) -> NDArray[np.int64]:
     """The first tokens [at most count] from where the reader stands."""
-    size = -1 if count is None else BYTES_PER_TOKEN * (count + MARGIN)
+    size = -1 if count is None else min(BYTES_PER_TOKEN * (count + MARGIN), MOST_BYTES)
     text = reader.read(size)
     if reader.start:
         text = _from_a_line(text)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.folder import Checkpoint
 from ..config import QuantConfig
+from ..rows import token_ids
 from .self_text import written_windows
 from .text_file import drawn_windows, first_tokens, is_large, read_text
 
@@ -115,7 +116,7 @@ def choose_windows(
     seed 0 takes the first windows, any other draws windows without replacement. A text with fewer
     than `count` tokens gives the windows it has. ValueError when there is not even one.
     """
-    tokens = np.asarray(tokens, np.int64)
+    tokens = token_ids(tokens, "tokens")
     if count < 1:
         raise ValueError(f"calibration_tokens: expected at least 1, got {count}")
     if window < 1:
