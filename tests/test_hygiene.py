@@ -117,7 +117,8 @@ TYPED = {"column_moments": {0}, "dequantize": {0}, "unpack": {0}, "PackedWeight"
          "kernel_kv": {0, 1, 2}, "DecoderLayer": {2, 3}, "quantize_weight": {0},
          "transform_weight": {0}, "read_loop": {0}, "decode_fp8": {0}, "decode_mxfp4": {0, 1},
          "quantize_rows": {0}, "linear_rows": {1, 2}, "gather_codes": {0, 1}}
-NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "blas_info",
+NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "cgroup_cpus",
+             "blas_info",
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
              "duquant_steps", "KVCache", "Decoder", "FormatError", "will_need", "peak_steps",
              "measure_peak"}

@@ -6,7 +6,8 @@ from tokenizers import pre_tokenizers
 
 import singlequant as sq
 from singlequant import _C
-from singlequant.runtime.generate import _prefill_calls, stream_text
+from singlequant.runtime.generate import _prefill_calls
+from singlequant.runtime.text_stream import stream_text
 
 TEXT = "the quick brown fox rotates its tail. " * 60
 

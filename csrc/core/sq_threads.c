@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <time.h>
 
+#include "core/sq_cgroup.h"
 #include "core/sq_internal.h"
 
 /* One job at a time. Workers wait until generation changes, join the job if they are among the
@@ -187,10 +188,9 @@ int
 sq_available_cpus(void)
 {
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set)) {
-        return 1;
-    }
-    return (int)sq_max_i64(1, CPU_COUNT(&set));
+    const int quota = sq_cgroup_cpus("");
+    const int allowed = sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+    return (int)sq_max_i64(1, quota ? sq_min_i64(quota, allowed) : allowed);
 }
 
 static void

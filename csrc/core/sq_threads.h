@@ -24,7 +24,7 @@ sq_set_num_threads(int count);
 int
 sq_get_num_threads(void);
 
-/* CPUs this process may run on. */
+/* CPUs that this process may use at once: by its affinity and by the quotas of its cgroups. */
 int
 sq_available_cpus(void);
 

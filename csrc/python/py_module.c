@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "core/sq_blas.h"
+#include "core/sq_cgroup.h"
 #include "core/sq_cpu.h"
 #include "kernels/sq_kernels.h"
 #include "core/sq_threads.h"
@@ -144,6 +145,24 @@ get_num_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return PyLong_FromLong(sq_get_num_threads());
 }
 
+PyDoc_STRVAR(cgroup_cpus_doc,
+             "cgroup_cpus(root)\n--\n\n"
+             "CPUs that the quotas of this process' cgroups amount to, rounded up, or 0 without "
+             "one. root\nstands before every path that is read (for tests); '' reads the "
+             "machine's own.");
+
+static PyObject *
+cgroup_cpus(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    PyObject *root = NULL;
+    if (!PyUnicode_FSConverter(arg, &root)) {
+        return NULL;
+    }
+    const int cpus = sq_cgroup_cpus(PyBytes_AS_STRING(root));
+    Py_DECREF(root);
+    return PyLong_FromLong(cpus);
+}
+
 PyDoc_STRVAR(blas_info_doc, "blas_info()\n--\n\nOpenBLAS version, target and build options.");
 
 static PyObject *
@@ -157,11 +176,12 @@ static PyMethodDef module_methods[] = {
     {"use_kernels", use_kernels, METH_O, use_kernels_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
+    {"cgroup_cpus", cgroup_cpus, METH_O, cgroup_cpus_doc},
     {"blas_info", blas_info, METH_NOARGS, blas_info_doc},
     {NULL, NULL, 0, NULL},
 };
 
-/* SINGLEQUANT_NUM_THREADS, or one per CPU this process may use. 0, or -1 with ImportError. */
+/* SINGLEQUANT_NUM_THREADS, or one per CPU that this process may use. 0, or -1 with ImportError. */
 static int
 threads_from_environment(void)
 {

@@ -37,8 +37,9 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """What the parsed command line asks for."""
-    from ..runtime.generate import check_sampling, stream_text
+    from ..runtime.generate import check_sampling
     from ..runtime.open import load
+    from ..runtime.text_stream import stream_text
 
     sampling = {
         "max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature,

@@ -14,7 +14,8 @@ from ..config import DEFAULT_TABLE_BITS, KV_BITS, TABLE_BITS
 def add_command(commands, name: str, run: Callable, help_text: str) -> argparse.ArgumentParser:
     """A command with the options that every one has; `run` is called with what was parsed."""
     command = commands.add_parser(name, help=help_text, description=help_text)
-    command.add_argument("--threads", type=int, metavar="N", help="default: one per CPU")
+    command.add_argument("--threads", type=int, metavar="N",
+                         help="default: one per CPU that affinity and cgroup quotas allow")
     command.set_defaults(run=run)
     return command
 

@@ -2,8 +2,8 @@
 """A folder, quantized or not -> logits and text."""
 
 from ..checkpoint.chat import render_chat
-from .generate import stream_text
 from .model import Model
 from .session import Session
+from .text_stream import stream_text
 
 __all__ = ["Model", "Session", "render_chat", "stream_text"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New tokens behind prompts: prefill, sampling, and the text that they make."""
+"""New tokens behind prompts: prefill and sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 PREFILL_TOKENS = 2048  # prompt tokens per call
-STREAM_CONTEXT = 16  # prompt tokens decoded with new ones: spaces depend on what stands before
 
 
 def generate(
@@ -122,34 +121,3 @@ def check_sampling(
     for name, value, good, expected in checks:
         if not good:
             raise ValueError(f"{name}: expected {expected}, got {value!s:.80}")
-
-
-class TextStream:
-    """Tokens behind a prompt, one by one -> the text that each completes.
-
-    '' inside a character: a text that ends in U+FFFD waits for the bytes that follow. `finish`
-    gives what still waits when no token follows.
-    """
-
-    def __init__(self, model: Model, prompt: Sequence[int]) -> None:
-        self._model, self._context = model, list(prompt)[-STREAM_CONTEXT:]
-        self._tokens: list[int] = []
-        self._shown = ""
-
-    def __call__(self, token: int) -> str:
-        self._tokens.append(token)
-        text = self._model.decode_after(self._context, self._tokens)
-        return "" if text.endswith("\ufffd") else self._show(text)
-
-    def finish(self) -> str:
-        """The rest of the text, unfinished characters as U+FFFD."""
-        return self._show(self._model.decode_after(self._context, self._tokens))
-
-    def _show(self, text: str) -> str:
-        new, self._shown = text[len(self._shown) :], text
-        return new
-
-
-def stream_text(model: Model, prompt: Sequence[int]) -> TextStream:
-    """A function from the next token behind a prompt to the text it completes."""
-    return TextStream(model, prompt)
