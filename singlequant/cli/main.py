@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from .. import _C
 from ..info import __version__, show_runtime
-from ..sweep.measure import reason
+from ..sweep.measure import one_line, reason
 from . import bench, compare, demo, evaluate, generate, inspect, quantize
 
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.run(parsed)
     except (KeyboardInterrupt, Terminated) as error:
         what = "terminated" if isinstance(error, Terminated) else "interrupted"
-        how = f": {error}" if str(error) else ""  # how to go on
+        how = f": {one_line(str(error))}" if str(error) else ""  # how to go on
         print(f"singlequant: {what}{how}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left
@@ -99,11 +99,11 @@ def set_threads(count: int) -> None:
 
 def show_warning(message: Warning | str, *_: object) -> None:
     """A warning as one line on standard error."""
-    print(f"singlequant: warning: {message}", file=sys.stderr)
+    print(f"singlequant: warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:
     """One line that names the thing."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return one_line(f"{error.filename}: {error.strerror}")
     return reason(error)

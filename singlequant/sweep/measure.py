@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+MOST_OF_A_WORD, MOST_OF_A_LINE = 200, 600  # characters that a message shows
+
 
 def anonymous_bytes() -> int:
     """Anonymous memory of this process now, in bytes; 0 where /proc/self/status does not say.
@@ -84,4 +86,20 @@ def measure(
 
 def reason(error: BaseException) -> str:
     """An exception's message on one line; the name of its type when it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """A message for a terminal: one line, no control characters, and long parts cut.
+
+    Messages repeat names that are in files, and files may come from anywhere.
+    """
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    words = (_cut(word, MOST_OF_A_WORD) for word in line.split(" "))
+    return _cut(" ".join(words), MOST_OF_A_LINE)
+
+
+def _cut(text: str, most: int) -> str:
+    """Begin and end of a text that is longer than `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 3]}...{text[-half:]}"
