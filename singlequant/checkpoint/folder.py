@@ -223,8 +223,9 @@ class Checkpoint:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("text: expected valid Unicode, found a lone surrogate") from None
+        tokenizer = self.tokenizer  # its own errors name the file
         try:
-            found = self.tokenizer.encode(text, add_special_tokens=special).ids
+            found = tokenizer.encode(text, add_special_tokens=special).ids
         except BaseException as error:  # the library raises Exception itself, or panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
