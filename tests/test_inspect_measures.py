@@ -10,7 +10,7 @@ from solver_steps import STEPS
 
 import singlequant as sq
 from singlequant import _C, _reference
-from singlequant.config import QuantConfig
+from singlequant.config import DEFAULT_CLIP, QuantConfig
 from singlequant.methods import singlequant
 from singlequant.methods.registry import METHODS as ALL_METHODS, find_method
 from singlequant.methods.solve import solve_site
@@ -176,7 +176,7 @@ def test_output_error_is_the_definition(statistics):
     found = inspect_model(sq.bundled_model(), ["none"], layer=0, site="o",
                           config=QuantConfig("w4a4", bits=4, calibration_tokens=512, weights="rtn"))
     x, w = statistics["o"].sample, statistics["o"].weights
-    codes = [_C.quantize(x, 4, 0, True, 0.8), _C.quantize(w, 4)]
+    codes = [_C.quantize(x, 4, 0, True, DEFAULT_CLIP["w4a4"]), _C.quantize(w, 4)]
     quantized = [_C.dequantize(c, s).astype(np.float64) for c, s, _ in codes]
     exact = x.astype(np.float64) @ w.T
     expected = np.sum((quantized[0] @ quantized[1].T - exact) ** 2) / np.sum(exact**2)

@@ -258,7 +258,7 @@ def test_quantize_linear_names_the_tensor_and_rows_that_are_not_finite(weights):
 
 
 @pytest.mark.parametrize("weights", ["mse", "gptq"])
-def test_a_layer_that_is_not_finite_leaves_nothing_behind(model, tmp_path, text, weights):
+def test_a_layer_that_is_not_finite_gives_no_folder(model, tmp_path, text, weights):
     config = QuantConfig(weights=weights, calibration_tokens=64)
     checkpoint = load_checkpoint(model)
     windows = calibration_windows(checkpoint, config, text)
@@ -268,14 +268,22 @@ def test_a_layer_that_is_not_finite_leaves_nothing_behind(model, tmp_path, text,
         file.seek(info.begin + info.nbytes - 2)
         file.write(b"\xff\x7f")
 
-    def write() -> None:
-        with ModelWriter(tmp_path / "out", checkpoint, config) as writer:
+    def write(resumable: bool) -> None:
+        with ModelWriter(tmp_path / "out", checkpoint, config, resumable=resumable) as writer:
             for layer in layers:
                 writer.write_layer(quantize_layer(checkpoint, layer, config))
 
-    with pytest.raises(ValueError, match="^model.layers.1.mlp.down_proj, rows 0 to .*NaN or Inf"):
-        write()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
+    def left() -> list[str]:
+        return [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+    message = "^model.layers.1.mlp.down_proj, rows 0 to .*NaN or Inf"
+    with pytest.raises(ValueError, match=message):
+        write(resumable=False)
+    assert left() == []
+    # the source may be mended, and a run with resume go on
+    with pytest.raises(ValueError, match=f"{message}.*1 finished layer is in .*out.partial"):
+        write(resumable=True)
+    assert left() == ["out.partial"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
