@@ -14,6 +14,16 @@ from singlequant.cli.main import main
 from singlequant.export.writer import ModelWriter
 
 SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = {number: signal.signal(number, usual) for number, usual in USUAL.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -27,7 +37,6 @@ def test_signal_is_one_line_and_resumable(
         write_layer(self, layer)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
     monkeypatch.setattr(ModelWriter, "write_layer", write_and_be_stopped)
     code = main(["quantize", str(model), str(out), "--calibration", str(text),
                  "--calibration-tokens", "64", "--bits", "4"])
@@ -37,7 +46,7 @@ def test_signal_is_one_line_and_resumable(
     assert capsys.readouterr().err == (
         f"singlequant: {word}: 1 finished layer is in {out}.partial: the same run with resume "
         f"(--resume) goes on\n")
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is USUAL[number]
     config = sq.QuantConfig(calibration_tokens=64, bits=4)
     assert sq.quantize_folder(model, out, config, text, resume=True).resumed_layers == 1
 

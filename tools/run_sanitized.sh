@@ -7,11 +7,11 @@ set -euo pipefail
 
 # Two worlds in one process: the interpreter is not built for the sanitizers, so they come first
 # (LD_PRELOAD), and what it keeps until its end is no leak (detect_leaks). Requests for more memory than
-# there is must come back as NULL (allocator_may_return_null), and the crash that one test wants must
-# stay a crash (handle_segv).
+# there is must come back as NULL (allocator_may_return_null), and the crashes that tests want must
+# stay crashes (handle_segv, handle_sigbus).
 CC=gcc SINGLEQUANT_SANITIZE=1 SINGLEQUANT_WERROR=1 "$python" setup.py -q build_ext --inplace
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=0:handle_sigbus=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" - "$copy" <<'PYTHON'
 import sys
 
