@@ -236,6 +236,7 @@ def trained_by(sides: Sequence[Side]) -> str:
     for training in made:
         words = [f"--family {training['family']}", f"--seed {training['plan']['seed']}",
                  f"--steps {training['plan']['steps']}", f"--threads {training['threads']}"]
+        words += [] if training["plan"]["factors"] else ["--plain"]
         files = training["texts"][1:]
         words += ["--text", *files] if files else []
         lines.append(f"python -m benchmarks.train_families OUT {' '.join(words)}")

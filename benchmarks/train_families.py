@@ -1,7 +1,7 @@
 """Train two small networks that are no LLaMAs, so that methods can be compared on them.
 
     python -m benchmarks.train_families OUT [--family gpt_neox|qwen3_moe] [--seed N]
-                                        [--text FILE...] [--steps N | --minutes N]
+                                        [--text FILE...] [--steps N | --minutes N] [--plain]
 
 gpt_neox has LayerNorm, GELU without a gate, biases, a partial rotary embedding and a parallel
 residual. qwen3_moe has 8 experts, of which a token takes 2, and norms of q and k. Each is written
@@ -11,8 +11,9 @@ it says what was done and what came out. Each takes five to ten minutes on two c
 The text is the documentation of this Python's standard library, without the paragraphs of the two
 bundled texts, so that calibration.txt and heldout.txt stay unseen. --text adds files: the last
 twentieth of each is held out. Half-way some channels of the residual stream are scaled at every
-writer and training goes on, so that the activations have persistent outlier channels. The same
-seed, steps, text, machine and versions give the same bytes.
+writer and training goes on, so that the activations have persistent outlier channels. With --plain
+this is left out (neox-small-plain-s0): a network without made outliers. The same seed, steps, text,
+machine and versions give the same bytes.
 
 Needs the torch extra.
 """
@@ -202,7 +203,7 @@ def train(network: Network, model: nn.Module, stream: Tensor, watched: Tensor,
     found: dict[str, Any] = {}
     start, running = time.perf_counter(), None
     for step in range(plan.steps):
-        if step == injection:
+        if step == injection and plan.factors:
             found = make_outliers(network, model, watched, generator, plan)
             optimizer = bundled.make_optimizer(model, plan.weight_decay)  # its moments do not fit
         for group in optimizer.param_groups:
@@ -295,7 +296,8 @@ def evaluate(network: Network, folder: Path, held_out: Mapping[str, str]) -> dic
 def train_folder(family: str, texts: Texts, arguments: argparse.Namespace) -> Path:
     """Train a network and write its folder, which is returned."""
     network = NETWORKS[family]
-    folder = arguments.out / f"{network.folder}-s{arguments.seed}"
+    kind = "-plain" if arguments.plain else ""
+    folder = arguments.out / f"{network.folder}{kind}-s{arguments.seed}"
     tokenizer = bundled.train_tokenizer([d.text for d in texts.training], VOCABULARY)
     stream = bundled.encode(tokenizer, list(texts.training))
     if len(stream) < LEAST_TOKENS:
@@ -303,6 +305,8 @@ def train_folder(family: str, texts: Texts, arguments: argparse.Namespace) -> Pa
                          f"{len(stream)} in this Python's documentation: add some with --text")
     watched = bundled.cut_windows(torch.tensor(tokenizer.encode(texts.held_out["heldout"]).ids))
     plan = Plan(arguments.seed, arguments.steps or network.steps)
+    if arguments.plain:
+        plan.outliers_at, plan.factors = 1.0, ()
     if arguments.minutes is not None:
         plan.steps = steps_within(arguments.minutes, network, tokenizer, stream, plan)
     model = build(network, tokenizer, plan.seed)
@@ -342,6 +346,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="as many steps as take about so long here; the output names them")
     parser.add_argument("--threads", type=options.positive, default=2, metavar="N",
                         help="(default %(default)s)")
+    parser.add_argument("--plain", action="store_true", help="make no outlier channels")
     return options.parse(parser, argv)
 
 

@@ -11,7 +11,7 @@ EVALUATION = {"tokens": 1024, "seq_len": 512, "seconds": 1.0, "predictions": 102
               "perplexity": 70.5, "kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0}
 TRAINING = {"family": "gpt_neox", "parameters": 5_800_000, "cpu_seconds": 330.0, "threads": 1,
             "torch": "2.1", "transformers": "5.1", "texts": ["standard library", "more.txt"],
-            "plan": {"seed": 4, "steps": 600, "batch": 2048},
+            "plan": {"seed": 4, "steps": 600, "batch": 2048, "factors": [6.0]},
             "peaks": {"q, k, v": [9.0, 14.0], "o": [2.0, 3.0]}}
 
 
@@ -66,10 +66,16 @@ def test_page_says_where_a_gain_is_missing(sides):
             "`singlequant` over `hadamard`.") in page
 
 
+def test_page_says_which_network_has_no_made_outliers(sides, monkeypatch):
+    monkeypatch.setitem(TRAINING["plan"], "factors", [])
+    assert "--seed 4 --steps 600 --threads 1 --plain --text more.txt" in script.page(sides)
+
+
 def test_page_names_commands_and_training(sides):
     page = script.page(sides)
     assert ("python -m benchmarks.train_families OUT --family gpt_neox --seed 4 --steps 600 "
             "--threads 1 --text more.txt") in page
+    assert "--plain" not in page
     assert "5.8M" in page
     assert "9 to 14" in page
     assert "`singlequant compare neox-a --methods none,hadamard,singlequant,balanced" in page

@@ -111,3 +111,13 @@ def test_short_training_writes_the_same_folder_twice(family, texts, tmp_path):
     assert 1 < record["perplexity"]["heldout"] < math.inf
     assert min(record["peaks"]["q, k, v"]) > 4  # the channels that were scaled
     assert len(record["outliers"]["channels"]) == len(record["plan"]["factors"])
+
+
+@pytest.mark.slow
+def test_plain_training_scales_no_channels(texts, tmp_path):
+    folder = script.train_folder("gpt_neox", texts, script.parse(
+        [str(tmp_path), "--steps", "4", "--threads", "2", "--plain"]))
+    assert folder.name == "neox-small-plain-s0"
+    record = json.loads((folder / script.RECORD).read_text())
+    assert record["outliers"] == {}
+    assert max(record["peaks"]["q, k, v"]) < 4
