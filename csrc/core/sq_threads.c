@@ -11,24 +11,37 @@
 #include "core/sq_cgroup.h"
 #include "core/sq_internal.h"
 
-/* One job at a time. Workers wait until generation changes, join the job if they are among the
- * invited, 1 .. invited, and take chunks until none is left. The caller takes chunks too, withdraws
- * the invitation when there are no more and waits for those who joined: on a busy machine it never
- * waits for a worker that the system has not scheduled yet. A worker that has taken part looks out
- * for the next job for SPIN_NS before it sleeps, yielding the CPU to whoever wants it, since the
- * jobs of a decoder follow one another within microseconds and waking a thread takes tens. */
-enum { SPIN_NS = 50000 };
+/* One job at a time. What stands in `state` says all that a worker must know to join: which job it
+ * is, whether it may be joined, how many workers are invited and how many have joined. A worker
+ * joins by one exchange that fails when any of this has changed. It takes chunks until none is left
+ * and leaves. The caller takes chunks too, closes the job when there are no more and waits for
+ * those who joined: on a busy machine it never waits for a worker that the system has not scheduled
+ * yet.
+ *
+ * The jobs of a decoder follow one another within microseconds, while waking a thread takes tens of
+ * them. So a worker that has taken part looks out for the next job for SPIN_NS before it sleeps,
+ * and the caller for its workers' end. They pause for PAUSE_NS and then yield the CPU to
+ * whoever wants it. Locks are taken only to sleep and to wake those who do. */
+enum { SPIN_NS = 50000, PAUSE_NS = 10000, PAUSES = 8 };
 /* Of a worker: a call of the AMX kernels holds 100 KiB, and some C libraries give 128 KiB. */
 enum { STACK_BYTES = 1 << 20 };
 
+/* state: the job's number, OPEN, the invited, the joined. */
+enum { COUNT_BITS = 12 };
+#define COUNT_MASK (((uint64_t)1 << COUNT_BITS) - 1)
+#define OPEN ((uint64_t)1 << 2 * COUNT_BITS)
+#define NEXT_JOB (OPEN << 1)
+_Static_assert(SQ_THREADS_MAX <= COUNT_MASK, "the numbers of workers fit their fields");
+
 static struct {
-    pthread_mutex_t owner; /* held by the caller whose job runs */
-    pthread_mutex_t lock;  /* guards everything below but the atomics */
+    pthread_mutex_t owner; /* held by the caller whose job runs; guards started */
+    pthread_mutex_t lock;  /* held to sleep and to wake */
     pthread_cond_t wake, done;
+    _Atomic uint64_t state;
+    _Atomic int sleeping; /* workers that wait for `wake` */
+    _Atomic int awaited;  /* the caller waits for `done` */
     _Atomic int wanted;
-    int started, invited;
-    _Atomic int running; /* workers that joined and are not done; changed with lock held */
-    _Atomic uint64_t generation;
+    int started;
     sq_range_fn fn;
     void *context;
     int64_t items, grain;
@@ -38,6 +51,24 @@ static struct {
           .wake = PTHREAD_COND_INITIALIZER,
           .done = PTHREAD_COND_INITIALIZER,
           .wanted = 1};
+
+static uint64_t
+job_of(uint64_t state)
+{
+    return state / NEXT_JOB;
+}
+
+static int
+joined(uint64_t state)
+{
+    return (int)(state & COUNT_MASK);
+}
+
+static int
+invited(uint64_t state)
+{
+    return (int)(state >> COUNT_BITS & COUNT_MASK);
+}
 
 static void
 take_chunks(int thread)
@@ -59,23 +90,91 @@ now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Returns when a job newer than `seen` has come, or after SPIN_NS. */
 static void
-await_job(uint64_t seen)
+pause_cpu(void)
 {
-    const int64_t end = now_ns() + SPIN_NS;
-    while (atomic_load(&pool.generation) == seen && now_ns() < end) {
-        sched_yield();
-    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
 }
 
-/* Returns when nobody works on the job any more, or after SPIN_NS. */
-static void
-await_workers(void)
+/* Waits for a while: pauses at first, then yields. 0 when SPIN_NS are over. */
+static int
+wait_a_while(int64_t *begin)
 {
-    const int64_t end = now_ns() + SPIN_NS;
-    while (atomic_load(&pool.running) > 0 && now_ns() < end) {
+    for (int i = 0; i < PAUSES; i++) {
+        pause_cpu();
+    }
+    const int64_t now = now_ns();
+    *begin = *begin ? *begin : now;
+    if (now - *begin > PAUSE_NS) {
         sched_yield();
+    }
+    return now - *begin < SPIN_NS;
+}
+
+/* Looks at the state until a job newer than `seen` has come; 0 after SPIN_NS. */
+static int
+spin_for_job(uint64_t seen)
+{
+    int64_t begin = 0;
+    do {
+        if (job_of(atomic_load(&pool.state)) != seen) {
+            return 1;
+        }
+    } while (wait_a_while(&begin));
+    return 0;
+}
+
+/* Looks at the state until nobody works on the job; 0 after SPIN_NS. */
+static int
+spin_for_workers(void)
+{
+    int64_t begin = 0;
+    do {
+        if (!joined(atomic_load(&pool.state))) {
+            return 1;
+        }
+    } while (wait_a_while(&begin));
+    return 0;
+}
+
+/* `sleeping` is raised before the state is looked at again, and the caller changes the state before
+ * it looks at `sleeping`: one of them sees the other. */
+static void
+sleep_until_job(uint64_t seen)
+{
+    pthread_mutex_lock(&pool.lock);
+    atomic_fetch_add(&pool.sleeping, 1);
+    while (job_of(atomic_load(&pool.state)) == seen) {
+        pthread_cond_wait(&pool.wake, &pool.lock);
+    }
+    atomic_fetch_sub(&pool.sleeping, 1);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* The same between `awaited` and the last worker's leaving. */
+static void
+sleep_until_done(void)
+{
+    pthread_mutex_lock(&pool.lock);
+    atomic_store(&pool.awaited, 1);
+    while (joined(atomic_load(&pool.state))) {
+        pthread_cond_wait(&pool.done, &pool.lock);
+    }
+    atomic_store(&pool.awaited, 0);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void
+leave(void)
+{
+    if (joined(atomic_fetch_sub(&pool.state, 1)) == 1 && atomic_load(&pool.awaited)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_signal(&pool.done);
+        pthread_mutex_unlock(&pool.lock);
     }
 }
 
@@ -83,31 +182,25 @@ static void *
 worker(void *argument)
 {
     const int thread = (int)(intptr_t)argument;
-    pthread_mutex_lock(&pool.lock);
-    uint64_t seen = pool.generation - 1; /* the job that started this worker counts as new */
+    uint64_t seen = job_of(atomic_load(&pool.state)) - 1; /* the job that started it is new */
     for (;;) {
-        while (seen == pool.generation) {
-            pthread_cond_wait(&pool.wake, &pool.lock);
-        }
-        seen = pool.generation;
-        if (thread > pool.invited) { /* not part of this job, or too late */
-            continue;
-        }
-        pool.running++;
-        pthread_mutex_unlock(&pool.lock);
-        take_chunks(thread);
-        pthread_mutex_lock(&pool.lock);
-        if (--pool.running == 0) {
-            pthread_cond_signal(&pool.done);
-        }
-        pthread_mutex_unlock(&pool.lock);
-        await_job(seen);
-        pthread_mutex_lock(&pool.lock);
+        sleep_until_job(seen);
+        do {
+            uint64_t state = atomic_load(&pool.state);
+            seen = job_of(state);
+            while (job_of(state) == seen && state & OPEN && thread <= invited(state)) {
+                if (atomic_compare_exchange_weak(&pool.state, &state, state + 1)) {
+                    take_chunks(thread);
+                    leave();
+                    break;
+                }
+            }
+        } while (spin_for_job(seen));
     }
     return NULL;
 }
 
-/* With lock held: brings the number of workers up to wanted - 1; fewer if the system refuses. */
+/* With owner held: brings the number of workers up to wanted - 1; fewer if the system refuses. */
 static int
 start_workers(void)
 {
@@ -127,7 +220,7 @@ start_workers(void)
         }
         pool.started++;
     }
-    return sq_min_i64(pool.started, pool.wanted - 1);
+    return (int)sq_min_i64(pool.started, pool.wanted - 1);
 }
 
 void
@@ -143,30 +236,26 @@ sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
         }
         return;
     }
-    pthread_mutex_lock(&pool.lock);
     pool.fn = fn;
     pool.context = context;
     pool.items = items;
     pool.grain = grain;
     atomic_store(&pool.next, 0);
-    pool.invited = start_workers();
-    pool.generation++;
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
+    const uint64_t guests = (uint64_t)start_workers();
+    const uint64_t job = (job_of(atomic_load(&pool.state)) + 1) * NEXT_JOB;
+    atomic_store(&pool.state, job | OPEN | guests << COUNT_BITS);
+    if (atomic_load(&pool.sleeping)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.lock);
+    }
 
     take_chunks(0);
 
-    pthread_mutex_lock(&pool.lock);
-    pool.invited = 0;
-    if (pool.running > 0) {
-        pthread_mutex_unlock(&pool.lock);
-        await_workers();
-        pthread_mutex_lock(&pool.lock);
+    atomic_fetch_and(&pool.state, ~OPEN);
+    if (!spin_for_workers()) {
+        sleep_until_done();
     }
-    while (pool.running > 0) {
-        pthread_cond_wait(&pool.done, &pool.lock);
-    }
-    pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.owner);
 }
 
@@ -216,8 +305,8 @@ after_fork_child(void)
     pthread_cond_init(&pool.wake, NULL);
     pthread_cond_init(&pool.done, NULL);
     pool.started = 0;
-    pool.invited = 0;
-    pool.running = 0;
+    pool.sleeping = 0;
+    pool.awaited = 0;
 }
 
 void
