@@ -1,14 +1,17 @@
 """Prefill and decode in tokens per second of whole networks: ours against other engines.
 
-    python -m benchmarks.end_to_end --peer-python VENV/bin/python [--layers 2] [--batch 1,64]
-        [--prompt 512,16] [--context 128] [--threads 2] [--engines A,B] [--seconds 200]
-        [--isa native|avx2] [--work DIR] [--json FILE] [--keep] [--quick]
+    python -m benchmarks.end_to_end --peer-python VENV/bin/python [--widths llama-2-7b] [--layers 2]
+        [--model FOLDER] [--bits 4] [--batch 1,64] [--prompt 512,16] [--context 128] [--threads 2]
+        [--engines A,B] [--seconds 200] [--isa native|avx2] [--work DIR] [--json FILE] [--keep]
+        [--quick]
 
-A made checkpoint of LLaMA-2-7B's widths is given to every engine in the form it reads: the folder
-itself, our packed folders of it (method `balanced`, whose online transform and quantization are in
-the measured time), GGUF files. Each engine is a process of its own, pinned to the same CPUs and
-kept for the whole run, in VENV if it is another's; all take turns in each round, in a new order.
-An engine whose packages are missing is left out aloud.
+A made checkpoint of a 7B model's widths, or --model, is given to every engine in the form it reads:
+the folder itself, our packed folders of it (method `balanced`, whose online transform and
+quantization are in the measured time), GGUF files. Our linears of --model have the bits of the
+default recipe unless --bits says otherwise. Each engine is a process of its own, pinned to the same
+CPUs and kept for the whole run, in VENV if it is another's; all take turns in each round, in a new
+order. An engine whose packages are missing is left out aloud. ik_llama.cpp is built from its
+source, which the environment variable IK_LLAMA_CPP names.
 
 Prefill: from token ids to the logits behind each prompt, from empty caches; the head runs for the
 last token only. Decode: steps of one token in every sequence, each to the logits of all, behind a
@@ -40,7 +43,7 @@ import numpy as np
 from singlequant import _C, QuantConfig, load_checkpoint, quantize_folder
 
 from . import common
-from .made_model import LLAMA_2_7B, TOY, Widths, write_checkpoint
+from .made_model import LLAMA_2_7B, QWEN_2_5_7B, TOY, Widths, write_checkpoint
 from .processes import Process
 
 ANSWER_SECONDS = 3600.0  # that an engine may take for one answer
@@ -49,6 +52,7 @@ CHECK_WINDOWS = (2, 48)  # count and length of the windows whose logits are comp
 # Largest relative error |logits - reference| / |reference|; two unrelated networks have about 1.4.
 ERROR_LIMITS = {"32-bit": 0.005, "16-bit": 0.03, "int8": 0.15, "int4": 1.0, "ours": 1.0}
 LEAST_AGREEMENT = {"32-bit": 0.95, "16-bit": 0.85}  # share of equal most likely tokens
+WIDTHS = {"llama-2-7b": LLAMA_2_7B, "qwen2.5-7b": QWEN_2_5_7B}
 REST = 0.02  # seconds before each measurement: idle threads of the engine before stop spinning
 AIM_16BIT, AIM_INT4 = 2.3, 1.0
 
@@ -73,13 +77,15 @@ class EngineSpec:
 
 
 def _specs() -> dict[str, EngineSpec]:
-    ours, llama, torch = (f"e2e_{x}" for x in ("singlequant", "llama_cpp", "transformers"))
+    ours, llama, ik, torch = (f"e2e_{x}" for x in ("singlequant", "llama_cpp", "ik_llama",
+                                                   "transformers"))
     specs = {"ours-16bit": EngineSpec("singlequant 16-bit", ours, "16-bit", "16-bit")}
     for scheme in ("w4a16", "w4a8", "w4a4"):
         specs[f"ours-{scheme}"] = EngineSpec(f"singlequant {scheme.upper()}", ours, scheme, "ours")
     for variant, kind in (("F16", "16-bit"), ("BF16", "16-bit"), ("Q8_0", "int8"),
-                          ("Q4_0", "int4"), ("Q4_K_M", "int4")):
+                          ("Q4_0", "int4"), ("IQ4_NL", "int4"), ("Q4_K_M", "int4")):
         specs[f"llama-{variant}"] = EngineSpec(f"llama.cpp {variant}", llama, variant, kind)
+        specs[f"ik-{variant}"] = EngineSpec(f"ik_llama.cpp {variant}", ik, variant, kind)
     for variant, kind in (("float32", "32-bit"), ("bfloat16", "16-bit")):
         name = f"transformers-{variant}"
         specs[name] = EngineSpec(name.replace("-", " "), torch, variant, kind)
@@ -87,8 +93,8 @@ def _specs() -> dict[str, EngineSpec]:
 
 
 ENGINES = _specs()
-REFERENCES = ("transformers-float32", "ours-16bit", "llama-F16")
-DEFAULT_ENGINES = [name for name in ENGINES if name != "llama-Q4_K_M"]
+REFERENCES = ("transformers-float32", "ours-16bit", "llama-F16", "llama-BF16")
+DEFAULT_ENGINES = [name for name in ENGINES if not name.endswith(("IQ4_NL", "Q4_K_M"))]
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -171,20 +177,25 @@ def start(names: Sequence[str], folders: Mapping[str, Path], cpus: Sequence[int]
 # ---- the network --------------------------------------------------------------------------------
 
 
-def make_folders(work: Path, names: Sequence[str], layers: int, widths: Widths) -> dict[str, Path]:
-    """Variant of ours -> folder, made unless it is there: the made one and packed ones of it."""
-    stem = f"made-{widths.hidden}-{layers}"
+def make_folders(work: Path, a: argparse.Namespace, widths: Widths) -> dict[str, Path]:
+    """Variant of ours -> folder, made unless it is there: the 16-bit one and packed ones of it."""
+    stem = a.model.resolve().name if a.model else f"made-{widths.hidden}-{a.layers}"
     folders = {"16-bit": work / stem}
     if not folders["16-bit"].exists():
-        write_checkpoint(folders["16-bit"], layers, widths)
-    for name in names:
+        if a.model:  # a link: the GGUF files are made beside it
+            folders["16-bit"].symlink_to(a.model.resolve())
+        else:
+            write_checkpoint(folders["16-bit"], a.layers, widths)
+    bits = {} if a.bits is None else {"bits": a.bits}
+    made = {} if a.model else {"weights": "rtn", "calibration_tokens": CALIBRATION_TOKENS}
+    for name in a.engines:
         spec = ENGINES[name]
         if spec.ours and spec.variant != "16-bit":
-            out = folders[spec.variant] = work / f"{stem}-{spec.variant}"
+            kind = spec.variant if a.bits is None else f"{spec.variant}-{a.bits:g}"
+            out = folders[spec.variant] = work / f"{stem}-{kind}"
             if not out.exists():
-                config = QuantConfig(scheme=spec.variant, weights="rtn", bits=4.0,
-                                     calibration_tokens=CALIBRATION_TOKENS)
-                quantize_folder(folders["16-bit"], out, config)
+                quantize_folder(folders["16-bit"], out,
+                                QuantConfig(scheme=spec.variant, **bits, **made))
             require_transform(out)
     return folders
 
@@ -350,7 +361,13 @@ def print_ratios(ratios: Sequence[Mapping[str, Any]]) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--widths", choices=WIDTHS, default="llama-2-7b",
+                   help="of the made network (default %(default)s)")
     p.add_argument("--layers", type=int, default=2, metavar="N")
+    p.add_argument("--model", type=Path, metavar="FOLDER",
+                   help="a LLaMA in 16 bits, in place of the made network")
+    p.add_argument("--bits", type=float, metavar="B",
+                   help="bits of our linears (default: 4 for the made network)")
     p.add_argument("--batch", type=common.integers, default=[1, 64], metavar="A,B")
     p.add_argument("--prompt", type=common.integers, metavar="A,B",
                    help="tokens of a prompt, for each batch (default 512,16)")
@@ -360,7 +377,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    help="decoded tokens of one measurement, for each batch (default 16,2)")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     p.add_argument("--engines", type=lambda text: text.split(","), default=DEFAULT_ENGINES,
-                   metavar="A,B", help=f"of {', '.join(ENGINES)} (default: all but llama-Q4_K_M)")
+                   metavar="A,B", help=f"of {', '.join(ENGINES)} "
+                        "(default: all but IQ4_NL and Q4_K_M)")
     p.add_argument("--peer-python", default=sys.executable, metavar="FILE",
                    help="the Python that has transformers and llama-cpp-python (default: this)")
     p.add_argument("--isa", choices=("native", "avx2"), default="native")
@@ -375,6 +393,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     a = p.parse_args(argv)
     if a.quick:
         a.prompt, a.steps, a.context, a.seconds = [16] * len(a.batch), [2] * len(a.batch), 8, 0
+    a.bits = 4.0 if a.bits is None and not a.model else a.bits
     a.prompt = a.prompt or [512 if batch == 1 else 16 for batch in a.batch]
     a.steps = a.steps or [16 if batch == 1 else 2 for batch in a.batch]
     check_options(p, a)
@@ -400,8 +419,10 @@ def check_options(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 def settings_of(a: argparse.Namespace, widths: Widths, cpus: Sequence[int]) -> dict[str, Any]:
     weights = a.layers * widths.layer_weights + widths.head_weights
+    network = {"model": a.model.resolve().name} if a.model else {
+        "widths": vars(widths), "layers": a.layers, "head": widths.head_weights / weights}
     return {
-        "widths": vars(widths), "layers": a.layers, "head": widths.head_weights / weights,
+        **network, "bits": a.bits,
         "batch": a.batch, "prompt": a.prompt, "context": a.context, "steps": a.steps,
         "threads": a.threads, "cpus": list(cpus), "isa": a.isa, "quick": a.quick,
         "prefill": "from token ids to the logits of each prompt's last token, empty caches",
@@ -414,10 +435,10 @@ def run(a: argparse.Namespace, work: Path, stack: contextlib.ExitStack) -> dict[
     begin = time.perf_counter()
     environment = common.environment()
     common.print_environment(environment)
-    widths = TOY if a.quick else LLAMA_2_7B
+    widths = TOY if a.quick else WIDTHS[a.widths]
     cpus = sorted(os.sched_getaffinity(0))[: a.threads]
     settings = settings_of(a, widths, cpus)
-    folders = make_folders(work, a.engines, a.layers, widths)
+    folders = make_folders(work, a, widths)
     packed = next((folders[s] for s in ("w4a4", "w4a8", "w4a16") if s in folders), None)
     if packed:
         settings["transform"] = describe_transform(packed)

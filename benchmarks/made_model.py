@@ -21,17 +21,24 @@ LARGE_CHANNELS, LARGE_GAIN = 8, 12  # of each norm's weight
 
 @dataclass(frozen=True)
 class Widths:
-    """Sizes of a LLaMA without grouped heads."""
+    """Sizes of a LLaMA."""
 
     hidden: int
     intermediate: int
     heads: int
     vocab: int  # at least the bundled tokenizer's 2048
+    kv_heads: int | None = None  # as many as heads
+
+    @property
+    def kv_width(self) -> int:
+        """Outputs of k and of v."""
+        return self.hidden // self.heads * (self.kv_heads or self.heads)
 
     @property
     def layer_weights(self) -> int:
         """Weights in the linears of one layer."""
-        return 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width
+        return attention + 3 * self.hidden * self.intermediate
 
     @property
     def head_weights(self) -> int:
@@ -40,6 +47,7 @@ class Widths:
 
 
 LLAMA_2_7B = Widths(hidden=4096, intermediate=11008, heads=32, vocab=32000)
+QWEN_2_5_7B = Widths(hidden=3584, intermediate=18944, heads=28, vocab=152064, kv_heads=4)
 TOY = Widths(hidden=256, intermediate=512, heads=4, vocab=2048)
 
 
@@ -63,7 +71,8 @@ def write_checkpoint(folder: Path, layers: int, widths: Widths = LLAMA_2_7B) -> 
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{name}.weight"] = norm
         for name in "qkvo":
-            tensors[f"{prefix}self_attn.{name}_proj.weight"] = matrix(hidden, hidden)
+            rows = widths.kv_width if name in "kv" else hidden
+            tensors[f"{prefix}self_attn.{name}_proj.weight"] = matrix(rows, hidden)
         tensors[f"{prefix}mlp.gate_proj.weight"] = matrix(intermediate, hidden)
         tensors[f"{prefix}mlp.up_proj.weight"] = matrix(intermediate, hidden)
         tensors[f"{prefix}mlp.down_proj.weight"] = matrix(hidden, intermediate)
@@ -71,7 +80,7 @@ def write_checkpoint(folder: Path, layers: int, widths: Widths = LLAMA_2_7B) -> 
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": widths.heads, "num_key_value_heads": widths.heads,
+        "num_attention_heads": widths.heads, "num_key_value_heads": widths.kv_heads or widths.heads,
         "vocab_size": widths.vocab, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
         "dtype": "float16",
