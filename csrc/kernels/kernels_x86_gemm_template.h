@@ -310,39 +310,55 @@ load_int8(const uint8_t *from, uint16_t scale, int64_t count)
     return VEC(mul_ps)(floats_of_int8(load_bytes(from)), VEC(set1_ps)(sq_float_of_bf16(scale)));
 }
 
-/* The low four bits of inputs first .. first + LANES - 1 of a block of 4- or 6-bit codes. */
-static ALWAYS_INLINE __m128i
-load_nibbles(const uint8_t *block, const int first)
+/* The low four bits of the 32 inputs of a block of 4- or 6-bit codes: the second half of them lies
+ * in the upper halves of the bytes. */
+static ALWAYS_INLINE __m256i
+load_nibbles(const uint8_t *block)
 {
-    enum { HALF = SQ_ROW_BLOCK / 2 };
-    const __m128i bytes = load_bytes(block + first % HALF);
-    return _mm_and_si128(first < HALF ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    const __m256i bytes =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)block));
+    return _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_set_epi64x(4, 4, 0, 0)),
+                            _mm256_set1_epi8(15));
 }
 
-/* Codes as they are stored, code + zero_code, times the block's scale. */
-static ALWAYS_INLINE vec_f
-scale_codes(__m128i codes, const int zero_code, uint16_t scale)
+/* The upper two bits of the 32 inputs of a block of 6-bit codes, where they belong in a code. */
+static ALWAYS_INLINE __m256i
+load_upper_bits(const uint8_t *block)
 {
-    return VEC(mul_ps)(floats_of_int8(_mm_sub_epi8(codes, _mm_set1_epi8((char)zero_code))),
-                       VEC(set1_ps)(sq_float_of_bf16(scale)));
+    int64_t bytes;
+    memcpy(&bytes, block + SQ_ROW_BLOCK / 2, sizeof bytes);
+    const __m256i all = _mm256_set1_epi64x(bytes);
+    const __m256i up = _mm256_sllv_epi64(all, _mm256_set_epi64x(64, 0, 2, 4)); /* 64: nothing */
+    const __m256i down = _mm256_srlv_epi64(all, _mm256_set_epi64x(2, 64, 64, 64));
+    return _mm256_and_si256(_mm256_or_si256(up, down), _mm256_set1_epi8(0x30));
+}
+
+/* Inputs first .. first + LANES - 1 of a block's codes as they are stored, code + zero_code, times
+ * the block's scale. */
+static ALWAYS_INLINE vec_f
+scale_codes(__m256i codes, const int zero_code, uint16_t scale, const int first)
+{
+    const __m256i centred = _mm256_sub_epi8(codes, _mm256_set1_epi8((char)zero_code));
+    __m128i part = first < SQ_ROW_BLOCK / 2 ? _mm256_castsi256_si128(centred)
+                                            : _mm256_extracti128_si256(centred, 1);
+    if (first % (SQ_ROW_BLOCK / 2)) {
+        part = _mm_unpackhi_epi64(part, part);
+    }
+    const __m128i wide = _mm_set1_epi32((int)((uint32_t)scale << 16)); /* bfloat16 to float32 */
+    return VEC(mul_ps)(floats_of_int8(part), VEC(broadcastss_ps)(_mm_castsi128_ps(wide)));
 }
 
 static ALWAYS_INLINE vec_f
 load_int4(const uint8_t *block, uint16_t scale, const int first)
 {
-    return scale_codes(load_nibbles(block, first), 8, scale);
+    return scale_codes(load_nibbles(block), 8, scale, first);
 }
 
 static ALWAYS_INLINE vec_f
 load_int6(const uint8_t *block, uint16_t scale, const int first)
 {
-    enum { HALF = SQ_ROW_BLOCK / 2, QUARTER = SQ_ROW_BLOCK / 4 };
-    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(block + HALF));
-    const __m128i pairs = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 2));
-    const __m128i upper =
-        _mm_and_si128(_mm_srli_epi16(pairs, first / QUARTER * 2), _mm_set1_epi8(3));
-    return scale_codes(_mm_or_si128(load_nibbles(block, first), _mm_slli_epi16(upper, 4)), 32,
-                       scale);
+    return scale_codes(_mm256_or_si256(load_nibbles(block), load_upper_bits(block)), 32, scale,
+                       first);
 }
 
 /* Lanes in halves, the upper onto the lower: the same order on every call. */
