@@ -113,6 +113,27 @@ def test_worst_case_sums_are_exact(table, k):
             assert (found == scale * np.float32(k * code * level)).all()
 
 
+@pytest.mark.parametrize("bits", WIDE)
+def test_worst_case_sums_of_every_width_are_exact(table, bits):
+    """Sums of 16 bits hold the largest codes of 5 and 6 bits, whatever the signs."""
+    k = 2**12
+    for code in (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1):
+        weight = _C.PackedWeight(_C.pack(np.full((17, k), code), bits), np.ones(17), k, bits=bits)
+        for sign, level in ((-1, -128), (1, 127)):
+            for m in (1, 3, 40):
+                found = _C.linear(np.full((m, k), sign, np.float32), weight, 8, 0.5)
+                assert (found == np.float32(0.5) / np.float32(127) * np.float32(k * code * level)
+                        ).all()
+
+
+def test_memory_follows_the_bits():
+    words = {bits: np.zeros((64, 1024 * bits // 32), np.int32) for bits in ALL}
+    sizes = {bits: _C.PackedWeight(w, np.ones(64), 1024, bits=bits).nbytes
+             for bits, w in words.items()}
+    scales = sizes[8] - 64 * 1024
+    assert sizes == {bits: 64 * 1024 * bits // 8 + scales for bits in ALL}
+
+
 def test_longer_rows_are_refused():
     for bits in WIDE:
         words = np.zeros((1, 2**17 * bits // 32), np.int32)

@@ -5,6 +5,7 @@
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
 #include "kernels/panel_dwords.h"
+#include "kernels/thin_panels.h"
 
 #include <math.h>
 
@@ -40,6 +41,24 @@ static void
 sq_pack_panel_w8_4x32__avx2(const int8_t *codes, int64_t k, uint8_t *panel)
 {
     pack_sub_panels_w8(codes, k, SUBS, SUB, 128, panel);
+}
+
+static void
+sq_widen_panel__avx2(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
+{
+    widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
+}
+
+static void
+sq_gemm_a8w5_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 5, BLOCKS_W8)
+}
+
+static void
+sq_gemm_a8w6_f32_4x32__avx2(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 6, BLOCKS_W8)
 }
 
 static void
@@ -614,6 +633,12 @@ const struct sq_kernels sq_kernels_avx2 = {
     .pack_panel_w8 = sq_pack_panel_w8_4x32__avx2,
     .gemm_a8w8 = sq_gemm_a8w8_f32_4x32__avx2,
     .gemm_a16w8 = sq_gemm_a16w8_f32_4x32__avx2,
+    .w8_zero = 128,
+    .thin_block = THIN_BLOCK,
+    .widen_panel = sq_widen_panel__avx2,
+    .thin_rows = INT64_MAX,
+    .gemm_a8w5 = sq_gemm_a8w5_f32_4x32__avx2,
+    .gemm_a8w6 = sq_gemm_a8w6_f32_4x32__avx2,
     .gemm_f32 = sq_gemm_f32_6x16__avx2,
     .gemm_half = sq_gemm_half__avx2,
     .gemm_rows = sq_gemm_rows__avx2,

@@ -5,6 +5,7 @@
 #define TILE_DOT _mm512_dpbusd_epi32
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
+#include "kernels/thin_panels.h"
 
 #include "core/sq_cpu.h"
 
@@ -22,6 +23,18 @@ sq_gemm_a16w4_f32_12x32__avx512vnni(const struct sq_panel_args *args)
 }
 
 static void
+sq_gemm_a8w5_f32_12x32__avx512vnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 5, BLOCKS_W8)
+}
+
+static void
+sq_gemm_a8w6_f32_12x32__avx512vnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 6, BLOCKS_W8)
+}
+
+static void
 sq_gemm_a8w8_f32_12x32__avx512vnni(const struct sq_panel_args *args)
 {
     FOR_TILES(tile_codes, 8, BLOCKS_W8)
@@ -31,6 +44,12 @@ static void
 sq_gemm_a16w8_f32_12x32__avx512vnni(const struct sq_panel_args *args)
 {
     FOR_TILES(tile_values, 8)
+}
+
+static void
+sq_widen_panel__avx512vnni(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
+{
+    widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
 }
 
 static void
@@ -54,6 +73,37 @@ sq_gemm_rows__avx512vnni(const struct sq_code_rows *w, int64_t m, int64_t n, con
     gemm_rows(w, m, n, x, ld_x, y, ld_y);
 }
 
+/* ---- 16-bit floats ---------------------------------------------------------------------- */
+
+static ALWAYS_INLINE int
+halves_to_f32(const uint16_t *in, int64_t count, float *out, const int is_f16)
+{
+    const __m256i exponent = _mm256_set1_epi16(is_f16 ? 0x7c00 : 0x7f80);
+    __mmask16 bad = 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const __mmask16 there = (__mmask16)(count - i < LANES ? (1 << (count - i)) - 1 : 0xffff);
+        const __m256i v = _mm256_maskz_loadu_epi16(there, in + i);
+        bad |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(v, exponent), exponent);
+        const __m512 values =
+            is_f16 ? _mm512_cvtph_ps(v)
+                   : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+        _mm512_mask_storeu_ps(out + i, there, values);
+    }
+    return bad == 0;
+}
+
+static int
+sq_f16_to_f32__avx512vnni(const uint16_t *in, int64_t count, float *out)
+{
+    return halves_to_f32(in, count, out, 1);
+}
+
+static int
+sq_bf16_to_f32__avx512vnni(const uint16_t *in, int64_t count, float *out)
+{
+    return halves_to_f32(in, count, out, 0);
+}
+
 const struct sq_kernels sq_kernels_avx512vnni = {
     .name = "avx512vnni",
     .required_features = SQ_CPU_AVX512_VNNI,
@@ -65,7 +115,13 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a16w4 = sq_gemm_a16w4_f32_12x32__avx512vnni,
     .gemm_a8w8 = sq_gemm_a8w8_f32_12x32__avx512vnni,
     .gemm_a16w8 = sq_gemm_a16w8_f32_12x32__avx512vnni,
+    .widen_panel = sq_widen_panel__avx512vnni,
+    .thin_rows = TILE_MR,
+    .gemm_a8w5 = sq_gemm_a8w5_f32_12x32__avx512vnni,
+    .gemm_a8w6 = sq_gemm_a8w6_f32_12x32__avx512vnni,
     .gemm_f32 = sq_gemm_f32_12x32__avx512vnni,
     .gemm_half = sq_gemm_half__avx512vnni,
     .gemm_rows = sq_gemm_rows__avx512vnni,
+    .f16_to_f32 = sq_f16_to_f32__avx512vnni,
+    .bf16_to_f32 = sq_bf16_to_f32__avx512vnni,
 };

@@ -14,6 +14,18 @@ sq_gemm_a8w4_f32_6x32__avxvnni(const struct sq_panel_args *args)
 }
 
 static void
+sq_gemm_a8w5_f32_6x32__avxvnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 5, BLOCKS_W8)
+}
+
+static void
+sq_gemm_a8w6_f32_6x32__avxvnni(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, 6, BLOCKS_W8)
+}
+
+static void
 sq_gemm_a8w8_f32_6x32__avxvnni(const struct sq_panel_args *args)
 {
     FOR_TILES(tile_codes, 8, BLOCKS_W8)
@@ -28,4 +40,7 @@ const struct sq_kernels sq_kernels_avxvnni = {
     .gemm_a4w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
     .gemm_a8w4 = sq_gemm_a8w4_f32_6x32__avxvnni,
     .gemm_a8w8 = sq_gemm_a8w8_f32_6x32__avxvnni,
+    .thin_rows = TILE_MR,
+    .gemm_a8w5 = sq_gemm_a8w5_f32_6x32__avxvnni,
+    .gemm_a8w6 = sq_gemm_a8w6_f32_6x32__avxvnni,
 };

@@ -7,8 +7,9 @@
 #include <string.h>
 
 #include "core/sq_internal.h"
+#include "kernels/thin_panels.h"
 
-enum { MR = 4, NR = 8, LANES = 8 };
+enum { MR = 4, NR = 8, LANES = 8, THIN_BLOCK = NR * SQ_K_ALIGN };
 
 /* ---- packed weights --------------------------------------------------------------------- */
 
@@ -24,6 +25,12 @@ static void
 sq_pack_panel_w8_4x8__generic(const int8_t *codes, int64_t k, uint8_t *panel)
 {
     memcpy(panel, codes, (size_t)(NR * k));
+}
+
+static void
+sq_widen_panel__generic(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
+{
+    widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
 }
 
 static ALWAYS_INLINE int
@@ -511,6 +518,8 @@ const struct sq_kernels sq_kernels_generic = {
     .pack_panel_w8 = sq_pack_panel_w8_4x8__generic,
     .gemm_a8w8 = sq_gemm_a8w8_f32_4x8__generic,
     .gemm_a16w8 = sq_gemm_a16w8_f32_4x8__generic,
+    .thin_block = THIN_BLOCK,
+    .widen_panel = sq_widen_panel__generic,
     .gemm_f32 = sq_gemm_f32__generic,
     .gemm_half = sq_gemm_half__generic,
     .gemm_rows = sq_gemm_rows__generic,

@@ -21,12 +21,14 @@
 #include "core/sq_internal.h"
 #include "kernels/sq_kernels.h"
 #include "kernels/panel_dwords.h"
+#include "kernels/thin_panels.h"
 
 enum {
     MR = 8,
     SUB = 8,  /* outputs of a sub-panel */
     SUBS = 2, /* sub-panels of a panel */
     NR = SUB * SUBS,
+    THIN_BLOCK = NR * SQ_K_ALIGN,
     BLOCK_K = 8, /* two steps of 4 k, a dword of nibbles */
     VECS_OF_SUB = SUB / 4,
     VECS_MAX = NR / 4
@@ -67,6 +69,12 @@ static void
 sq_pack_panel_8x16__neon(const int32_t *words, int64_t k, uint8_t *panel)
 {
     pack_sub_panels(words, k, SUBS, SUB, panel);
+}
+
+static void
+sq_widen_panel__neon(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
+{
+    widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
 }
 
 static void
@@ -633,6 +641,8 @@ const struct sq_kernels sq_kernels_neon = {
     .pack_panel_w8 = sq_pack_panel_w8_8x16__neon,
     .gemm_a8w8 = sq_gemm_a8w8_f32_8x16__neon,
     .gemm_a16w8 = sq_gemm_a16w8_f32_8x16__neon,
+    .thin_block = THIN_BLOCK,
+    .widen_panel = sq_widen_panel__neon,
     .gemm_f32 = sq_gemm_f32_8x16__neon,
     .extremes = sq_extremes__neon,
     .quantize_codes = sq_quantize_codes__neon,

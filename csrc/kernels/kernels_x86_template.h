@@ -15,7 +15,9 @@
  * So v & 0x0f.. and (v >> 4) & 0x0f.. are unsigned bytes in k order and the activation codes,
  * signed, are broadcast 4 k at a time as they stand. The + 8 is taken back once per group:
  * sum (w + 8) a - 8 sum a. A panel of 8 bits has those bytes, as code + 128, in the same order:
- * sub-panels of [k / 4][16] dwords. The functions below that take `bits` are inlined with either.
+ * sub-panels of [k / 4][16] dwords. Of 5 and 6 bits it is that panel made thin (thin_panels.h): 32
+ * k of a sub-panel are a block there, whose 8 vectors of 4 k each come out of few vectors by
+ * shifts. The functions below that take `bits` are inlined with any of these.
  */
 #include <immintrin.h>
 #include <string.h>
@@ -27,9 +29,10 @@ enum {
     SUB = 16, /* outputs of a sub-panel */
     SUBS = 2, /* sub-panels of a panel */
     NR = SUB * SUBS,
-    BLOCK_K = 8,               /* k of a dword: two steps of 4 */
-    SUB_BLOCK_BYTES = SUB * 4, /* with 4 bits */
-    LANES = TILE_BITS / 32,    /* outputs of a vector */
+    BLOCK_K = 8,                   /* k of a dword: two steps of 4 */
+    THIN_BLOCK = SUB * SQ_K_ALIGN, /* of a thin panel */
+    SUB_BLOCK_BYTES = SUB * 4,     /* with 4 bits */
+    LANES = TILE_BITS / 32,        /* outputs of a vector */
     VECS_OF_SUB = SUB / LANES,
     VECS_MAX = TILE_BITS == 256 ? 4 : 2,  /* the whole panel */
     CHAINS_MAX = TILE_BITS == 256 ? 2 : 4 /* of one row's sub-panel */
@@ -43,6 +46,7 @@ typedef __m256i vec_i;
 typedef __m256 vec_f;
 #define VEC(name) _mm256_##name
 #define VEC_AND _mm256_and_si256
+#define VEC_OR _mm256_or_si256
 #define VEC_XOR _mm256_xor_si256
 #define VEC_ZERO _mm256_setzero_si256
 #define VEC_LOAD(p) _mm256_load_si256((const __m256i *)(p))
@@ -54,6 +58,7 @@ typedef __m512i vec_i;
 typedef __m512 vec_f;
 #define VEC(name) _mm512_##name
 #define VEC_AND _mm512_and_si512
+#define VEC_OR _mm512_or_si512
 #define VEC_XOR _mm512_xor_si512
 #define VEC_ZERO _mm512_setzero_si512
 #define VEC_LOAD(p) _mm512_load_si512(p)
@@ -157,7 +162,8 @@ _Static_assert((int64_t)255 * 128 * SQ_PACKED_K_MAX_W8 <= INT32_MAX, "and of 8-b
 /* Bytes of a block of 8 k of a sub-panel. */
 #define BLOCK_BYTES(bits) (SUB * (bits))
 /* What was added to the codes. */
-#define CODE_OFFSET(bits) ((bits) == 4 ? 8 : 128)
+#define CODE_OFFSET(bits) (1 << ((bits)-1))
+#define IS_THIN(bits) ((bits) == 5 || (bits) == 6)
 
 static ALWAYS_INLINE vec_i
 broadcast_codes(const int8_t *a)
@@ -288,6 +294,73 @@ multiply_block(const int rows, const int vecs, const struct code_rows *a, const 
     }
 }
 
+/* Bytes of 4 k, number step of the run at w of a thin panel: vector `step` of the block that
+ * thin_panels.h describes. */
+static ALWAYS_INLINE vec_i
+load_thin(const uint8_t *w, int64_t sub_bytes, int v, const int step, const int bits)
+{
+    enum { LINE = SUB * 4, LOW_LINES = SQ_K_ALIGN / 4 / 2 };
+    const int lines = bits - 4, shift = 4 - step / lines * lines; /* of the upper bits */
+    const vec_i low = load_block(w + step % LOW_LINES * LINE, sub_bytes, v);
+    const vec_i high = load_block(w + (LOW_LINES + step % lines) * LINE, sub_bytes, v);
+    const vec_i placed = shift > 0   ? VEC(slli_epi16)(high, shift > 0 ? shift : 0)
+                         : shift < 0 ? VEC(srli_epi16)(high, shift < 0 ? -shift : 0)
+                                     : high;
+    return VEC_OR(VEC_AND(step / LOW_LINES ? VEC(srli_epi16)(low, 4) : low, VEC(set1_epi8)(15)),
+                  VEC_AND(placed, VEC(set1_epi8)((1 << bits) - 16)));
+}
+
+/* acc += 8 k, steps 2 pair and 2 pair + 1 of the thin run at w and of a. Where sums are of 16 bits,
+ * they hold two steps of 6 bits: 4 * 63 * 128 < 2^15. */
+static ALWAYS_INLINE void
+multiply_thin(const int rows, const int vecs, const struct code_rows *a, const int pair,
+              const uint8_t *w, int64_t sub_bytes, const int bits, vec_i acc[TILE_MR][VECS_MAX])
+{
+    vec_i codes[2][VECS_MAX];
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            codes[i][v] = load_thin(w, sub_bytes, v, 2 * pair + i, bits);
+        }
+    }
+#ifdef TILE_DOT8
+    multiply_bytes(rows, vecs, a, 2 * pair, codes[0], acc);
+    multiply_bytes(rows, vecs, a, 2 * pair + 1, codes[1], acc);
+#else
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const vec_i first = broadcast_row(a, r, 2 * pair);
+        const vec_i second = broadcast_row(a, r, 2 * pair + 1);
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            const vec_i sum = VEC(maddubs_epi16)(codes[0][v], first);
+            acc[r][v] = WIDEN(acc[r][v], TILE_DOT(sum, codes[1][v], second));
+            KEEP_ORDER(acc[r][v]);
+        }
+    }
+#endif
+}
+
+/* Blocks that sums take without a branch. Groups, k and pieces are multiples of it. */
+enum { RUN_BLOCKS = SQ_K_ALIGN / BLOCK_K };
+
+/* acc += the products of one run, where a and w stand. */
+static ALWAYS_INLINE void
+multiply_run(const int rows, const int vecs, const struct code_rows *a, const uint8_t *w,
+             int64_t sub_bytes, const int bits, vec_i acc[TILE_MR][VECS_MAX])
+{
+    UNROLL
+    for (int i = 0; i < RUN_BLOCKS; i++) {
+        if (IS_THIN(bits)) {
+            multiply_thin(rows, vecs, a, i, w, sub_bytes, bits, acc);
+        }
+        else {
+            multiply_block(rows, vecs, a, i, w + i * BLOCK_BYTES(bits), sub_bytes, bits, acc);
+        }
+    }
+}
+
 /* Whether sums of 4-bit weights are of 16 bits. */
 #ifdef TILE_DOT8
 #define NARROW_SUMS(bits) 0
@@ -335,9 +408,6 @@ struct tile_memory {
     int32_t offset[TILE_MR][OFFSET_GROUPS];
 };
 
-/* Blocks that sums take without a branch. Groups, k and pieces are multiples of it. */
-enum { RUN_BLOCKS = SQ_K_ALIGN / BLOCK_K };
-
 /* The products of `blocks` blocks from *a and *w on, which move on. They are added to the tile's
  * sums of its group, which are new when `first`, and at the `last` they go to its totals. */
 static ALWAYS_INLINE void
@@ -354,10 +424,7 @@ sum_piece(const int rows, struct code_rows *a, const uint8_t **w, int64_t sub_by
         }
     }
     for (int64_t b = 0; b < blocks; b += RUN_BLOCKS) {
-        UNROLL
-        for (int i = 0; i < RUN_BLOCKS; i++) {
-            multiply_block(rows, 2, a, i, *w + i * BLOCK_BYTES(bits), sub_bytes, bits, acc);
-        }
+        multiply_run(rows, 2, a, *w, sub_bytes, bits, acc);
         advance(a, rows, RUN_BLOCKS);
         *w += RUN_BLOCKS * BLOCK_BYTES(bits);
     }
@@ -444,6 +511,8 @@ tile_body(const struct sq_panel_args *args, int64_t row, const int rows, int64_t
 WHOLE_TILE(whole_tile_4, 4, args->g / BLOCK_K)
 WHOLE_TILE(whole_tile_4_g32, 4, RUN_BLOCKS)
 WHOLE_TILE(whole_tile_4_g64, 4, 2 * RUN_BLOCKS)
+WHOLE_TILE(whole_tile_5, 5, args->g / BLOCK_K)
+WHOLE_TILE(whole_tile_6, 6, args->g / BLOCK_K)
 WHOLE_TILE(whole_tile_8, 8, args->g / BLOCK_K)
 
 /* Rows x two vectors (vecs, which FOR_TILES names, is 2). */
@@ -458,6 +527,12 @@ tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const 
     }
     else if (bits == 8) {
         whole_tile_8(args, row, sub, blocks_max);
+    }
+    else if (bits == 6) {
+        whole_tile_6(args, row, sub, blocks_max);
+    }
+    else if (bits == 5) {
+        whole_tile_5(args, row, sub, blocks_max);
     }
     else if (blocks == RUN_BLOCKS) {
         whole_tile_4_g32(args, row, sub, blocks_max);
@@ -484,6 +559,14 @@ sum_chains(const int chains, struct code_rows *a, const uint8_t **w, int64_t sub
         }
     }
     int64_t b = 0;
+    for (; IS_THIN(bits) && b < blocks; b += RUN_BLOCKS) {
+        UNROLL
+        for (int i = 0; i < RUN_BLOCKS; i++) {
+            multiply_thin(1, VECS_OF_SUB, a, i, *w, sub_bytes, bits, acc[i % chains]);
+        }
+        advance(a, 1, RUN_BLOCKS);
+        *w += RUN_BLOCKS * BLOCK_BYTES(bits);
+    }
     for (; b + chains <= blocks; b += chains) {
         UNROLL
         for (int c = 0; c < chains; c++) {

@@ -6,8 +6,9 @@
 #include <string.h>
 
 #include "core/sq_internal.h"
-#include "kernels/sq_kernels.h"
 #include "core/sq_threads.h"
+#include "kernels/sq_kernels.h"
+#include "kernels/thin_panels.h"
 
 enum { NIBBLES = 8, PANELS_PER_CHUNK = 4 };    /* of a word */
 static const uint32_t zero_word = 0x88888888u; /* eight times code 0, stored as code + 8 */
@@ -58,19 +59,54 @@ fill_w4(const struct panels_job *job, int64_t p, int64_t begin, int64_t end, int
     job->w->kernels->pack_panel(padded, end - begin, panel);
 }
 
-/* The same of more than 4 bits, by way of codes: row [k], padded [nr][k_padded]. */
+/* Buffers of a thread: padded [nr][k_padded] in 4 or 8 bits; of more than 4 bits also a row of
+ * codes [k], and where panels are thin a wide one. */
+struct panel_buffers {
+    void *padded;
+    int8_t *row;
+    uint8_t *wide;
+};
+
+static int
+take_buffers(const sq_packed_t *w, struct panel_buffers *b)
+{
+    const size_t codes = (size_t)(w->kernels->nr * w->k_padded);
+    *b = (struct panel_buffers){.padded = sq_alloc(codes)};
+    if (w->panel_bits > 4) {
+        b->row = sq_alloc((size_t)w->k);
+        b->wide = sq_alloc(codes);
+    }
+    return b->padded && (w->panel_bits == 4 || (b->row && b->wide));
+}
+
 static void
-fill_w8(const struct panels_job *job, int64_t p, int64_t begin, int64_t end, int8_t *row,
-        int8_t *padded, uint8_t *panel)
+free_buffers(const struct panel_buffers *b)
+{
+    free(b->padded);
+    free(b->row);
+    free(b->wide);
+}
+
+/* The same of more than 4 bits, by way of codes. */
+static void
+fill_w8(const struct panels_job *job, int64_t p, int64_t begin, int64_t end,
+        const struct panel_buffers *b, uint8_t *panel)
 {
     const sq_packed_t *w = job->w;
     const int64_t words = sq_packed_words(w->bits, w->k), count = end - begin;
+    int8_t *padded = b->padded;
     memset(padded, 0, (size_t)(w->kernels->nr * count));
     for (int64_t j = 0; j < w->kernels->nr && p * w->kernels->nr + j < w->n; j++) {
-        sq_unpack_row(w->bits, job->words + (p * w->kernels->nr + j) * words, w->k, row);
-        memcpy(padded + j * count, row + begin, (size_t)(sq_min_i64(end, w->k) - begin));
+        sq_unpack_row(w->bits, job->words + (p * w->kernels->nr + j) * words, w->k, b->row);
+        memcpy(padded + j * count, b->row + begin, (size_t)(sq_min_i64(end, w->k) - begin));
     }
-    w->kernels->pack_panel_w8(padded, count, panel);
+    if (w->panel_bits == 8) {
+        w->kernels->pack_panel_w8(padded, count, panel);
+        return;
+    }
+    const int64_t bytes = w->kernels->nr * count;
+    w->kernels->pack_panel_w8(padded, count, b->wide);
+    thin_panel(w->panel_bits, b->wide, bytes, w->kernels->w8_zero, panel, w->kernels->thin_block);
 }
 
 static void
@@ -79,12 +115,10 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
     struct panels_job *job = context;
     const sq_packed_t *w = job->w;
     const int64_t nr = w->kernels->nr;
+    struct panel_buffers buffers;
     (void)thread;
-    void *padded = sq_alloc((size_t)w->panel_bytes);
-    int8_t *row = sq_alloc((size_t)w->k);
-    if (!padded || !row) {
-        free(padded);
-        free(row);
+    if (!take_buffers(w, &buffers)) {
+        free_buffers(&buffers);
         atomic_store(&job->no_memory, 1);
         return;
     }
@@ -95,10 +129,10 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
         for (int i = w->int8_inputs ? 0 : 1; i < 2; i++) {
             uint8_t *to = panel + bounds[i] * nr * w->panel_bits / 8;
             if (w->panel_bits == 4) {
-                fill_w4(job, p, bounds[i], bounds[i + 1], padded, to);
+                fill_w4(job, p, bounds[i], bounds[i + 1], buffers.padded, to);
             }
             else {
-                fill_w8(job, p, bounds[i], bounds[i + 1], row, padded, to);
+                fill_w8(job, p, bounds[i], bounds[i + 1], &buffers, to);
             }
         }
         for (int64_t g = 0; g < w->groups; g++) {
@@ -109,8 +143,7 @@ fill_panels(void *context, int64_t begin, int64_t end, int thread)
             }
         }
     }
-    free(padded);
-    free(row);
+    free_buffers(&buffers);
 }
 
 int64_t
@@ -131,7 +164,7 @@ set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t int8_inputs, 
         return SQ_ERR_RANGE;
     }
     w->bits = bits;
-    w->panel_bits = bits == 4 ? 4 : 8;
+    w->panel_bits = bits;
     w->n = n;
     w->k = k;
     w->g = g;

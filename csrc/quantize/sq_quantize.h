@@ -198,8 +198,7 @@ sq_unpack_row(int bits, const int32_t *words, int64_t k, int8_t *codes);
 typedef struct sq_packed_t sq_packed_t;
 
 /* words [n][sq_packed_words], scales [n][k / g]; g = 0 means one scale per output channel,
- * otherwise g must be a multiple of SQ_K_ALIGN that divides k. Codes of 4 bits stay in 4, others
- * get a byte each. int8_inputs: leading inputs whose activations come with 8 bits where the others
+ * otherwise g must be a multiple of SQ_K_ALIGN that divides k. int8_inputs: leading inputs whose activations come with 8 bits where the others
  * have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none. Copies; the copy is never written
  * again and may be shared between threads. k <= sq_packed_k_max, so that integer sums fit 32 bits:
  * 8 * 128 * 2^20 = 128 * 128 * 2^16 = 2^30. */
@@ -242,7 +241,7 @@ struct sq_packed_t {
     int64_t group_length; /* g or k_padded */
     int64_t groups;       /* k_padded / group_length */
     int bits;             /* of a stored code */
-    int panel_bits;       /* 4 or 8: of a code in the panels */
+    int panel_bits;       /* of a code in the panels; with 5 and 6 they are thin (thin_panels.h) */
     int64_t n_panels;     /* of nr outputs */
     int64_t panel_bytes;  /* nr * k_padded * panel_bits / 8 */
     int64_t panel_stride_bytes;

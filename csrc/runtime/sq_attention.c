@@ -206,9 +206,9 @@ sq_attention_project(const struct sq_attention *a, struct sq_reader *reader,
         SQ_TRY(sq_latent_project(a, reader, x, q, scratch->k, scratch->v, scratch->latent));
     }
     else {
-        SQ_TRY(sq_linear_apply(reader, &a->q, x, q));
-        SQ_TRY(sq_linear_apply(reader, &a->k, x, scratch->k));
-        SQ_TRY(sq_linear_apply(reader, &a->v, x, scratch->v));
+        const struct sq_linear *const linears[] = {&a->q, &a->k, &a->v};
+        SQ_TRY(
+            sq_linears_apply(reader, linears, 3, x, (float *const[]){q, scratch->k, scratch->v}));
     }
     norm_heads(&a->q_norm, q, m, a->heads * d);
     norm_heads(&a->k_norm, scratch->k, m, a->kv_heads * d);

@@ -5,8 +5,9 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "kernels/sq_kernels.h"
+#include "core/sq_scratch.h"
 #include "core/sq_threads.h"
+#include "kernels/sq_kernels.h"
 
 /* ---- activations ------------------------------------------------------------------------ */
 
@@ -171,14 +172,15 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
 /* ---- packed ----------------------------------------------------------------------------- */
 
 /* A chunk is a run of panels; inside it the rows go by blocks whose activations stay in the second
- * level cache (the table's row_block_bytes) while the chunk's panels (CHUNK_BYTES, never fewer than
- * one panel) pass over them, and a panel stays in the first level while mr rows at a time meet it.
- */
-enum { CHUNK_BYTES = 1 << 18 };
+ * level cache (the table's row_block_bytes) while the chunk's panels pass over them, and a panel
+ * stays in the first level while mr rows at a time meet it. So a chunk has CHUNK_BYTES of panels at
+ * most, when the rows are more than a block. Else each panel is read once, from memory, which is
+ * fastest in long runs: a thread gets its whole share as one chunk, up to STREAM_BYTES. */
+enum { CHUNK_BYTES = 1 << 18, STREAM_BYTES = 1 << 20 };
 /* Rows of the last panel, whose missing columns need a buffer. */
 enum { TAIL_ROWS = 32 };
-/* Multiply-adds below which waking the pool costs more than it brings. */
-enum { SERIAL_WORK = 1 << 19 };
+/* Multiply-adds below which calling the pool costs more than it brings. */
+enum { SERIAL_WORK = 1 << 17 };
 
 struct linear_job {
     const sq_packed_t *w;
@@ -187,7 +189,38 @@ struct linear_job {
     int64_t row_block;
     float *y;
     int64_t ld_y;
+    atomic_int *no_memory;
 };
+
+static int
+is_thin(const sq_packed_t *w)
+{
+    return w->panel_bits == 5 || w->panel_bits == 6;
+}
+
+/* Whether a kernel reads the thin panels of w as they are. */
+static int
+reads_thin(const sq_packed_t *w, const struct sq_activations *a)
+{
+    return a->bits <= 8 && a->m <= w->kernels->thin_rows;
+}
+
+/* The inputs begin .. end - 1 of panel p as the job's kernels read them; NULL: no memory. */
+static const uint8_t *
+panel_of(const struct linear_job *job, int64_t p, int64_t begin, int64_t end)
+{
+    const sq_packed_t *w = job->w;
+    const int64_t nr = w->kernels->nr, bytes = nr * (end - begin);
+    const uint8_t *panel = w->panels + p * w->panel_stride_bytes + begin * nr * w->panel_bits / 8;
+    if (!is_thin(w) || reads_thin(w, job->a)) {
+        return panel;
+    }
+    uint8_t *wide = sq_thread_scratch((size_t)bytes);
+    if (wide) {
+        w->kernels->widen_panel(w->panel_bits, panel, bytes, w->kernels->w8_zero, wide);
+    }
+    return wide;
+}
 
 /* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
  * `end`, which are all, those of 8 bits or the others, which are added to them. */
@@ -198,16 +231,19 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
     const sq_packed_t *w = job->w;
     const struct sq_activations *a = job->a;
     const int64_t nr = w->kernels->nr;
-    struct sq_panel_args args = {
-        .m = rows,
-        .k = end - begin,
-        .g = w->g ? w->g : end - begin,
-        .ld_a = a->ld,
-        .ld_sums = a->ld / SQ_K_ALIGN + 1,
-        .panel = w->panels + p * w->panel_stride_bytes + begin * nr * w->panel_bits / 8,
-        .w_scales = w->scales + p * w->groups * nr,
-        .y = y,
-        .ld_y = ld_y};
+    struct sq_panel_args args = {.m = rows,
+                                 .k = end - begin,
+                                 .g = w->g ? w->g : end - begin,
+                                 .ld_a = a->ld,
+                                 .ld_sums = a->ld / SQ_K_ALIGN + 1,
+                                 .panel = panel_of(job, p, begin, end),
+                                 .w_scales = w->scales + p * w->groups * nr,
+                                 .y = y,
+                                 .ld_y = ld_y};
+    if (!args.panel) {
+        atomic_store(job->no_memory, 1);
+        return;
+    }
     SQ_ASSERT(args.m >= 1 && args.k >= 1 && args.k % SQ_K_ALIGN == 0);
     SQ_ASSERT(args.g % SQ_K_ALIGN == 0 && args.k % args.g == 0);
     SQ_ASSERT((uintptr_t)args.panel % SQ_ALIGN_BYTES == 0);
@@ -255,12 +291,11 @@ tail_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, in
     }
 }
 
+/* Panels begin .. end - 1 of one linear. */
 static void
-linear_panels(void *context, int64_t begin, int64_t end, int thread)
+linear_panels(const struct linear_job *job, int64_t begin, int64_t end)
 {
-    const struct linear_job *job = context;
     const int64_t m = job->a->m, nr = job->w->kernels->nr;
-    (void)thread;
     for (int64_t row = 0; row < m; row += job->row_block) {
         const int64_t rows = sq_min_i64(job->row_block, m - row);
         for (int64_t p = begin; p < end; p++) {
@@ -275,12 +310,37 @@ linear_panels(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* Linears that read the same activations: their panels one after another. */
+struct site_job {
+    struct linear_job linears[SQ_SITE_LINEARS];
+    int count;
+};
+
+static void
+site_panels(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct site_job *site = context;
+    (void)thread;
+    for (int i = 0; i < site->count && end > 0; i++) {
+        const struct linear_job *job = &site->linears[i];
+        const int64_t panels = job->w->n_panels;
+        if (begin < panels) {
+            linear_panels(job, sq_max_i64(0, begin), sq_min_i64(end, panels));
+        }
+        begin -= panels;
+        end -= panels;
+    }
+}
+
 /* For activations of so many bits and the panels of w; NULL: none. */
 static sq_panel_kernel
-kernel_for(const sq_packed_t *w, int bits)
+kernel_for(const sq_packed_t *w, const struct sq_activations *a, int bits)
 {
     const struct sq_kernels *t = w->kernels;
-    const int wide = w->panel_bits == 8;
+    if (is_thin(w) && reads_thin(w, a)) {
+        return w->panel_bits == 5 ? t->gemm_a8w5 : t->gemm_a8w6;
+    }
+    const int wide = w->panel_bits > 4;
     switch (bits) {
         case 4:
             return wide ? t->gemm_a8w8 : t->gemm_a4w4;
@@ -293,13 +353,14 @@ kernel_for(const sq_packed_t *w, int bits)
     }
 }
 
-sq_status
-sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y)
+static sq_status
+prepare_linear(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y,
+               struct linear_job *job)
 {
     if (!w || !a || (a->m > 0 && !y)) {
         return SQ_ERR_NULL;
     }
-    const sq_panel_kernel kernel = kernel_for(w, a->bits);
+    const sq_panel_kernel kernel = kernel_for(w, a, a->bits);
     if (!kernel) {
         return SQ_ERR_RANGE;
     }
@@ -310,18 +371,47 @@ sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y,
     }
     const int64_t mr = w->kernels->mr;
     const int64_t row_bytes = a->ld * (a->bits == 16 ? (int64_t)sizeof(float) : 1);
-    struct linear_job job = {
+    *job = (struct linear_job){
         .w = w,
         .a = a,
         .kernel = kernel,
-        .int8_kernel = kernel_for(w, 8),
+        .int8_kernel = kernel_for(w, a, 8),
         .row_block = sq_max_i64(mr, w->kernels->row_block_bytes / row_bytes / mr * mr),
         .y = y,
         .ld_y = ld_y};
-    const int small = (double)a->m * (double)w->n * (double)w->k < SERIAL_WORK;
-    const int64_t grain = small ? w->n_panels : sq_max_i64(1, CHUNK_BYTES / w->panel_bytes);
-    if (a->m > 0) {
-        sq_parallel_for(w->n_panels, grain, linear_panels, &job);
-    }
     return SQ_OK;
+}
+
+sq_status
+sq_linears_packed(const sq_packed_t *const w[], int count, const struct sq_activations *a,
+                  float *const y[], const int64_t ld_y[])
+{
+    struct site_job site = {.count = count};
+    atomic_int no_memory = 0;
+    int64_t panels = 0, bytes = 0;
+    double work = 0;
+    SQ_ASSERT(count >= 1 && count <= SQ_SITE_LINEARS);
+    for (int i = 0; i < count; i++) {
+        SQ_TRY(prepare_linear(w[i], a, y[i], ld_y[i], &site.linears[i]));
+        site.linears[i].no_memory = &no_memory;
+        panels += w[i]->n_panels;
+        bytes += w[i]->n_panels * w[i]->panel_bytes;
+        work += (double)a->m * (double)w[i]->n * (double)w[i]->k;
+    }
+    const int is_stream = a->m <= site.linears[0].row_block;
+    const int64_t most = (is_stream ? STREAM_BYTES : CHUNK_BYTES) * panels / sq_max_i64(1, bytes);
+    int64_t grain = sq_max_i64(1, most);
+    if (is_stream) {
+        grain = sq_min_i64(grain, sq_ceil_div(panels, sq_get_num_threads()));
+    }
+    if (a->m > 0) {
+        sq_parallel_for(panels, work < SERIAL_WORK ? panels : grain, site_panels, &site);
+    }
+    return atomic_load(&no_memory) ? SQ_ERR_NOMEM : SQ_OK;
+}
+
+sq_status
+sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y)
+{
+    return sq_linears_packed(&w, 1, a, &y, &ld_y);
 }

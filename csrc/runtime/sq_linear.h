@@ -40,6 +40,13 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
 sq_status
 sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y);
 
+/* The same for up to SQ_SITE_LINEARS weights that read the same activations, y[i] of w[i], as one
+ * parallel loop. */
+enum { SQ_SITE_LINEARS = 4 };
+sq_status
+sq_linears_packed(const sq_packed_t *const w[], int count, const struct sq_activations *a,
+                  float *const y[], const int64_t ld_y[]);
+
 /* y [m][ld_y] = x w^T for w [n][k] in 32 or 16 bits, in fixed blocks so that results do not depend
  * on the number of threads. 16-bit weights and at most SQ_DENSE_FEW tokens: w is widened in
  * registers, and a token's results do not depend on m either. All else goes through BLAS, whose

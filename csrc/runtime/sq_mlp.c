@@ -164,10 +164,8 @@ sq_status
 sq_mlp_feed(const struct sq_mlp *mlp, struct sq_reader *reader, const float *x, float *gate,
             float *up, float *out)
 {
-    if (mlp->gated) {
-        SQ_TRY(sq_linear_apply(reader, &mlp->gate, x, gate));
-    }
-    SQ_TRY(sq_linear_apply(reader, &mlp->up, x, up));
+    const struct sq_linear *const linears[] = {&mlp->up, &mlp->gate};
+    SQ_TRY(sq_linears_apply(reader, linears, mlp->gated ? 2 : 1, x, (float *const[]){up, gate}));
     sq_activate(mlp->activation, mlp->limit, mlp->gated ? gate : NULL, up, reader->m, mlp->up.n,
                 gate);
     return sq_linear_apply(reader, &mlp->down, gate, out);

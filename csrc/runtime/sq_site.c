@@ -190,6 +190,15 @@ add_bias_rows(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+static void
+add_bias(const struct sq_linear *l, int64_t m, float *y)
+{
+    if (l->bias) {
+        struct bias_job j = {.bias = l->bias, .y = y, .n = l->n};
+        sq_parallel_for(m, sq_row_grain(l->n), add_bias_rows, &j);
+    }
+}
+
 sq_status
 sq_linear_apply(struct sq_reader *reader, const struct sq_linear *l, const float *x, float *y)
 {
@@ -202,9 +211,34 @@ sq_linear_apply(struct sq_reader *reader, const struct sq_linear *l, const float
     else {
         SQ_TRY(sq_linear_dense(l->dtype, l->dense, x, reader->m, l->n, l->k, y, l->n));
     }
-    if (l->bias) {
-        struct bias_job j = {.bias = l->bias, .y = y, .n = l->n};
-        sq_parallel_for(reader->m, sq_row_grain(l->n), add_bias_rows, &j);
+    add_bias(l, reader->m, y);
+    return SQ_OK;
+}
+
+sq_status
+sq_linears_apply(struct sq_reader *reader, const struct sq_linear *const linears[], int count,
+                 const float *x, float *const y[])
+{
+    const sq_packed_t *packed[SQ_SITE_LINEARS];
+    int64_t n[SQ_SITE_LINEARS];
+    int together = 1;
+    for (int i = 0; i < count; i++) {
+        packed[i] = linears[i]->packed;
+        n[i] = linears[i]->n;
+        together = together && packed[i] && linears[i]->site == linears[0]->site;
+    }
+    if (!together) {
+        for (int i = 0; i < count; i++) {
+            SQ_TRY(sq_linear_apply(reader, linears[i], x, y[i]));
+        }
+        return SQ_OK;
+    }
+    if (reader->site != linears[0]->site) {
+        SQ_TRY(enter_site(reader, linears[0]->site, x));
+    }
+    SQ_TRY(sq_linears_packed(packed, count, &reader->activations, y, n));
+    for (int i = 0; i < count; i++) {
+        add_bias(linears[i], reader->m, y[i]);
     }
     return SQ_OK;
 }

@@ -106,4 +106,10 @@ sq_reader_rows(struct sq_reader *reader, int64_t m);
 sq_status
 sq_linear_apply(struct sq_reader *reader, const struct sq_linear *l, const float *x, float *y);
 
+/* The same for up to SQ_SITE_LINEARS linears that read one value x, y[i] <- x of linears[i]. Packed
+ * ones of one site are one parallel loop. */
+sq_status
+sq_linears_apply(struct sq_reader *reader, const struct sq_linear *const linears[], int count,
+                 const float *x, float *const y[]);
+
 #endif
