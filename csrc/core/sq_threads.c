@@ -10,6 +10,7 @@
 
 #include "core/sq_cgroup.h"
 #include "core/sq_internal.h"
+#include "core/sq_interrupt.h"
 
 /* One job at a time. Workers wait until generation changes, join the job if they are among the
  * invited, 1 .. invited, and take chunks until none is left. The caller takes chunks too, withdraws
@@ -20,6 +21,8 @@
 enum { SPIN_NS = 50000 };
 /* Of a worker: a call of the AMX kernels holds 100 KiB, and some C libraries give 128 KiB. */
 enum { STACK_BYTES = 1 << 20 };
+/* The caller wakes so often while workers finish, to ask whether its call shall stop. */
+enum { DONE_WAIT_NS = 50000000 };
 
 static struct {
     pthread_mutex_t owner; /* held by the caller whose job runs */
@@ -32,6 +35,7 @@ static struct {
     sq_range_fn fn;
     void *context;
     int64_t items, grain;
+    struct sq_watch *watch; /* of the call that the job is part of, or NULL */
     _Atomic int64_t next;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -39,10 +43,13 @@ static struct {
           .done = PTHREAD_COND_INITIALIZER,
           .wanted = 1};
 
+/* 1 in the thread that holds pool.owner: what a signal handler calls may find it held by itself. */
+static _Thread_local int owns_pool;
+
 static void
 take_chunks(int thread)
 {
-    for (;;) {
+    while (!sq_stopped()) {
         const int64_t begin = atomic_fetch_add(&pool.next, pool.grain);
         if (begin >= pool.items) {
             return;
@@ -94,8 +101,10 @@ worker(void *argument)
             continue;
         }
         pool.running++;
+        sq_watch_join(pool.watch);
         pthread_mutex_unlock(&pool.lock);
         take_chunks(thread);
+        sq_watch_join(NULL);
         pthread_mutex_lock(&pool.lock);
         if (--pool.running == 0) {
             pthread_cond_signal(&pool.done);
@@ -105,6 +114,24 @@ worker(void *argument)
         pthread_mutex_lock(&pool.lock);
     }
     return NULL;
+}
+
+/* With lock held, which is given back while it waits: until no worker is at the job any more. */
+static void
+wait_for_workers(void)
+{
+    while (pool.running > 0) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += DONE_WAIT_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        if (pthread_cond_timedwait(&pool.done, &pool.lock, &until)) {
+            pthread_mutex_unlock(&pool.lock);
+            (void)sq_stopped(); /* for the workers to see */
+            pthread_mutex_lock(&pool.lock);
+        }
+    }
 }
 
 /* With lock held: brings the number of workers up to wanted - 1; fewer if the system refuses. */
@@ -138,16 +165,18 @@ sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
     }
     grain = sq_max_i64(grain, 1);
     if (items <= grain || pool.wanted == 1 || pthread_mutex_trylock(&pool.owner)) {
-        for (int64_t begin = 0; begin < items; begin += grain) {
+        for (int64_t begin = 0; begin < items && !sq_stopped(); begin += grain) {
             fn(context, begin, sq_min_i64(begin + grain, items), 0);
         }
         return;
     }
+    owns_pool = 1;
     pthread_mutex_lock(&pool.lock);
     pool.fn = fn;
     pool.context = context;
     pool.items = items;
     pool.grain = grain;
+    pool.watch = sq_watch_current();
     atomic_store(&pool.next, 0);
     pool.invited = start_workers();
     pool.generation++;
@@ -163,19 +192,22 @@ sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
         await_workers();
         pthread_mutex_lock(&pool.lock);
     }
-    while (pool.running > 0) {
-        pthread_cond_wait(&pool.done, &pool.lock);
-    }
+    wait_for_workers();
     pthread_mutex_unlock(&pool.lock);
+    owns_pool = 0;
     pthread_mutex_unlock(&pool.owner);
 }
 
-void
+int
 sq_set_num_threads(int count)
 {
+    if (owns_pool) {
+        return 1;
+    }
     pthread_mutex_lock(&pool.owner);
     pool.wanted = (int)sq_max_i64(1, sq_min_i64(count, SQ_THREADS_MAX));
     pthread_mutex_unlock(&pool.owner);
+    return 0;
 }
 
 int
@@ -193,10 +225,21 @@ sq_available_cpus(void)
     return (int)sq_max_i64(1, quota ? sq_min_i64(quota, allowed) : allowed);
 }
 
+/* A thread that forks waits for the job that runs, so that the child finds BLAS at rest. It does
+ * not where the job's caller asks whether to stop: that may wait for a lock (Python's) which the
+ * forking thread holds, or the forking thread is that caller, in a signal handler. */
+enum { PAUSE_NS = 1000000 };
+static _Thread_local int fork_owns_pool;
+
 static void
 before_fork(void)
 {
-    pthread_mutex_lock(&pool.owner);
+    const struct timespec pause = {.tv_nsec = PAUSE_NS};
+    fork_owns_pool = 1;
+    while (fork_owns_pool && pthread_mutex_trylock(&pool.owner)) {
+        fork_owns_pool = !sq_asking();
+        nanosleep(&pause, NULL);
+    }
     pthread_mutex_lock(&pool.lock);
 }
 
@@ -204,10 +247,13 @@ static void
 after_fork_parent(void)
 {
     pthread_mutex_unlock(&pool.lock);
-    pthread_mutex_unlock(&pool.owner);
+    if (fork_owns_pool) {
+        pthread_mutex_unlock(&pool.owner);
+    }
 }
 
-/* The child has no workers; the locks were held by this thread, the conditions had waiters. */
+/* The child has no workers; the locks were held by this thread, the conditions had waiters. Chunks
+ * of a job that a signal handler forked in are lost with the workers that had them. */
 static void
 after_fork_child(void)
 {
@@ -218,6 +264,10 @@ after_fork_child(void)
     pool.started = 0;
     pool.invited = 0;
     pool.running = 0;
+    if (owns_pool) {
+        pthread_mutex_lock(&pool.owner);
+        atomic_store(&pool.watch->stopped, 1);
+    }
 }
 
 void
