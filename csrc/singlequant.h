@@ -4,11 +4,13 @@
  * Letters: m tokens, n outputs, k = k1 * k2 inputs, g group length along k. Row-major everywhere.
  * Every pointer states its shape. Nothing here prints, aborts or touches errno; results go through
  * out-pointers; inputs are never written. Functions are thread safe as long as their outputs
- * differ. Scales multiply: x = scale * code. Angles are float64, activations float32. */
+ * differ; sq_interrupt.h says how a long call is stopped. Scales multiply: x = scale * code. Angles
+ * are float64, activations float32. */
 #ifndef SINGLEQUANT_H
 #define SINGLEQUANT_H
 
 #include "core/sq_types.h"
+#include "core/sq_interrupt.h"
 #include "transform/sq_transform.h"
 #include "solve/sq_solve.h"
 #include "quantize/sq_quantize.h"

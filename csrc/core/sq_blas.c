@@ -27,6 +27,13 @@ scipy_cblas_ssyrk(int order, int uplo, int trans, int n, int k, float alpha, con
 extern void
 scipy_cblas_strsm(int order, int side, int uplo, int trans, int diag, int m, int n, float alpha,
                   const float *a, int ld_a, float *b, int ld_b);
+extern void
+scipy_cblas_dgemm(int order, int trans_a, int trans_b, int m, int n, int k, double alpha,
+                  const double *a, int ld_a, const double *b, int ld_b, double beta, double *c,
+                  int ld_c);
+extern void
+scipy_cblas_dtrsm(int order, int side, int uplo, int trans, int diag, int m, int n, double alpha,
+                  const double *a, int ld_a, double *b, int ld_b);
 /* LAPACK's own face, column-major: what is lower here is upper there. The last argument is the
  * length of uplo, as Fortran compilers pass it. */
 extern void
@@ -78,6 +85,21 @@ sq_blas_trsm(int transpose, int64_t m, int64_t n, const float *l, int64_t ld_l, 
 {
     scipy_cblas_strsm(ROW_MAJOR, RIGHT, LOWER, transpose ? TRANSPOSE : NO_TRANSPOSE, NON_UNIT,
                       (int)m, (int)n, 1.0f, l, (int)ld_l, b, (int)ld_b);
+}
+
+void
+sq_blas_gemm_sub_double(int64_t m, int64_t n, int64_t k, const double *a, const double *b,
+                        double *c, int64_t ld)
+{
+    scipy_cblas_dgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, (int)m, (int)n, (int)k, -1.0, a, (int)ld,
+                      b, (int)ld, 1.0, c, (int)ld);
+}
+
+void
+sq_blas_trsm_double(int64_t m, int64_t n, const double *l, double *b, int64_t ld)
+{
+    scipy_cblas_dtrsm(ROW_MAJOR, RIGHT, LOWER, TRANSPOSE, NON_UNIT, (int)m, (int)n, 1.0, l, (int)ld,
+                      b, (int)ld);
 }
 
 int

@@ -24,6 +24,8 @@ sq_status_text(sq_status status)
             return "NaN or Inf found";
         case SQ_ERR_INTERNAL:
             return "internal error";
+        case SQ_ERR_INTERRUPTED:
+            return "interrupted";
     }
     return "unknown status";
 }

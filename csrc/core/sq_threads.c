@@ -10,6 +10,7 @@
 
 #include "core/sq_cgroup.h"
 #include "core/sq_internal.h"
+#include "core/sq_interrupt.h"
 
 /* One job at a time. What stands in `state` says all that a worker must know to join: which job it
  * is, whether it may be joined, how many workers are invited and how many have joined. A worker
@@ -25,6 +26,8 @@
 enum { SPIN_NS = 50000, PAUSE_NS = 10000, PAUSES = 8 };
 /* Of a worker: a call of the AMX kernels holds 100 KiB, and some C libraries give 128 KiB. */
 enum { STACK_BYTES = 1 << 20 };
+/* The caller wakes so often while workers finish, to ask whether its call shall stop. */
+enum { DONE_WAIT_NS = 50000000 };
 
 /* state: the job's number, OPEN, the invited, the joined. */
 enum { COUNT_BITS = 12 };
@@ -45,12 +48,16 @@ static struct {
     sq_range_fn fn;
     void *context;
     int64_t items, grain;
+    struct sq_watch *watch; /* of the call that the job is part of, or NULL */
     _Atomic int64_t next;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
           .done = PTHREAD_COND_INITIALIZER,
           .wanted = 1};
+
+/* 1 in the thread that holds pool.owner: what a signal handler calls may find it held by itself. */
+static _Thread_local int owns_pool;
 
 static uint64_t
 job_of(uint64_t state)
@@ -73,7 +80,7 @@ invited(uint64_t state)
 static void
 take_chunks(int thread)
 {
-    for (;;) {
+    while (!sq_stopped()) {
         const int64_t begin = atomic_fetch_add(&pool.next, pool.grain);
         if (begin >= pool.items) {
             return;
@@ -162,7 +169,16 @@ sleep_until_done(void)
     pthread_mutex_lock(&pool.lock);
     atomic_store(&pool.awaited, 1);
     while (joined(atomic_load(&pool.state))) {
-        pthread_cond_wait(&pool.done, &pool.lock);
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += DONE_WAIT_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        if (pthread_cond_timedwait(&pool.done, &pool.lock, &until)) {
+            pthread_mutex_unlock(&pool.lock);
+            (void)sq_stopped(); /* for the workers to see */
+            pthread_mutex_lock(&pool.lock);
+        }
     }
     atomic_store(&pool.awaited, 0);
     pthread_mutex_unlock(&pool.lock);
@@ -190,7 +206,9 @@ worker(void *argument)
             seen = job_of(state);
             while (job_of(state) == seen && state & OPEN && thread <= invited(state)) {
                 if (atomic_compare_exchange_weak(&pool.state, &state, state + 1)) {
+                    sq_watch_join(pool.watch);
                     take_chunks(thread);
+                    sq_watch_join(NULL);
                     leave();
                     break;
                 }
@@ -231,15 +249,17 @@ sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
     }
     grain = sq_max_i64(grain, 1);
     if (items <= grain || pool.wanted == 1 || pthread_mutex_trylock(&pool.owner)) {
-        for (int64_t begin = 0; begin < items; begin += grain) {
+        for (int64_t begin = 0; begin < items && !sq_stopped(); begin += grain) {
             fn(context, begin, sq_min_i64(begin + grain, items), 0);
         }
         return;
     }
+    owns_pool = 1;
     pool.fn = fn;
     pool.context = context;
     pool.items = items;
     pool.grain = grain;
+    pool.watch = sq_watch_current();
     atomic_store(&pool.next, 0);
     const uint64_t guests = (uint64_t)start_workers();
     const uint64_t job = (job_of(atomic_load(&pool.state)) + 1) * NEXT_JOB;
@@ -256,15 +276,20 @@ sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context)
     if (!spin_for_workers()) {
         sleep_until_done();
     }
+    owns_pool = 0;
     pthread_mutex_unlock(&pool.owner);
 }
 
-void
+int
 sq_set_num_threads(int count)
 {
+    if (owns_pool) {
+        return 1;
+    }
     pthread_mutex_lock(&pool.owner);
     pool.wanted = (int)sq_max_i64(1, sq_min_i64(count, SQ_THREADS_MAX));
     pthread_mutex_unlock(&pool.owner);
+    return 0;
 }
 
 int
@@ -282,10 +307,21 @@ sq_available_cpus(void)
     return (int)sq_max_i64(1, quota ? sq_min_i64(quota, allowed) : allowed);
 }
 
+/* A thread that forks waits for the job that runs, so that the child finds BLAS at rest. It does
+ * not where the job's caller asks whether to stop: that may wait for a lock (Python's) which the
+ * forking thread holds, or the forking thread is that caller, in a signal handler. */
+enum { FORK_PAUSE_NS = 1000000 };
+static _Thread_local int fork_owns_pool;
+
 static void
 before_fork(void)
 {
-    pthread_mutex_lock(&pool.owner);
+    const struct timespec pause = {.tv_nsec = FORK_PAUSE_NS};
+    fork_owns_pool = 1;
+    while (fork_owns_pool && pthread_mutex_trylock(&pool.owner)) {
+        fork_owns_pool = !sq_asking();
+        nanosleep(&pause, NULL);
+    }
     pthread_mutex_lock(&pool.lock);
 }
 
@@ -293,10 +329,13 @@ static void
 after_fork_parent(void)
 {
     pthread_mutex_unlock(&pool.lock);
-    pthread_mutex_unlock(&pool.owner);
+    if (fork_owns_pool) {
+        pthread_mutex_unlock(&pool.owner);
+    }
 }
 
-/* The child has no workers; the locks were held by this thread, the conditions had waiters. */
+/* The child has no workers; the locks were held by this thread, the conditions had waiters. Chunks
+ * of a job that a signal handler forked in are lost with the workers that had them. */
 static void
 after_fork_child(void)
 {
@@ -307,6 +346,11 @@ after_fork_child(void)
     pool.started = 0;
     pool.sleeping = 0;
     pool.awaited = 0;
+    atomic_fetch_and(&pool.state, ~COUNT_MASK);
+    if (owns_pool) {
+        pthread_mutex_lock(&pool.owner);
+        atomic_store(&pool.watch->stopped, 1);
+    }
 }
 
 void

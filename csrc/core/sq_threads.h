@@ -12,13 +12,15 @@
 typedef void (*sq_range_fn)(void *context, int64_t begin, int64_t end, int thread);
 
 /* Runs fn over 0 .. items - 1 in chunks of grain items; chunk borders are multiples of grain, so
- * that they do not depend on the number of threads. Returns when all is done. A call made while the
- * pool is busy (another thread's, or from inside fn) runs serially on the caller, as thread 0. */
+ * that they do not depend on the number of threads. Returns when all is done, or
+ * earlier when the call that it is part of is stopped (sq_interrupt.h). A call made while the pool
+ * is busy (another thread's, or from inside fn) runs serially on the caller, as thread 0. */
 void
 sq_parallel_for(int64_t items, int64_t grain, sq_range_fn fn, void *context);
 
-/* 1 .. SQ_THREADS_MAX; values outside are brought in range. */
-void
+/* 1 .. SQ_THREADS_MAX; values outside are brought in range. 0, or 1 where a signal handler asks
+ * while its thread's own loop runs: nothing changes then. */
+int
 sq_set_num_threads(int count);
 
 int

@@ -15,7 +15,8 @@ typedef enum sq_status {
     SQ_ERR_NOMEM = 5,
     SQ_ERR_FORMAT = 6,
     SQ_ERR_NONFINITE = 7,
-    SQ_ERR_INTERNAL = 8
+    SQ_ERR_INTERNAL = 8,
+    SQ_ERR_INTERRUPTED = 9
 } sq_status;
 
 /* Static text of a status; never NULL. */

@@ -271,7 +271,7 @@ sq_peak_measure(const struct sq_peak *peak, double seconds, double *operations_p
     int64_t rounds = FIRST_ROUNDS;
     double best = 0;
     const double begin = sq_clock();
-    while (sq_clock() - begin < seconds || best == 0) {
+    while ((sq_clock() - begin < seconds || best == 0) && !sq_stopped()) {
         const double start = clock_seconds(CLOCK_THREAD_CPUTIME_ID);
         peak->loop(rounds);
         const double taken = clock_seconds(CLOCK_THREAD_CPUTIME_ID) - start;

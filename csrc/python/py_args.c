@@ -2,6 +2,44 @@
 /* Array converters and the mapping from sq_status to exceptions. */
 #include "python/py_args.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Python runs signal handlers on the main thread alone: no other needs to take the GIL. */
+static int
+wants_stop(void *context)
+{
+    struct sq_py_call *call = context;
+    if (syscall(SYS_gettid) != getpid()) {
+        return 0;
+    }
+    PyEval_RestoreThread(call->saved);
+    const int raised = PyErr_CheckSignals() != 0;
+    call->saved = PyEval_SaveThread();
+    return raised;
+}
+
+void
+sq_py_call_begin(struct sq_py_call *call, int64_t work)
+{
+    call->saved = NULL;
+    if (work >= SQ_GIL_THRESHOLD) {
+        call->saved = PyEval_SaveThread();
+        sq_watch_begin(&call->watch, wants_stop, call);
+    }
+}
+
+int
+sq_py_call_end(struct sq_py_call *call)
+{
+    if (!call->saved) {
+        return 0;
+    }
+    const int stopped = sq_watch_end(&call->watch);
+    PyEval_RestoreThread(call->saved);
+    return stopped;
+}
+
 /* 0 if every element of the integer array a fits the signed integer type, or -1 and ValueError. */
 static int
 check_range(PyArrayObject *a, int type, const char *name)
@@ -170,6 +208,12 @@ sq_py_raise(PyObject *module, sq_status status, const char *context)
             type = state->format_error;
             break;
         }
+        case SQ_ERR_INTERRUPTED:
+            if (PyErr_Occurred()) {
+                return NULL;
+            }
+            type = PyExc_RuntimeError; /* in a child that a signal handler forked */
+            break;
         case SQ_OK:
         case SQ_ERR_INTERNAL:
             break;

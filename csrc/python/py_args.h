@@ -21,21 +21,37 @@ struct sq_module_state {
     PyTypeObject *rotation_type, *packed_type, *layer_type, *cache_type;
 };
 
+/* One call of the core. */
+struct sq_py_call {
+    PyThreadState *saved; /* NULL: the GIL is held */
+    struct sq_watch watch;
+};
+
 /* Work (in elements touched) from which a call releases the GIL. */
 #define SQ_GIL_THRESHOLD 4096
-/* Opens a block that SQ_END_NOGIL closes, so the pair is kept from the formatter. */
+/* Opens a block that SQ_END_NOGIL closes, so the pair is kept from the formatter. In between a call
+ * on the main thread runs the handlers of signals that come; once one raises, the core is stopped.
+ * SQ_END_NOGIL then sets `status` to SQ_ERR_INTERRUPTED, whatever the core returned, and the
+ * exception is set. */
 /* clang-format off */
 #define SQ_BEGIN_NOGIL(work)                                                 \
     do {                                                                     \
-        PyThreadState *sq_saved_ =                                           \
-            (int64_t)(work) >= SQ_GIL_THRESHOLD ? PyEval_SaveThread() : NULL;
+        struct sq_py_call sq_call_;                                          \
+        sq_py_call_begin(&sq_call_, (int64_t)(work));
 #define SQ_END_NOGIL                         \
-        if (sq_saved_) {                     \
-            PyEval_RestoreThread(sq_saved_); \
+        if (sq_py_call_end(&sq_call_)) {     \
+            status = SQ_ERR_INTERRUPTED;     \
         }                                    \
     }                                        \
     while (0)
 /* clang-format on */
+
+void
+sq_py_call_begin(struct sq_py_call *call, int64_t work);
+
+/* 1 if a signal handler raised. */
+int
+sq_py_call_end(struct sq_py_call *call);
 
 /* A row of a method table: the function `name`, its text `name_doc`. */
 /* clang-format off */
@@ -75,7 +91,8 @@ sq_py_check_dim(PyArrayObject *a, int axis, int64_t expected, const char *name);
 int
 sq_py_check_weight_bits(int bits);
 
-/* Sets the exception of a status (not SQ_OK), its text prefixed with context; returns NULL. */
+/* Sets the exception of a status (not SQ_OK), its text prefixed with context; returns NULL. Of
+ * SQ_ERR_INTERRUPTED it is set already: it is the signal handler's. */
 PyObject *
 sq_py_raise(PyObject *module, sq_status status, const char *context);
 

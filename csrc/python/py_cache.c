@@ -42,11 +42,18 @@ sq_py_cache_lock(KVCache *self)
                             "cache: expected one that no call used when this process was forked");
             return -1;
         }
+        if (self->holder == PyThread_get_thread_ident()) {
+            PyErr_SetString(PyExc_RuntimeError,
+                            "cache: expected one that no call uses, got that of the call that this "
+                            "signal handler interrupts");
+            return -1;
+        }
         Py_BEGIN_ALLOW_THREADS;
         PyThread_acquire_lock(self->lock, WAIT_LOCK);
         Py_END_ALLOW_THREADS;
     }
     self->process = process;
+    self->holder = PyThread_get_thread_ident();
     return 0;
 }
 

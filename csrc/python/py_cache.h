@@ -11,6 +11,7 @@ typedef struct {
     PyObject_HEAD sq_kv_cache_t *cache; /* owned */
     PyThread_type_lock lock;            /* held by the call that uses cache */
     pid_t process;                      /* the one that the lock was last seen free in */
+    unsigned long holder;               /* the thread that took it last */
     void *workspace;                    /* owned: of the last forward(), for the next one */
     size_t workspace_bytes;
 } KVCache;

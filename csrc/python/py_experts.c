@@ -309,10 +309,14 @@ activate(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
     }
     y = sq_py_empty(2, PyArray_DIMS(up), NPY_FLOAT);
     if (y) {
+        sq_status status = SQ_OK;
         SQ_BEGIN_NOGIL(PyArray_SIZE(up))
         sq_activate(activation, limit, gate ? PyArray_DATA(gate) : NULL, PyArray_DATA(up),
                     PyArray_DIM(up, 0), PyArray_DIM(up, 1), PyArray_DATA(y));
         SQ_END_NOGIL;
+        if (status != SQ_OK) {
+            Py_CLEAR(y);
+        }
     }
 done:
     Py_XDECREF(gate);

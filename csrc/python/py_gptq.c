@@ -58,7 +58,7 @@ PyDoc_STRVAR(gram_doc,
              "is symmetric, is\nupdated in place and returned; None starts from zero. The same "
              "bytes at any thread count. ValueError\nfor NaN, Inf, bad shapes and an out that "
              "shares memory with x (out is left as it was), TypeError for\nan out that cannot be "
-             "written in place.");
+             "written in place. A signal's handler that raises spoils out.");
 
 static PyObject *
 gram(PyObject *module, PyObject *args, PyObject *kwargs)

@@ -331,7 +331,8 @@ PyDoc_STRVAR(
     "tokens that were routed to it, in their order.\n\n"
     "ValueError if hidden is not C-contiguous and writable, or a shape, sequence or position "
     "does not fit;\nTypeError if hidden is not float32; MemoryError at the cache's limit, with "
-    "nothing updated. After\nanother error hidden and cache may be partly updated.");
+    "nothing updated. After\nanother error, or a signal's handler that raises, hidden and cache "
+    "may be partly updated.");
 
 static PyObject *
 layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)

@@ -116,9 +116,11 @@ use_kernels(PyObject *Py_UNUSED(module), PyObject *arg)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(set_num_threads_doc,
-             "set_num_threads(count)\n--\n\n"
-             "Number of threads of the pool, 1 to 256. ValueError outside.");
+PyDoc_STRVAR(
+    set_num_threads_doc,
+    "set_num_threads(count)\n--\n\n"
+    "Number of threads of the pool, 1 to 256. ValueError outside, RuntimeError in a signal "
+    "handler that\ninterrupts a call.");
 
 static PyObject *
 set_num_threads(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -131,9 +133,16 @@ set_num_threads(PyObject *Py_UNUSED(module), PyObject *arg)
         return PyErr_Format(PyExc_ValueError, "num_threads: expected 1 to %d, got %ld",
                             SQ_THREADS_MAX, count);
     }
+    int refused;
     Py_BEGIN_ALLOW_THREADS; /* waits for a running job */
-    sq_set_num_threads((int)count);
+    refused = sq_set_num_threads((int)count);
     Py_END_ALLOW_THREADS;
+    if (refused) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "set_num_threads: expected no running call, got one that a signal handler "
+                        "interrupts");
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 

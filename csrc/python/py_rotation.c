@@ -77,6 +77,9 @@ check_orthogonal(const float *matrices, int64_t count, int64_t n, const char *na
     SQ_BEGIN_NOGIL(count * n * n);
     status = sq_orthogonality_error(matrices, count, n, &error);
     SQ_END_NOGIL;
+    if (status == SQ_ERR_INTERRUPTED) {
+        return -1;
+    }
     if (status == SQ_ERR_NOMEM) {
         PyErr_NoMemory();
         return -1;
@@ -100,6 +103,9 @@ check_invertible(const float *matrices, int64_t count, int64_t n, const char *na
     SQ_BEGIN_NOGIL(count * n * n);
     status = sq_pivot_ratio(matrices, count, n, &ratio);
     SQ_END_NOGIL;
+    if (status == SQ_ERR_INTERRUPTED) {
+        return -1;
+    }
     if (status == SQ_ERR_NOMEM) {
         PyErr_NoMemory();
         return -1;

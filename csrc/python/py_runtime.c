@@ -262,9 +262,13 @@ normalize(enum sq_norm_kind kind, PyObject *x_object, PyObject *w_object, PyObje
     if (!y) {
         goto done;
     }
+    sq_status status = SQ_OK;
     SQ_BEGIN_NOGIL(PyArray_SIZE(x))
     sq_norm_rows(&norm, PyArray_DATA(x), m, PyArray_DATA(y));
     SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        Py_CLEAR(y);
+    }
 done:
     Py_XDECREF(x);
     Py_XDECREF(w);

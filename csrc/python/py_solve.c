@@ -308,7 +308,7 @@ PyDoc_STRVAR(
     "within 1e-6.");
 
 static PyObject *
-chain_from_matrix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+chain_from_matrix(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"matrix", NULL};
     PyObject *matrix_object, *result = NULL;
@@ -335,8 +335,12 @@ chain_from_matrix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
     status =
         sq_chain_from_matrix(f64(matrix), n, PyArray_DATA(chain.pairs), f64(chain.angles), &steps);
     SQ_END_NOGIL;
-    if (status != SQ_OK) {
+    if (status == SQ_ERR_RANGE) {
         PyErr_SetString(PyExc_ValueError, "matrix: expected an orthogonal one (within 1e-6)");
+        goto done;
+    }
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "matrix");
         goto done;
     }
     result = chain_result(&chain, steps);

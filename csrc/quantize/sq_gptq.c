@@ -174,13 +174,13 @@ permute(float *gram, int64_t k, const int32_t *permutation)
     struct permute_job job = {gram, scratch, k, permutation};
     sq_parallel_for(k, 16, permute_columns, &job);
     const size_t bytes = (size_t)k * sizeof *gram;
-    for (int64_t start = 0; start < k; start++) {
+    for (int64_t start = 0; start < k && !sq_stopped(); start++) {
         if (moved[start]) {
             continue;
         }
         memcpy(scratch, gram + start * k, bytes);
         int64_t r = start;
-        for (; permutation[r] != start; r = permutation[r]) {
+        for (; permutation[r] != start && !sq_stopped(); r = permutation[r]) {
             memcpy(gram + r * k, gram + permutation[r] * k, bytes);
             moved[r] = 1;
         }
@@ -238,12 +238,13 @@ update_trailing(void *context, int64_t begin, int64_t end, int thread)
 }
 
 /* Lower triangle of a [k][k] <- its Cholesky factor, tile by tile, the trailing tiles updated after
- * each. The upper triangle stays. 0, or 1 when a is not positive definite. */
+ * each. The upper triangle stays. 0, also where the call is stopped, or 1 when a is not positive
+ * definite. */
 static int
 cholesky(float *a, int64_t k)
 {
     struct factor_job job = {a, k, 0};
-    for (; job.pivot < k; job.pivot += TILE) {
+    for (; job.pivot < k && !sq_stopped(); job.pivot += TILE) {
         const int64_t size = sq_min_i64(TILE, k - job.pivot);
         if (sq_blas_potrf(size, a + job.pivot * (k + 1), k)) {
             return 1;
@@ -251,6 +252,58 @@ cholesky(float *a, int64_t k)
         const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
         sq_parallel_for(below, 1, solve_panel, &job);
         sq_parallel_for(triangle(below), 1, update_trailing, &job);
+    }
+    return 0;
+}
+
+struct double_job {
+    double *a;
+    int64_t k, pivot;
+};
+
+static void
+solve_panel_double(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct double_job *job = context;
+    const int64_t k = job->k, p = job->pivot;
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t i = p + (t + 1) * TILE;
+        sq_blas_trsm_double(sq_min_i64(TILE, k - i), TILE, job->a + p * k + p, job->a + i * k + p,
+                            k);
+    }
+}
+
+/* Tiles on the diagonal are updated whole: nothing reads what is above it. */
+static void
+update_trailing_double(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct double_job *job = context;
+    const int64_t k = job->k, p = job->pivot;
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t i, j;
+        tile_place(t, &i, &j);
+        i = p + (i + 1) * TILE;
+        j = p + (j + 1) * TILE;
+        sq_blas_gemm_sub_double(sq_min_i64(TILE, k - i), sq_min_i64(TILE, k - j), TILE,
+                                job->a + i * k + p, job->a + j * k + p, job->a + i * k + j, k);
+    }
+}
+
+/* cholesky() of float64; the upper triangle is spoiled. */
+static int
+factor_double(double *a, int64_t k)
+{
+    struct double_job job = {a, k, 0};
+    for (; job.pivot < k && !sq_stopped(); job.pivot += TILE) {
+        const int64_t size = sq_min_i64(TILE, k - job.pivot);
+        if (sq_blas_potrf_double(size, a + job.pivot * (k + 1), k)) {
+            return 1;
+        }
+        const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
+        sq_parallel_for(below, 1, solve_panel_double, &job);
+        sq_parallel_for(triangle(below), 1, update_trailing_double, &job);
     }
     return 0;
 }
@@ -263,14 +316,14 @@ cholesky_double(float *a, int64_t k, const float *diagonal)
     if (!wide) {
         return SQ_ERR_NOMEM;
     }
-    for (int64_t i = 0; i < k; i++) {
+    for (int64_t i = 0; i < k && !sq_stopped(); i++) {
         for (int64_t j = 0; j < i; j++) {
             wide[i * k + j] = a[j * k + i];
         }
         wide[i * k + i] = diagonal[i];
     }
-    const int failed = sq_blas_potrf_double(k, wide, k);
-    for (int64_t i = 0; i < k && !failed; i++) {
+    const int failed = factor_double(wide, k);
+    for (int64_t i = 0; i < k && !failed && !sq_stopped(); i++) {
         for (int64_t j = 0; j <= i; j++) {
             a[i * k + j] = (float)wide[i * k + j];
         }
@@ -321,6 +374,7 @@ factor_in_place(float *a, int64_t k, float damping)
         status = cholesky_double(a, k, diagonal);
     }
     free(diagonal);
+    SQ_TRY(sq_stop_status());
     if (status == SQ_OK && !sq_gptq_factor_usable(a, k)) {
         status = SQ_ERR_RANGE;
     }
@@ -328,6 +382,16 @@ factor_in_place(float *a, int64_t k, float damping)
         memset(a + i * k + i + 1, 0, (size_t)(k - i - 1) * sizeof *a);
     }
     return status;
+}
+
+static void
+reverse(float *x, int64_t count)
+{
+    for (int64_t i = 0, j = count - 1; i < j && (i % SQ_STOP_STEP || !sq_stopped()); i++, j--) {
+        const float swap = x[i];
+        x[i] = x[j];
+        x[j] = swap;
+    }
 }
 
 sq_status
@@ -347,11 +411,7 @@ sq_gptq_factor(float *gram, int64_t k, float damping, int by_diagonal, int32_t *
         SQ_TRY(permute(gram, k, permutation));
     }
     else { /* P reverses: so does the flat array */
-        for (int64_t i = 0, j = k * k - 1; i < j; i++, j--) {
-            const float swap = gram[i];
-            gram[i] = gram[j];
-            gram[j] = swap;
-        }
+        reverse(gram, k * k);
         for (int64_t i = 0; i < k; i++) {
             permutation[i] = (int32_t)(k - 1 - i);
         }

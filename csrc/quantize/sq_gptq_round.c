@@ -216,6 +216,7 @@ round_columns(const struct round_state *s)
 {
     const struct round_job *job = s->job;
     for (int64_t end = job->k, block; end > 0; end = block) {
+        SQ_TRY(sq_stop_status());
         block = block_begin(job, end);
         sum_errors(s, block, end, s->sums, BLOCK);
         for (int64_t stop = end, begin; stop > block; stop = begin) {

@@ -158,6 +158,7 @@ weight_worker(void *context, int64_t begin, int64_t end, int thread)
             int64_t bad = INT64_MAX;
             status = do_block(job, b * job->block, &s, &bad);
             note_bad_row(job, bad);
+            status = status == SQ_OK ? sq_stop_status() : status;
         }
     }
     if (status != SQ_OK) {

@@ -311,7 +311,7 @@ attend_lanes(void *context, int64_t begin, int64_t end, int thread)
     for (int64_t lane = begin; lane < end; lane++) {
         for (;;) {
             const int64_t item = atomic_fetch_add(&j->next, 1);
-            if (item >= j->items) {
+            if (item >= j->items || sq_stopped()) {
                 break;
             }
             attend(j, &j->blocks[item / j->a->kv_heads], item % j->a->kv_heads,

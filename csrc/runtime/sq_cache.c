@@ -245,7 +245,7 @@ replace_marks(const struct reservation *r, int with_pages)
                 continue;
             }
             table->pages[page] = NULL;
-            if (with_pages) {
+            if (with_pages && !sq_stopped()) {
                 struct free_page *taken = c->pool;
                 c->pool = taken->next;
                 c->pooled--;
@@ -307,7 +307,7 @@ sq_kv_cache_reserve(sq_kv_cache_t *cache, int64_t first, int64_t last, const int
     const sq_status status = missing < 0 ? SQ_ERR_NOMEM : fill_pool(cache, missing);
     replace_marks(&r, status == SQ_OK);
     empty_pool(cache, cache->used);
-    return status;
+    return status == SQ_OK ? sq_stop_status() : status;
 }
 
 sq_status
@@ -439,7 +439,7 @@ sq_kv_cache_read(const sq_kv_cache_t *cache, int64_t layer, int64_t sequence, in
     if (!tile) {
         return SQ_ERR_NOMEM;
     }
-    for (int64_t t = 0; t < count; t++) {
+    for (int64_t t = 0; t < count && !sq_stopped(); t++) {
         for (int64_t h = 0; h < s->kv_heads; h++) {
             const uint8_t *block = sq_cache_block(cache, layer, sequence, t / TOKENS, h);
             const int64_t row = (t * s->kv_heads + h) * d;

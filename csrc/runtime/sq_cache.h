@@ -51,7 +51,8 @@ int64_t
 sq_kv_cache_clamped(const sq_kv_cache_t *cache);
 
 /* Takes the pages of layers first .. last - 1 that position[t] of sequence[t], t < m, still need.
- * SQ_ERR_NOMEM: no memory, or more than limit_bytes; nothing was taken then. */
+ * SQ_ERR_NOMEM: no memory, or more than limit_bytes; nothing was taken then. SQ_ERR_INTERRUPTED:
+ * some of them were taken. */
 sq_status
 sq_kv_cache_reserve(sq_kv_cache_t *cache, int64_t first, int64_t last, const int32_t *sequence,
                     const int64_t *position, int64_t m);

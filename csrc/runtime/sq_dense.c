@@ -121,14 +121,14 @@ multiply_converted(void *context, int64_t begin, int64_t end, int thread)
         float *w = j->scratch + lane * j->block_n * j->k;
         for (;;) {
             const int64_t block = atomic_fetch_add(&j->next, 1);
-            if (block >= j->blocks_n) {
+            if (block >= j->blocks_n || sq_stopped()) {
                 break;
             }
             const int64_t n0 = block * j->block_n;
             const int64_t count = sq_min_i64(j->block_n, j->n - n0);
             convert(j->kernels, j->dtype, j->w + (size_t)(n0 * j->k) * element_bytes(j->dtype),
                     count * j->k, 0, w);
-            for (int64_t m0 = 0; m0 < j->m; m0 += TOKENS_PER_BLOCK) {
+            for (int64_t m0 = 0; m0 < j->m && !sq_stopped(); m0 += TOKENS_PER_BLOCK) {
                 multiply_block(j, n0, count, w, m0);
             }
         }

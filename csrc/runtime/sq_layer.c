@@ -216,6 +216,7 @@ for_chunks(struct layer_call *c, sq_status (*work)(struct layer_call *))
 {
     const int64_t m = c->pass->tokens.m;
     for (int64_t begin = 0; begin < m; begin += CHUNK_TOKENS) {
+        SQ_TRY(sq_stop_status());
         sq_reader_start(&c->reader, begin, sq_min_i64(CHUNK_TOKENS, m - begin));
         SQ_TRY(work(c));
     }

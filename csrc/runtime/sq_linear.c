@@ -296,7 +296,7 @@ static void
 linear_panels(const struct linear_job *job, int64_t begin, int64_t end)
 {
     const int64_t m = job->a->m, nr = job->w->kernels->nr;
-    for (int64_t row = 0; row < m; row += job->row_block) {
+    for (int64_t row = 0; row < m && !sq_stopped(); row += job->row_block) {
         const int64_t rows = sq_min_i64(job->row_block, m - row);
         for (int64_t p = begin; p < end; p++) {
             const int64_t columns = job->w->n - p * nr;

@@ -187,5 +187,5 @@ sq_router_choose(const struct sq_router *router, const float *x, int64_t m, int6
     struct choose_job j = {.router = router, .scores = scores, .expert = expert, .weight = weight};
     SQ_TRY(sq_linear_steady(router->dtype, router->weight, x, m, router->count, hidden, scores));
     sq_parallel_for(m, sq_row_grain(router->count * router->chosen), choose_rows, &j);
-    return SQ_OK;
+    return sq_stop_status(); /* the experts index what was chosen */
 }

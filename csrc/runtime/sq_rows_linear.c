@@ -40,7 +40,7 @@ multiply_rows(void *context, int64_t begin, int64_t end, int thread)
                                       .codes = j->w->codes + begin * sq_code_row_bytes(bits, k),
                                       .scales = j->w->scales + begin * sq_code_row_scales(k)};
     (void)thread;
-    for (int64_t t = 0; t < j->m; t += SQ_DENSE_FEW) {
+    for (int64_t t = 0; t < j->m && !sq_stopped(); t += SQ_DENSE_FEW) {
         j->kernels->gemm_rows(&part, sq_min_i64(SQ_DENSE_FEW, j->m - t), end - begin, j->x + t * k,
                               k, j->y + t * j->ld_y + begin, j->ld_y);
     }

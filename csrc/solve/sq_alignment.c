@@ -41,7 +41,7 @@ gram_blocks(void *context, int64_t begin, int64_t end, int thread)
     }
     for (int64_t block = begin; block < end; block++) {
         double *gram = job->gram + block * b * b;
-        for (int64_t row = 0; row < job->m; row += GRAM_ROWS) {
+        for (int64_t row = 0; row < job->m && !sq_stopped(); row += GRAM_ROWS) {
             const float *x = job->x + row * job->k + block * b;
             sq_blas_gemm(1, 0, b, b, sq_min_i64(GRAM_ROWS, job->m - row), 1.0f, x, job->k, x,
                          job->k, 0.0f, products, b);
@@ -119,7 +119,7 @@ static void
 multiply(const double *a, int transpose, const double *c, int64_t b, double *out)
 {
     memset(out, 0, (size_t)(b * b) * sizeof *out);
-    for (int64_t i = 0; i < b; i++) {
+    for (int64_t i = 0; i < b && !sq_stopped(); i++) {
         for (int64_t p = 0; p < b; p++) {
             if (transpose) {
                 for (int64_t j = 0; j < b; j++) {
@@ -141,7 +141,7 @@ multiply(const double *a, int transpose, const double *c, int64_t b, double *out
 static void
 solve_transposed(const double *l, int64_t b, double *f)
 {
-    for (int64_t i = b - 1; i >= 0; i--) {
+    for (int64_t i = b - 1; i >= 0 && !sq_stopped(); i--) {
         for (int64_t p = i + 1; p < b; p++) {
             for (int64_t j = 0; j < b; j++) {
                 f[i * b + j] -= l[p * b + i] * f[p * b + j];
@@ -279,7 +279,7 @@ energy_blocks(void *context, int64_t begin, int64_t end, int thread)
     for (int64_t block = begin; block < end; block++) {
         const double *gram = job->gram + block * b * b, *m = job->m + block * b * b;
         double energy = 0;
-        for (int64_t i = 0; i < b; i++) {
+        for (int64_t i = 0; i < b && !sq_stopped(); i++) {
             for (int64_t j = 0; j < b; j++) {
                 double product = 0;
                 for (int64_t p = 0; p < b; p++) {

@@ -10,6 +10,7 @@
 
 /* b^3 and the buffers below stay far from overflow */
 #define MAX_BLOCK ((int64_t)SQ_DUQUANT_B_MAX)
+enum { PRODUCT_ROWS = 1024 }; /* of a greedy step's product: it can be stopped between two */
 #define MAX_ROWS ((int64_t)1 << 24)
 #define MAX_K ((int64_t)1 << 24)
 _Static_assert(MAX_ROWS + MAX_BLOCK <= INT64_MAX / (2 * MAX_BLOCK * (int64_t)sizeof(float)) / 64,
@@ -72,7 +73,7 @@ fill_orthogonal(double *q, int64_t ld, int64_t n, uint64_t seed, double *work)
 {
     double *v = work + n;
     uint64_t drawn = 0;
-    for (int64_t order = 1; order <= n; order++) {
+    for (int64_t order = 1; order <= n && !sq_stopped(); order++) {
         double *corner = q + (n - order) * (ld + 1), norm2 = 0;
         for (int64_t i = 0; i < order; i++) {
             v[i] = random_normal(seed, drawn++);
@@ -244,7 +245,7 @@ static void
 polish_orthogonal(float *r, int64_t b, double *polish)
 {
     double *gram = polish, *out = polish + b * b;
-    for (int64_t i = 0; i < b; i++) {
+    for (int64_t i = 0; i < b && !sq_stopped(); i++) {
         for (int64_t j = 0; j <= i; j++) {
             double sum = 0;
             for (int64_t t = 0; t < b; t++) {
@@ -253,7 +254,7 @@ polish_orthogonal(float *r, int64_t b, double *polish)
             gram[i * b + j] = gram[j * b + i] = sum;
         }
     }
-    for (int64_t i = 0; i < b; i++) {
+    for (int64_t i = 0; i < b && !sq_stopped(); i++) {
         for (int64_t j = 0; j < b; j++) {
             out[i * b + j] = 1.5 * (double)r[i * b + j];
         }
@@ -293,11 +294,14 @@ solve_block(const struct greedy_job *job, int64_t block, struct greedy_scratch *
             kept = i;
             memcpy(best, s->x + rows * b, (size_t)(b * b) * sizeof *best);
         }
-        if (i == job->count) {
+        if (i == job->count || sq_stopped()) {
             break;
         }
         switched_step(job->steps + i * b * b, b, d, s->step);
-        job->kernels->gemm_f32(rows + b, b, b, s->x, b, s->step, b, s->next, b);
+        for (int64_t r = 0; r < rows + b && !sq_stopped(); r += PRODUCT_ROWS) {
+            job->kernels->gemm_f32(sq_min_i64(PRODUCT_ROWS, rows + b - r), b, b, s->x + r * b, b,
+                                   s->step, b, s->next + r * b, b);
+        }
         float *swap = s->x;
         s->x = s->next;
         s->next = swap;

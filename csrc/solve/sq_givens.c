@@ -93,7 +93,7 @@ sq_art_extremes(double *v, int64_t n, double threshold, int64_t max_steps, int32
     }
     const double median =
         ranked_magnitude(v, n, (n - 1) / 2) / 2 + ranked_magnitude(v, n, n / 2) / 2;
-    while (*steps < max_steps) {
+    while (*steps < max_steps && !sq_stopped()) {
         int64_t i, j;
         largest_smallest(v, n, &i, &j);
         const double high = fabs(v[i]), low = fabs(v[j]);
@@ -183,7 +183,7 @@ art_columns(double *columns, int64_t n, int64_t rows, int64_t max_steps, double 
     for (int64_t i = 0; i < n; i++) {
         peaks[i] = column_peak(columns + i * rows, rows);
     }
-    while (*steps < max_steps) {
+    while (*steps < max_steps && !sq_stopped()) {
         int64_t i, j, row = 0;
         largest_smallest(peaks, n, &i, &j);
         if (i == j) {
@@ -311,7 +311,7 @@ sq_urt(const double *v, const double *u, int64_t n, int32_t *pairs, double *angl
 static int
 is_orthogonal(const double *m, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n && !sq_stopped(); i++) {
         for (int64_t j = 0; j <= i; j++) {
             double dot = i == j ? -1.0 : 0.0;
             for (int64_t k = 0; k < n; k++) {
@@ -339,7 +339,7 @@ sq_chain_from_matrix(double *matrix, int64_t n, int32_t *pairs, double *angles, 
     }
     *steps = 0;
     for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = i + 1; j < n; j++) {
+        for (int64_t j = i + 1; j < n && !sq_stopped(); j++) {
             const double a = matrix[i * n + i], b = matrix[i * n + j];
             if (b == 0 && a >= 0) { /* a < 0 over zeros takes a half turn */
                 continue;
@@ -460,7 +460,7 @@ sq_uniformity_sweep(double *columns, int64_t n, int64_t rows, int32_t *pairs, do
     if (n < 2) {
         return SQ_OK;
     }
-    for (int64_t round = 0; round < n + n % 2 - 1; round++) {
+    for (int64_t round = 0; round < n + n % 2 - 1 && !sq_stopped(); round++) {
         /* before this round at most its predecessors' pairs are recorded, so its own fit behind */
         struct sweep_job job = {columns, rows, pairs + 2 * *steps, angles + *steps};
         const int64_t met = round_pairs(n, round, pairs + 2 * *steps);

@@ -48,7 +48,7 @@ frobenius_norm(const double *a, int64_t n)
     return sqrt(sum);
 }
 
-/* One cyclic sweep; the number of rotations made. */
+/* One cyclic sweep; the number of rotations made, or 0 when the call is stopped. */
 static int64_t
 jacobi_sweep(double *a, double *v, int64_t n)
 {
@@ -58,6 +58,9 @@ jacobi_sweep(double *a, double *v, int64_t n)
         for (int64_t q = p + 1; q < n; q++) {
             const double limit = NEGLIGIBLE * sqrt(fabs(a[p * n + p] * a[q * n + q]));
             if (fabs(a[p * n + q]) > fmax(limit, noise)) {
+                if (sq_stopped()) {
+                    return 0;
+                }
                 jacobi_rotate(a, v, n, p, q);
                 count++;
             }
@@ -70,7 +73,7 @@ jacobi_sweep(double *a, double *v, int64_t n)
 static void
 sort_rows(double *values, double *v, int64_t n, double *row)
 {
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n && !sq_stopped(); i++) {
         int64_t best = i;
         for (int64_t j = i + 1; j < n; j++) {
             best = values[j] > values[best] ? j : best;

@@ -221,13 +221,13 @@ sq_axis_gram(const float *x, int64_t m, int64_t k1, int64_t k2, double *gram)
     if (!job.panels) {
         return SQ_ERR_NOMEM;
     }
-    for (int64_t t = 0; t < m; t += block) {
+    for (int64_t t = 0; t < m && !sq_stopped(); t += block) {
         job.x = x + t * k;
         job.tokens = sq_min_i64(block, m - t);
         sq_parallel_for(panels, 4, pack_panels, &job);
         sq_parallel_for(panels, 1, update_gram, &job);
     }
-    for (int64_t i = 0; i < k1; i++) {
+    for (int64_t i = 0; i < k1 && !sq_stopped(); i++) {
         for (int64_t j = 0; j < i; j++) {
             gram[i * k1 + j] = gram[j * k1 + i];
         }

@@ -29,7 +29,7 @@ static double
 eliminate(double *a, int64_t n)
 {
     double largest = 0, smallest = INFINITY;
-    for (int64_t p = 0; p < n; p++) {
+    for (int64_t p = 0; p < n && !sq_stopped(); p++) {
         int64_t best = p;
         for (int64_t i = p + 1; i < n; i++) {
             best = fabs(a[i * n + p]) > fabs(a[best * n + p]) ? i : best;

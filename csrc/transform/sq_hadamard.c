@@ -364,7 +364,7 @@ sq_hadamard_transform(double *x, int64_t rows, int64_t n, double *workspace)
     }
     double *table = workspace, *coefficients = workspace + n, *out = workspace + 2 * n;
     fill_table(&plan, table);
-    for (int64_t row = 0; row < rows; row++, x += n) {
+    for (int64_t row = 0; row < rows && !sq_stopped(); row++, x += n) {
         for (int64_t block = 0; block < plan.core; block++) {
             sylvester(x + block * plan.width, plan.width);
         }

@@ -56,7 +56,7 @@ chain_rows(void *context, int64_t begin, int64_t end, int thread)
     const struct chain_job *job = context;
     double c[SQ_CHAIN_TILE], s[SQ_CHAIN_TILE];
     (void)thread;
-    for (int64_t first = 0; first < job->steps; first += SQ_CHAIN_TILE) {
+    for (int64_t first = 0; first < job->steps && !sq_stopped(); first += SQ_CHAIN_TILE) {
         const int64_t count = sq_min_i64(SQ_CHAIN_TILE, job->steps - first);
         const int32_t *pairs = job->pairs + 2 * first;
         for (int64_t t = 0; t < count; t++) {
@@ -214,7 +214,7 @@ transform_wide(const struct sq_factor *f, double *wide, int64_t count, double *w
     if (f->hadamard) { /* sizes are checked: it cannot fail */
         sq_hadamard_transform(wide, count, f->order, workspace);
     }
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count && !sq_stopped(); r++) {
         double *v = wide + r * f->order;
         for (int64_t t = 0; t < f->steps; t++) {
             double *a = v + f->pairs[2 * t], *b = v + f->pairs[2 * t + 1];
@@ -360,7 +360,7 @@ rotate_worker(void *context, int64_t begin, int64_t end, int thread)
     (void)thread;
     for (int64_t worker = begin; worker < end; worker++) {
         char *scratch = job->scratch + (size_t)worker * job->layout.total_bytes;
-        for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < blocks;) {
+        for (int64_t i; !sq_stopped() && (i = atomic_fetch_add(&job->next, 1)) < blocks;) {
             rotate_block(job, i * block, sq_min_i64(block, job->m - i * block), scratch);
         }
     }

@@ -46,7 +46,8 @@ class Session:
 
         The number of tokens may differ from sequence to sequence. ValueError past the capacity or
         for a sequence that does not exist or stands twice, MemoryError past the cache's limit: the
-        session is as it was then.
+        session is as it was then. So it is when a signal's handler raises amid the call, but for
+        pages, which it keeps.
         """
         if len(tokens) == 0:
             raise ValueError("tokens: expected at least one sequence's, got none")
