@@ -58,8 +58,9 @@ sq_py_cache_lock(KVCache *self)
 }
 
 void
-sq_py_cache_unlock(const KVCache *self)
+sq_py_cache_unlock(KVCache *self)
 {
+    self->holder = 0; /* who takes the lock next says so only with the GIL */
     PyThread_release_lock(self->lock);
 }
 

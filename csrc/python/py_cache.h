@@ -20,7 +20,7 @@ typedef struct {
 int
 sq_py_cache_lock(KVCache *self);
 void
-sq_py_cache_unlock(const KVCache *self);
+sq_py_cache_unlock(KVCache *self);
 
 /* With the lock held: self->workspace has at least `bytes`. 0, or -1 with MemoryError. */
 int
