@@ -83,6 +83,18 @@ sq_gemm_f32_6x16__avx2(int64_t m, int64_t n, int64_t k, const float *a, int64_t 
 }
 
 static void
+sq_gemm_page__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
+                   const uint16_t *b, int64_t ld_b, float *c, int64_t ld_c)
+{
+    if (is_bf16) {
+        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 1);
+    }
+    else {
+        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 0);
+    }
+}
+
+static void
 sq_gemm_half__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
                    const uint16_t *w, float *y, int64_t ld_y)
 {
@@ -640,6 +652,7 @@ const struct sq_kernels sq_kernels_avx2 = {
     .gemm_a8w5 = sq_gemm_a8w5_f32_4x32__avx2,
     .gemm_a8w6 = sq_gemm_a8w6_f32_4x32__avx2,
     .gemm_f32 = sq_gemm_f32_6x16__avx2,
+    .gemm_page = sq_gemm_page__avx2,
     .gemm_half = sq_gemm_half__avx2,
     .gemm_rows = sq_gemm_rows__avx2,
     .extremes = sq_extremes__avx2,

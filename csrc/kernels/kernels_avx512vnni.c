@@ -60,6 +60,18 @@ sq_gemm_f32_12x32__avx512vnni(int64_t m, int64_t n, int64_t k, const float *a, i
 }
 
 static void
+sq_gemm_page__avx512vnni(int is_bf16, int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
+                         const uint16_t *b, int64_t ld_b, float *c, int64_t ld_c)
+{
+    if (is_bf16) {
+        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 1);
+    }
+    else {
+        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 0);
+    }
+}
+
+static void
 sq_gemm_half__avx512vnni(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
                          const uint16_t *w, float *y, int64_t ld_y)
 {
@@ -120,6 +132,7 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a8w5 = sq_gemm_a8w5_f32_12x32__avx512vnni,
     .gemm_a8w6 = sq_gemm_a8w6_f32_12x32__avx512vnni,
     .gemm_f32 = sq_gemm_f32_12x32__avx512vnni,
+    .gemm_page = sq_gemm_page__avx512vnni,
     .gemm_half = sq_gemm_half__avx512vnni,
     .gemm_rows = sq_gemm_rows__avx512vnni,
     .f16_to_f32 = sq_f16_to_f32__avx512vnni,

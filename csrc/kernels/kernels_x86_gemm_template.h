@@ -250,8 +250,9 @@ gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const fl
 
 /* ---- float32 x narrow weights ----------------------------------------------------------- */
 
-/* What a weight is widened from. Codes meet their block's scale here. */
-enum narrow { NARROW_F16, NARROW_BF16, NARROW_INT8, NARROW_INT6, NARROW_INT4 };
+/* What a weight is widened from. Codes meet their block's scale here. F32: it was widened before.
+ */
+enum narrow { NARROW_F32, NARROW_F16, NARROW_BF16, NARROW_INT8, NARROW_INT6, NARROW_INT4 };
 
 /* Of w and of x: 12 or 24 accumulators, and each widened weight meets all tokens of a tile. */
 enum { HALF_ROWS = 4, HALF_TOKENS = TILE_BITS == 256 ? 3 : 6 };
@@ -393,6 +394,8 @@ load_widened(const struct narrow_args *s, int r, int64_t p, const int first, int
 {
     const uint8_t *row = (const uint8_t *)s->w + r * s->row_bytes;
     switch (kind) {
+        case NARROW_F32: /* zeros lie behind the last */
+            return VEC(loadu_ps)((const float *)(const void *)row + p);
         case NARROW_INT8:
             return load_int8(row + p + first, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK],
                              count);
@@ -432,7 +435,11 @@ multiply_narrow(const struct narrow_args *s, int64_t p, const int first, int64_t
 static ALWAYS_INLINE int
 bits_of(const enum narrow kind)
 {
-    return kind == NARROW_INT8 ? 8 : kind == NARROW_INT6 ? 6 : kind == NARROW_INT4 ? 4 : 16;
+    return kind == NARROW_F32    ? 32
+           : kind == NARROW_INT8 ? 8
+           : kind == NARROW_INT6 ? 6
+           : kind == NARROW_INT4 ? 4
+                                 : 16;
 }
 
 /* The inputs of one step: a vector, or a block of codes. */
@@ -486,7 +493,9 @@ tile_narrow(const struct narrow_args *s, const int tokens, const int rows, const
     }
     int64_t p = 0;
     for (; p + step <= s->k; p += step) {
-        prefetch_rows(s, p, rows, kind);
+        if (kind != NARROW_F32) {
+            prefetch_rows(s, p, rows, kind);
+        }
         multiply_step(s, p, step, tokens, rows, kind, acc);
     }
     if (p < s->k) {
@@ -527,13 +536,43 @@ rows_narrow(struct narrow_args s, int64_t m, const enum narrow kind)
 }
 #undef TOKENS_CASE
 
-/* Rows of w outside, so that they stay in the cache while all tokens meet them. */
+/* Inputs of rows that are widened before many tokens meet them: 96 KiB of stack. */
+enum { WIDE_K = 6144 };
+
+/* HALF_ROWS rows of s to wide [HALF_ROWS][WIDE_K], zeros up to a whole step behind k. */
+static ALWAYS_INLINE void
+widen_rows(const struct narrow_args *s, float *wide, const enum narrow kind)
+{
+    for (int r = 0; r < HALF_ROWS; r++) {
+        for (int64_t p = 0; p < s->k; p += step_of(kind)) {
+            UNROLL
+            for (int first = 0; first < step_of(kind); first += LANES) {
+                const int64_t count = s->k - p - first;
+                VEC(storeu_ps)
+                (wide + r * WIDE_K + p + first,
+                 count > 0 ? load_widened(s, r, p, first, count, kind) : VEC(setzero_ps)());
+            }
+        }
+    }
+}
+
+/* Rows of w outside, so that they stay in the cache while all tokens meet them. When these are
+ * several tiles, HALF_ROWS rows are widened once for all. */
 static ALWAYS_INLINE void
 gemm_narrow(struct narrow_args s, int64_t m, int64_t n, const enum narrow kind)
 {
+    _Alignas(SQ_ALIGN_BYTES) float wide[HALF_ROWS * WIDE_K];
+    const int widens = m > 2 * HALF_TOKENS && s.k <= WIDE_K;
     int64_t j = 0;
     for (int64_t rows = HALF_ROWS; j < n; j += rows) {
-        if (n - j >= HALF_ROWS) {
+        if (n - j >= HALF_ROWS && widens) {
+            struct narrow_args widened = s;
+            widen_rows(&s, wide, kind);
+            widened.w = wide;
+            widened.row_bytes = WIDE_K * (int64_t)sizeof *wide;
+            rows_narrow(widened, m, NARROW_F32);
+        }
+        else if (n - j >= HALF_ROWS) {
             rows_narrow(s, m, kind);
         }
         else {
@@ -548,6 +587,84 @@ gemm_narrow(struct narrow_args s, int64_t m, int64_t n, const enum narrow kind)
         s.w = (const uint8_t *)s.w + rows * s.row_bytes;
         s.scales = s.scales ? s.scales + rows * s.row_scales : NULL;
         s.y += rows;
+    }
+}
+
+/* ---- float32 x pages of 16-bit floats --------------------------------------------------- */
+
+enum { PAGE_ROWS = 4, PAGE_VECS = TILE_BITS == 256 ? 2 : 4, PAGE_AHEAD = 16 };
+
+/* c [rows][vecs * LANES]: the chains of gemm_f32, with b widened in registers. */
+static ALWAYS_INLINE void
+tile_page(int64_t k, const float *a, int64_t ld_a, const uint16_t *b, int64_t ld_b, float *c,
+          int64_t ld_c, const int rows, const int vecs, const int is_bf16)
+{
+    vec_f acc[PAGE_ROWS][PAGE_VECS];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            acc[r][v] = VEC(setzero_ps)();
+        }
+    }
+    for (int64_t p = 0; p < k; p++, b += ld_b) {
+        vec_f row[PAGE_VECS];
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            row[v] = load_widened_halves(b + LANES * v, LANES, is_bf16);
+            if (v * LANES % 32 == 0) { /* a line of memory */
+                _mm_prefetch((const char *)(b + PAGE_AHEAD * ld_b + LANES * v), _MM_HINT_T0);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vec_f value = VEC(set1_ps)(a[r * ld_a + p]);
+            UNROLL
+            for (int v = 0; v < vecs; v++) {
+                acc[r][v] = VEC(fmadd_ps)(value, row[v], acc[r][v]);
+            }
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            VEC(storeu_ps)(c + r * ld_c + LANES * v, acc[r][v]);
+        }
+    }
+}
+
+static ALWAYS_INLINE void
+strip_page(int64_t n, int64_t k, const float *a, int64_t ld_a, const uint16_t *b, int64_t ld_b,
+           float *c, int64_t ld_c, const int rows, const int is_bf16)
+{
+    int64_t j = 0;
+    for (; j + PAGE_VECS * LANES <= n; j += PAGE_VECS * LANES) {
+        tile_page(k, a, ld_a, b + j, ld_b, c + j, ld_c, rows, PAGE_VECS, is_bf16);
+    }
+    for (; j < n; j += LANES) {
+        tile_page(k, a, ld_a, b + j, ld_b, c + j, ld_c, rows, 1, is_bf16);
+    }
+}
+
+static ALWAYS_INLINE void
+gemm_page(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const uint16_t *b,
+          int64_t ld_b, float *c, int64_t ld_c, const int is_bf16)
+{
+    for (int64_t i = 0; i < m; i += PAGE_ROWS, a += PAGE_ROWS * ld_a, c += PAGE_ROWS * ld_c) {
+        switch (sq_min_i64(PAGE_ROWS, m - i)) {
+            case 1:
+                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 1, is_bf16);
+                break;
+            case 2:
+                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 2, is_bf16);
+                break;
+            case 3:
+                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 3, is_bf16);
+                break;
+            default:
+                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 4, is_bf16);
+        }
     }
 }
 

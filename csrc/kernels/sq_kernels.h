@@ -98,6 +98,11 @@ struct sq_kernels {
     void (*gemm_f32)(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
                      int64_t ld_b, float *c, int64_t ld_c);
 
+    /* The same for b in 16-bit floats, float16 or bfloat16, and n a multiple of 16: for few rows.
+     * NULL: there is none. */
+    void (*gemm_page)(int is_bf16, int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
+                      const uint16_t *b, int64_t ld_b, float *c, int64_t ld_c);
+
     /* y [m][n] = x [m][k] w^T for 16-bit w [n][k]: float16, or bfloat16 when is_bf16. For few
      * tokens: w is widened in registers. An element's sum is in a fixed order, whatever m and n
      * are. */

@@ -20,6 +20,7 @@
 
 enum {
     ROWS_PER_BLOCK = 32,
+    HALF_PAGE_ROWS = 8, /* more rows are faster with a page that is float32 */
     SCORE_ALIGN = SQ_ALIGN_BYTES / (int)sizeof(float),
 };
 
@@ -213,6 +214,19 @@ block_of(const struct attention_job *j, const struct item *i, int64_t page)
     return sq_cache_block(j->cache, j->layer, i->sequence, page, i->kv_head);
 }
 
+/* Whether so few rows meet a page of 16-bit floats that it is widened in registers. */
+static int
+reads_halves(const struct attention_job *j, int64_t rows, int64_t columns)
+{
+    return j->kernels->gemm_page && rows <= HALF_PAGE_ROWS && columns % SCORE_ALIGN == 0;
+}
+
+static int
+is_bfloat16(const struct attention_job *j)
+{
+    return sq_kv_cache_shape(j->cache)->bfloat16;
+}
+
 /* scores [rows][ld] of columns positions from the first page on. A page's row of keys is read in
  * whole vectors; what that adds to the last page's columns is masked later. */
 static void
@@ -222,7 +236,14 @@ score_pages(const struct attention_job *j, const struct item *i, int64_t columns
     for (int64_t c = 0; c < columns; c += SQ_PAGE_TOKENS) {
         const int64_t page = i->first_page + c / SQ_PAGE_TOKENS;
         const int64_t n = sq_min_i64(SQ_PAGE_TOKENS, sq_round_up(columns - c, SCORE_ALIGN));
-        const float *keys = sq_cache_keys(j->cache, j->kernels, block_of(j, i, page), i->tile);
+        const uint8_t *block = block_of(j, i, page);
+        const uint16_t *halves = sq_cache_half_keys(j->cache, block);
+        if (halves && reads_halves(j, i->rows, n)) {
+            j->kernels->gemm_page(is_bfloat16(j), i->rows, n, d, i->queries, d, halves,
+                                  SQ_PAGE_TOKENS, i->scores + c, i->ld);
+            continue;
+        }
+        const float *keys = sq_cache_keys(j->cache, j->kernels, block, i->tile);
         j->kernels->gemm_f32(i->rows, n, d, i->queries, d, keys, SQ_PAGE_TOKENS, i->scores + c,
                              i->ld);
     }
@@ -239,10 +260,19 @@ mix_pages(const struct attention_job *j, const struct item *i, int64_t first_row
     for (int64_t from = first; from <= last;) {
         const int64_t page = from / SQ_PAGE_TOKENS;
         const int64_t to = sq_min_i64(last + 1, (page + 1) * SQ_PAGE_TOKENS);
-        const float *values = sq_cache_values(j->cache, j->kernels, block_of(j, i, page),
-                                              from % SQ_PAGE_TOKENS, to - from, i->tile);
-        j->kernels->gemm_f32(rows, d, to - from, i->scores + first_row * i->ld + from - base, i->ld,
-                             values, d, i->part, d);
+        const int64_t slot = from % SQ_PAGE_TOKENS;
+        const float *shares = i->scores + first_row * i->ld + from - base;
+        const uint8_t *block = block_of(j, i, page);
+        const uint16_t *halves = sq_cache_half_values(j->cache, block);
+        if (halves && reads_halves(j, rows, d)) {
+            j->kernels->gemm_page(is_bfloat16(j), rows, d, to - from, shares, i->ld,
+                                  halves + slot * d, d, i->part, d);
+        }
+        else {
+            const float *values =
+                sq_cache_values(j->cache, j->kernels, block, slot, to - from, i->tile);
+            j->kernels->gemm_f32(rows, d, to - from, shares, i->ld, values, d, i->part, d);
+        }
         for (int64_t e = 0; e < rows * d; e++) {
             out[e] += i->part[e];
         }

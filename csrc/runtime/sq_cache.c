@@ -414,6 +414,19 @@ sq_cache_keys(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, cons
     return sq_block_keys(&cache->form, kernels, block, tile);
 }
 
+const uint16_t *
+sq_cache_half_keys(const sq_kv_cache_t *cache, const uint8_t *block)
+{
+    return cache->form.bits == 16 ? (const uint16_t *)(const void *)block : NULL;
+}
+
+const uint16_t *
+sq_cache_half_values(const sq_kv_cache_t *cache, const uint8_t *block)
+{
+    const int has = block && cache->form.bits == 16;
+    return has ? (const uint16_t *)(const void *)(block + cache->form.values) : NULL;
+}
+
 const float *
 sq_cache_values(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, const uint8_t *block,
                 int64_t from, int64_t count, float *tile)

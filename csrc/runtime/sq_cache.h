@@ -99,6 +99,14 @@ const float *
 sq_cache_keys(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, const uint8_t *block,
               float *tile);
 
+/* Keys [head_dim][SQ_PAGE_TOKENS] and values [SQ_PAGE_TOKENS][head_dim] of a block as they lie
+ * there, in 16-bit floats; NULL where the cache has others or the page was never taken. */
+const uint16_t *
+sq_cache_half_keys(const sq_kv_cache_t *cache, const uint8_t *block);
+
+const uint16_t *
+sq_cache_half_values(const sq_kv_cache_t *cache, const uint8_t *block);
+
 /* Values of places from .. from + count - 1 of a block: [count][head_dim], in tile or in place. */
 const float *
 sq_cache_values(const sq_kv_cache_t *cache, const struct sq_kernels *kernels, const uint8_t *block,

@@ -174,9 +174,10 @@ sq_activations_prepare(const struct sq_kernels *kernels, int bits, float clip, i
 /* A chunk is a run of panels; inside it the rows go by blocks whose activations stay in the second
  * level cache (the table's row_block_bytes) while the chunk's panels pass over them, and a panel
  * stays in the first level while mr rows at a time meet it. So a chunk has CHUNK_BYTES of panels at
- * most, when the rows are more than a block. Else each panel is read once, from memory, which is
- * fastest in long runs: a thread gets its whole share as one chunk, up to STREAM_BYTES. */
-enum { CHUNK_BYTES = 1 << 18, STREAM_BYTES = 1 << 20 };
+ * most, and a thread has CHUNKS_PER_THREAD or more, so that all end together. Up to mr rows read
+ * each panel once, from memory, which is fastest in long runs: then a thread gets its whole share
+ * as one chunk, up to STREAM_BYTES. */
+enum { CHUNK_BYTES = 1 << 18, CHUNKS_PER_THREAD = 4, STREAM_BYTES = 1 << 20 };
 /* Rows of the last panel, whose missing columns need a buffer. */
 enum { TAIL_ROWS = 32 };
 /* Multiply-adds below which calling the pool costs more than it brings. */
@@ -398,12 +399,10 @@ sq_linears_packed(const sq_packed_t *const w[], int count, const struct sq_activ
         bytes += w[i]->n_panels * w[i]->panel_bytes;
         work += (double)a->m * (double)w[i]->n * (double)w[i]->k;
     }
-    const int is_stream = a->m <= site.linears[0].row_block;
+    const int is_stream = a->m <= w[0]->kernels->mr;
     const int64_t most = (is_stream ? STREAM_BYTES : CHUNK_BYTES) * panels / sq_max_i64(1, bytes);
-    int64_t grain = sq_max_i64(1, most);
-    if (is_stream) {
-        grain = sq_min_i64(grain, sq_ceil_div(panels, sq_get_num_threads()));
-    }
+    const int64_t chunks = (int64_t)sq_get_num_threads() * (is_stream ? 1 : CHUNKS_PER_THREAD);
+    const int64_t grain = sq_max_i64(1, sq_min_i64(most, sq_ceil_div(panels, chunks)));
     if (a->m > 0) {
         sq_parallel_for(panels, work < SERIAL_WORK ? panels : grain, site_panels, &site);
     }
