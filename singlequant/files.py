@@ -7,14 +7,16 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ._C import FormatError
 
 MAX_JSON_BYTES = 100_000_000
+REASON = "_reason"  # appended to the name of a number that JSON cannot hold
 MAX_POINTER_BYTES = 1024  # the specification's own limit
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -23,6 +25,10 @@ __all__ = [
     "check_picture",
     "folder_bytes",
     "is_present",
+    "json_text",
+    "json_values",
+    "not_finite",
+    "numbers_back",
     "read_json",
     "require_matplotlib",
     "save_figure",
@@ -145,7 +151,8 @@ def require_matplotlib() -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in path.
 
-    FormatError names the file if it is missing, too large, or holds anything but one JSON object.
+    FormatError names the file if it is missing, too large, or holds anything but one JSON object
+    of finite numbers.
     """
     if not is_present(path):
         raise FormatError(f"{path}: no such file")
@@ -154,11 +161,61 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {path.stat().st_size}"
         )
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys,
+                           parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: expected a JSON object, found: {error}") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def not_finite(value: Any) -> str | None:
+    """What a number is that JSON cannot hold, in words; None for every other value."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return None
+    return "not a number" if math.isnan(value) else "infinite"
+
+
+def json_values(values: Any) -> Any:
+    """Values of mappings and lists as JSON has them: a number that is not finite becomes null.
+
+    In a mapping, NAME_reason says beside the null NAME what the number was.
+    """
+    if isinstance(values, Mapping):
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            reason = not_finite(value)
+            found |= {key: json_values(value)} if reason is None else {
+                key: None, f"{key}{REASON}": reason}
+        return found
+    if isinstance(values, (list, tuple)):
+        return [json_values(value) for value in values]
+    return values if not_finite(values) is None else None
+
+
+def numbers_back(values: Any) -> Any:
+    """What `json_values` was given, where its nulls stand in mappings."""
+    if isinstance(values, Mapping):
+        lost = {key: f"{key}{REASON}" for key, value in values.items()
+                if value is None and f"{key}{REASON}" in values}
+        found = {key: numbers_back(value) for key, value in values.items()
+                 if key not in lost.values()}
+        return found | {key: math.inf if str(values[reason]).startswith("infinite") else math.nan
+                        for key, reason in lost.items()}
+    return [numbers_back(value) for value in values] if isinstance(values, list) else values
+
+
+def json_text(values: Any, indent: int | None = None) -> str:
+    """The `json_values` of values as text."""
+    return json.dumps(json_values(values), indent=indent, allow_nan=False)
+
+
+def _finite(text: str) -> float:
+    """The number of a text, for json. ValueError for one that JSON, or a float64, does not have."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number that is not finite, {text:.40}")
     return value
 
 

@@ -258,7 +258,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
             "data_offsets": [begin, end],
         }
         begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)

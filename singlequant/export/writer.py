@@ -80,7 +80,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any]:

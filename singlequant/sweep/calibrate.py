@@ -191,10 +191,11 @@ def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -
             facts = {name: {fact: getattr(site, fact) for fact in FACTS}
                      for name, site in layer.sites.items()}
             save_file(tensors, partial / _layer_file(layer.index),
-                      {"sites": json.dumps(facts), "kv_largest": repr(layer.kv_largest)})
+                      {"sites": json.dumps(facts, allow_nan=False),
+                       "kv_largest": repr(layer.kv_largest)})
             count += 1
         header = {"format_version": STATISTICS_VERSION, "layers": count}
-        (partial / STATISTICS_FILE).write_text(json.dumps(header))
+        (partial / STATISTICS_FILE).write_text(json.dumps(header, allow_nan=False))
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import QuantConfig
+from ...files import json_text, numbers_back
 from ...harness import Answers, PairedDifference, differences_json
 from ..evaluate import Evaluation
 
@@ -71,7 +72,7 @@ class Row:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Row:
         """The row of a dict."""
-        values = {k: v for k, v in values.items() if k not in ("method", "scheme")}
+        values = numbers_back({k: v for k, v in values.items() if k not in ("method", "scheme")})
         config = values["config"]
         values["config"] = None if config is None else QuantConfig.from_json(config)
         values["results"] = tuple(Evaluation(**result) for result in values["results"])
@@ -141,7 +142,7 @@ class RowsFile:
         """Append a "row" or what was "built"; durable: on the disk when this returns."""
         (self.rows if kind == "row" else self.built)[key] = dict(values)
         if durable and self.path is not None:
-            self._file.write(json.dumps({"key": key, kind: values}, allow_nan=False).encode())
+            self._file.write(json_text({"key": key, kind: values}).encode())
             self._file.write(b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
