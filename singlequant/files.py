@@ -15,7 +15,12 @@ from typing import Any
 
 from ._C import FormatError
 
-MAX_JSON_BYTES = 100_000_000
+# What a file may hold that is read whole. Published settings have 2 MB at most. A list of tensors
+# takes about 100 bytes for each: DeepSeek-V3's index has 92,000 of them, packed folders up to three
+# times as many as their sources.
+MAX_JSON_BYTES = 4 << 20
+MAX_LISTING_BYTES = 32 << 20  # indices, headers, recipes: an entry for every tensor
+MAX_TEMPLATE_BYTES = 1 << 20
 REASON = "_reason"  # appended to the name of a number that JSON cannot hold
 MAX_POINTER_BYTES = 1024  # the specification's own limit
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -31,6 +36,7 @@ __all__ = [
     "numbers_back",
     "read_json",
     "require_matplotlib",
+    "require_size",
     "save_figure",
     "sync_folder",
     "unique_keys",
@@ -148,18 +154,22 @@ def require_matplotlib() -> None:
         raise ImportError("a picture needs matplotlib (pip install 'singlequant[plots]')") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in path.
+def require_size(path: Path, most: int, what: str) -> None:
+    """FormatError if a file is larger than a file of its kind is."""
+    size = path.stat().st_size
+    if size > most:
+        raise FormatError(f"{path}: expected {what} of at most {most} bytes, found {size}")
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in path, of at most so many bytes.
 
     FormatError names the file if it is missing, too large, or holds anything but one JSON object
     of finite numbers.
     """
     if not is_present(path):
         raise FormatError(f"{path}: no such file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise FormatError(
-            f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {path.stat().st_size}"
-        )
+    require_size(path, most, "JSON")
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys,
                            parse_constant=_finite, parse_float=_finite)
