@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from ..runtime.layers import build_layer, flat_positions, new_cache
 from ..runtime.outer import Outer
 from ..statistics import LayerStatistics, SiteStatistics
 from .experts import borrow
+
+if TYPE_CHECKING:
+    from .prepare import View
 
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
@@ -86,7 +89,7 @@ def _weight_gram(weights: Sequence[NDArray], b: int) -> NDArray[np.float64] | No
 
 
 def calibrate(
-    checkpoint,
+    checkpoint: View,
     windows: NDArray[np.int64],
     sample_tokens: int = SAMPLE_TOKENS,
     progress: Callable[[int, int], None] | None = None,

@@ -8,11 +8,14 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...files import check_picture, json_text, not_finite, save_figure, write_file
 from ..evaluate import BEYOND
 from .rows import STAGES, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TEXT_COLUMNS = ("scheme", "method", "weights")
 _MEASURES = (("perplexity", "perplexity", ".3f"), ("KL", "kl_mean", ".5f"),
@@ -178,7 +181,7 @@ class Comparison:
         }
         return write_file(path, json_text(values, indent=1) + "\n")
 
-    def plot(self, path: str | Path | None = None):
+    def plot(self, path: str | Path | None = None) -> Figure:
         """matplotlib Figure of the rows; see `plots.draw`. Saved to `path` when given.
 
         The suffix of `path` is the format, and the file appears only when whole. ImportError
