@@ -28,6 +28,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 __all__ = [
     "check_file",
     "check_picture",
+    "errors_name",
     "folder_bytes",
     "is_present",
     "json_text",
@@ -46,6 +47,17 @@ __all__ = [
 
 
 @contextlib.contextmanager
+def errors_name(path: Path, *instead: Path) -> Iterator[None]:
+    """An OSError within names path where it names no file, or one of those instead."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, *map(str, instead)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Any]:
     """A binary file to write; it gets the name path only after it was written and synced.
 
@@ -53,26 +65,25 @@ def whole_file(path: Path) -> Iterator[Any]:
     and an OSError names path.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        unnamed = isinstance(error, OSError) and error.filename in (None, str(temporary))
-        if unnamed:  # write() knows no name, and nobody asked for the temporary one
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+    with errors_name(path, temporary):  # write() knows no name; nobody asked for the temporary one
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with errors_name(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
             raise

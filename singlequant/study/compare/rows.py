@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import QuantConfig
-from ...files import json_text, numbers_back
+from ...files import errors_name, json_text, numbers_back
 from ...harness import Answers, PairedDifference, differences_json
 from ..evaluate import Evaluation
 
@@ -111,7 +112,8 @@ class RowsFile:
 
     def __exit__(self, *exception: object) -> None:
         if self.path is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it writes again what a full disk did not take
+                self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -142,7 +144,8 @@ class RowsFile:
         """Append a "row" or what was "built"; durable: on the disk when this returns."""
         (self.rows if kind == "row" else self.built)[key] = dict(values)
         if durable and self.path is not None:
-            self._file.write(json_text({"key": key, kind: values}).encode())
-            self._file.write(b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with errors_name(self.path):
+                self._file.write(json_text({"key": key, kind: values}).encode())
+                self._file.write(b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
