@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: help build test ladder amx neon asan lint bench notebooks
+.PHONY: help build test ladder amx neon asan broken lint bench notebooks
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 $(VENV)/bin/pytest:
@@ -25,6 +25,8 @@ neon: ## the NEON kernels, cross-compiled, in an emulator (gcc-aarch64-linux-gnu
 asan: build ## the quick tests under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
 	VENV=$(VENV) tools/run_sanitized.sh
+broken: build ## kill runs at random, fill the disk under them, and go on with them
+	$(VENV)/bin/python tools/break_runs.py kill && $(VENV)/bin/python tools/break_runs.py full
 lint: build ## ruff and clang-format
 	$(VENV)/bin/ruff check . && git ls-files 'csrc/*.[ch]' | xargs clang-format --dry-run -Werror
 bench: build ## the linear against float32 and the machine's peaks

@@ -1,7 +1,6 @@
 """What the benchmarks share: timing, spread, the machine, types of options, JSON output."""
 
 import argparse
-import json
 import math
 import os
 import re
@@ -149,5 +148,5 @@ def write_result(result, path=None, kept_as=None):
         folder.mkdir(parents=True, exist_ok=True)
         targets.append(folder / f"{values['date']}-{kept_as}.json")
     for target in targets:
-        files.write_file(target, json.dumps(result, indent=1) + "\n")
+        files.write_file(target, files.json_text(result, indent=1) + "\n")
         print(f"written {target}")

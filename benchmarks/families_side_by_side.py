@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import singlequant as sq
-from singlequant.files import write_file
+from singlequant.files import json_text, write_file
 from singlequant.study.compare import Comparison
 
 from .experiments import command as options
@@ -75,7 +75,7 @@ def compare_model(model: Path, arguments: argparse.Namespace) -> Side:
     side = Side(config["architectures"][0],
                 json.loads(record.read_text("utf-8")) if record.is_file() else None,
                 json.loads(path.read_text("utf-8")))
-    write_file(path, json.dumps(vars(side), indent=1) + "\n")
+    write_file(path, json_text(vars(side), indent=1) + "\n")
     print(f"{name}\n{found}\n", flush=True)
     return side
 

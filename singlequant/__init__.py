@@ -1,5 +1,6 @@
 """Run large language models in 4 bits on the CPU: closed-form rotations, packed int4 kernels."""
 
+import typing as _typing
 import warnings as _warnings
 
 from . import arrays
@@ -77,9 +78,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "calibration_tokens":
-        _warnings.warn("singlequant.calibration_tokens is now singlequant.calibration_windows",
-                       DeprecationWarning, stacklevel=2)
-        return calibration_windows
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not _typing.TYPE_CHECKING:  # a type checker would take every misspelled name for one of these
+
+    def __getattr__(name: str):
+        if name == "calibration_tokens":
+            _warnings.warn("singlequant.calibration_tokens is now singlequant.calibration_windows",
+                           DeprecationWarning, stacklevel=2)
+            return calibration_windows
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

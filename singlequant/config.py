@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _C
-from .files import read_json
+from .files import MAX_LISTING_BYTES, read_json
 from .methods.registry import DEFAULT_METHOD, METHODS
 
 KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
@@ -172,7 +172,7 @@ class QuantConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> QuantConfig:
         """The recipe in a JSON file, or in a result's recipe.json; errors name the file."""
-        values = read_json(Path(path))
+        values = read_json(Path(path), MAX_LISTING_BYTES)
         if isinstance(values.get("config"), dict):  # recipe.json also says what it was made from
             values = values["config"]
         try:

@@ -7,30 +7,54 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ._C import FormatError
 
-MAX_JSON_BYTES = 100_000_000
+# What a file may hold that is read whole. Published settings have 2 MB at most. A list of tensors
+# takes about 100 bytes for each: DeepSeek-V3's index has 92,000 of them, packed folders up to three
+# times as many as their sources.
+MAX_JSON_BYTES = 4 << 20
+MAX_LISTING_BYTES = 32 << 20  # indices, headers, recipes: an entry for every tensor
+MAX_TEMPLATE_BYTES = 1 << 20
+REASON = "_reason"  # appended to the name of a number that JSON cannot hold
 MAX_POINTER_BYTES = 1024  # the specification's own limit
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 __all__ = [
     "check_file",
     "check_picture",
+    "errors_name",
     "folder_bytes",
     "is_present",
+    "json_text",
+    "json_values",
+    "not_finite",
+    "numbers_back",
     "read_json",
     "require_matplotlib",
+    "require_size",
     "save_figure",
     "sync_folder",
     "unique_keys",
     "whole_file",
     "write_file",
 ]
+
+
+@contextlib.contextmanager
+def errors_name(path: Path, *instead: Path) -> Iterator[None]:
+    """An OSError within names path where it names no file, or one of those instead."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, *map(str, instead)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager
@@ -41,26 +65,25 @@ def whole_file(path: Path) -> Iterator[Any]:
     and an OSError names path.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        unnamed = isinstance(error, OSError) and error.filename in (None, str(temporary))
-        if unnamed:  # write() knows no name, and nobody asked for the temporary one
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+    with errors_name(path, temporary):  # write() knows no name; nobody asked for the temporary one
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with errors_name(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
             raise
@@ -142,23 +165,78 @@ def require_matplotlib() -> None:
         raise ImportError("a picture needs matplotlib (pip install 'singlequant[plots]')") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in path.
+def require_size(path: Path, most: int, what: str) -> None:
+    """FormatError if a file is larger than a file of its kind is."""
+    size = path.stat().st_size
+    if size > most:
+        raise FormatError(f"{path}: expected {what} of at most {most} bytes, found {size}")
 
-    FormatError names the file if it is missing, too large, or holds anything but one JSON object.
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in path, of at most so many bytes.
+
+    FormatError names the file if it is missing, too large, or holds anything but one JSON object
+    of finite numbers.
     """
     if not is_present(path):
         raise FormatError(f"{path}: no such file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise FormatError(
-            f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {path.stat().st_size}"
-        )
+    require_size(path, most, "JSON")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys,
+                           parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: expected a JSON object, found: {error}") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def not_finite(value: Any) -> str | None:
+    """What a number is that JSON cannot hold, in words; None for every other value."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return None
+    return "not a number" if math.isnan(value) else "infinite"
+
+
+def json_values(values: Any) -> Any:
+    """Values of mappings and lists as JSON has them: a number that is not finite becomes null.
+
+    In a mapping, NAME_reason says beside the null NAME what the number was.
+    """
+    if isinstance(values, Mapping):
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            reason = not_finite(value)
+            found |= {key: json_values(value)} if reason is None else {
+                key: None, f"{key}{REASON}": reason}
+        return found
+    if isinstance(values, (list, tuple)):
+        return [json_values(value) for value in values]
+    return values if not_finite(values) is None else None
+
+
+def numbers_back(values: Any) -> Any:
+    """What `json_values` was given, where its nulls stand in mappings."""
+    if isinstance(values, Mapping):
+        lost = {key: f"{key}{REASON}" for key, value in values.items()
+                if value is None and f"{key}{REASON}" in values}
+        found = {key: numbers_back(value) for key, value in values.items()
+                 if key not in lost.values()}
+        return found | {key: math.inf if str(values[reason]).startswith("infinite") else math.nan
+                        for key, reason in lost.items()}
+    return [numbers_back(value) for value in values] if isinstance(values, list) else values
+
+
+def json_text(values: Any, indent: int | None = None) -> str:
+    """The `json_values` of values as text."""
+    return json.dumps(json_values(values), indent=indent, allow_nan=False)
+
+
+def _finite(text: str) -> float:
+    """The number of a text, for json. ValueError for one that JSON, or a float64, does not have."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number that is not finite, {text:.40}")
     return value
 
 

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from . import _C
 from ._C import FormatError
-from .files import is_present, read_json, unique_keys, whole_file
+from .files import MAX_LISTING_BYTES, is_present, read_json, unique_keys, whole_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -69,11 +68,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if size < 8 or length > size - 8:
             raise FormatError(
                 f"{path}: truncated or not safetensors: its header should take {length} bytes, "
                 f"the file has {size}"
             )
+        if length > MAX_LISTING_BYTES:
+            raise FormatError(f"{path}: expected a header of at most {MAX_LISTING_BYTES} bytes, "
+                              f"found {length}")
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
@@ -150,7 +152,7 @@ def _no_weights(folder: Path) -> str:
 
 def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
     """The tensors of a sharded folder. Shards may be links, but their names are plain."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MAX_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map: expected an object, found {weight_map!r:.80}")
     for name, file in weight_map.items():
@@ -258,7 +260,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
             "data_offsets": [begin, end],
         }
         begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)

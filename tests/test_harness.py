@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -464,6 +465,16 @@ def test_eval_prints_text_and_tasks(model, text, capsys):
     assert f"perplexity      {result['perplexity']:.4f}" in printed
     accuracy = result["tasks"]["local_choose"]
     assert f"acc              {accuracy['acc']:.4f} +- {accuracy['acc_stderr']:.4f}" in printed
+
+
+def test_harness_says_nothing_of_its_own(model, tmp_path):
+    need_lm_eval()
+    done = subprocess.run(
+        [sys.executable, "-m", "singlequant", "eval", str(model), "--tasks", "local_choose",
+         "--task-folder", str(TASKS), "--json"], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(json.loads(done.stdout)) == {"kv_bits", "tasks"}
 
 
 def test_eval_of_tasks_alone_prints_no_perplexity(model, capsys):

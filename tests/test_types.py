@@ -12,37 +12,43 @@ import numpy as np
 import pytest
 
 import singlequant as sq
+from singlequant.study.compare.options import Changes, CompareOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-RIGHT = """
-import numpy as np
-import singlequant as sq
-
-model = sq.load("folder")
-text: str = model.generate("a", max_new_tokens=2)
-texts: list[str] = model.generate(["a", "b"])
-ids: list[int] = model.generate([1, 2], stop_tokens=[3], on_token=lambda sequence, token: None)
-batch: list[list[int]] = model.generate([[1, 2], [3]])
-same: list[int] = model.generate(np.array([1, 2]))
-"""
+SCRIPT = ROOT / "tests" / "data" / "user_script.py"
+SETUP = ["import singlequant as sq", 'model = sq.load("folder")', 'checkpoint = model.checkpoint']
 WRONG = [
     'number: int = model.generate("a")', 'text: str = model.generate(["a"])',
     "model.generate(1.5)", "model.generate([1.5])", 'model.generate("a", top_k="3")',
-    'model.generate("a", seeds=1)',
+    'model.generate("a", seeds=1)', "sq.load(3)", 'sq.load("folder", kv_bits="8")',
+    'sq.quantize_model("folder")', 'sq.QuantConfig(schem="w4a8")', 'sq.QuantConfig(seed="1")',
+    'sq.quantize_folder("folder", "out", "w4a8")', 'sq.compare("folder", method=["none"])',
+    'sq.compare("folder", schemes=4)', "sq.perplexity(checkpoint, \"text\")",
+    'sq.calibrate("folder", model.encode("a"))', 'sq.quantize("folder", [])',
+    "sq.perplexity(model, \"text\").perplexities", 'model.tokenizer.encodes("a")',
 ]
 
 
 @pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
 def test_checker_accepts_a_users_script_and_finds_mistakes(tmp_path):
-    lines = [*RIGHT.splitlines(), *WRONG]
-    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    """In one run of mypy, which takes a few seconds."""
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("\n".join([*SETUP, *WRONG]) + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--follow-imports=silent",
-         "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "user.py")],
+         "--cache-dir", str(tmp_path / "cache"), str(SCRIPT), str(wrong)],
         capture_output=True, text=True, cwd=ROOT, timeout=600)
-    found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
-    first = len(RIGHT.splitlines()) + 1
+    errors = [line.split(":")[:2] for line in done.stdout.splitlines() if ": error:" in line]
+    assert {Path(name).name for name, _ in errors} == {"wrong.py"}, done.stdout + done.stderr
+    found = {int(number) for _, number in errors}
+    first = len(SETUP) + 1
     assert found == set(range(first, first + len(WRONG))), done.stdout
+
+
+def test_changes_of_a_comparison_are_its_options():
+    assert Changes.__annotations__.keys() == CompareOptions.__dataclass_fields__.keys()
+    for name, field in CompareOptions.__dataclass_fields__.items():
+        assert Changes.__annotations__[name].__forward_arg__ == field.type
 
 
 @pytest.mark.parametrize(("prompts", "kind"), [

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._C import FormatError
-from ..files import is_present, read_json
+from ..files import MAX_TEMPLATE_BYTES, is_present, read_json, require_size
 from .special_tokens import special_tokens
 from .template_process import TemplateError, TemplateProcess
 from .tools import tool_schema
@@ -21,7 +21,6 @@ __all__ = ["ChatTemplateError", "chat_templates", "reads_roles", "render_chat"]
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 PROCESSOR_FILE = "chat_template.json"  # older folders of multimodal models
-MAX_TEMPLATE_BYTES = 1 << 20
 DEFAULT, TOOL_USE = "default", "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, behind the message to continue
@@ -105,9 +104,7 @@ def reads_roles(checkpoint) -> bool:
 
 def _read_template(path: Path) -> str:
     is_present(path)
-    if path.stat().st_size > MAX_TEMPLATE_BYTES:
-        raise FormatError(f"{path}: expected a template of at most {MAX_TEMPLATE_BYTES} bytes, "
-                          f"found {path.stat().st_size}")
+    require_size(path, MAX_TEMPLATE_BYTES, "a template")
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._C import FormatError
+from ..files import MAX_LISTING_BYTES
 from ..tensors import TensorInfo
 
 MAGIC = b"GGUF"
@@ -96,6 +97,9 @@ class _Reader:
             raise FormatError(f"{self.path}: truncated: {count} bytes should follow byte "
                               f"{self.at}, the file has {self.size}")
         self.at += count
+        if self.at > MAX_LISTING_BYTES:
+            raise FormatError(f"{self.path}: expected a header of at most {MAX_LISTING_BYTES} "
+                              f"bytes, found {self.at}")
         return self.data[self.at - count : self.at]
 
     def number(self, code: str) -> Any:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from .shared import add_command, add_dequantize, add_kv_bits
@@ -56,4 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
                                          **options)
         print(bench_model.report_model(result))
     if arguments.json is not None:
-        files.write_file(arguments.json, json.dumps(result, indent=1) + "\n")
+        files.write_file(arguments.json, files.json_text(result, indent=1) + "\n")

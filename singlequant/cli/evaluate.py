@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -40,11 +39,19 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """What the parsed command line asks for."""
+    from ..files import json_text
     from ..runtime.open import load
+    from ..study.evaluate import LogitsError
 
     check_eval(arguments)
     model = load(arguments.model, arguments.kv_bits, arguments.dequantize)
-    result = evaluate_text(model, arguments) if arguments.text else None
+    try:
+        result = evaluate_text(model, arguments) if arguments.text else None
+    except LogitsError as error:
+        if arguments.json:
+            print(json_text({"kv_bits": model.kv_bits, "perplexity": None,
+                             "perplexity_reason": str(error)}))
+        raise
     tasks, original, paired = None, None, {}
     if arguments.tasks is not None:
         tasks, original, paired = score_named_tasks(model, arguments)
@@ -55,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         printed |= {"tasks": tasks} if tasks else {}
         if original is not None:
             printed |= {"original": original, "paired": differences_json(paired)}
-        print(json.dumps(printed, allow_nan=False))
+        print(json_text(printed))
         return
     print(f"kv_bits         {model.kv_bits}")
     if result:
@@ -66,14 +73,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_task(task: str, metrics, original, paired) -> None:
     """A line per metric: its value, the original's, and the paired difference of the two."""
+    from ..files import not_finite
+
+    def shown(value: float) -> str:
+        return not_finite(value) or f"{value:.4f}"
+
     for name, value in metrics.items():
         if "_stderr" in name:
             continue
         error = metrics.get(stderr_name(name))
-        spread = "" if error is None else f" +- {error:.4f}"
-        line = f"{task:<24} {name:<16} {value:.4f}{spread}"
+        spread = "" if error is None else f" +- {shown(error)}"
+        line = f"{task:<24} {name:<16} {shown(value)}{spread}"
         if name in original:
-            line += f"  original {original[name]:.4f}"
+            line += f"  original {shown(original[name])}"
         if name in paired:
             line += f"  difference {paired[name]} ({paired[name].questions} questions, paired)"
         print(line)
@@ -121,10 +133,12 @@ def evaluate_text(model, arguments: argparse.Namespace):
 
 
 def print_evaluation(result) -> None:
-    print(f"perplexity      {result.perplexity:.4f}  ({result.predictions} predictions in windows "
-          f"of {result.seq_len}, {result.seconds:.1f} s)")
+    from ..study.evaluate import perplexity_text
+
+    print(f"perplexity      {perplexity_text(result.perplexity)}  ({result.predictions} "
+          f"predictions in windows of {result.seq_len}, {result.seconds:.1f} s)")
     if result.kl_mean is not None:
-        print(f"reference       {result.reference_perplexity:.4f}")
+        print(f"reference       {perplexity_text(result.reference_perplexity)}")
         print(f"kl_mean         {result.kl_mean:.5f} nats per token from the reference")
         print(f"kl_p99          {result.kl_p99:.5f}")
         print(f"top1_agreement  {result.top1_agreement:.4f}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from ..config import SCHEMES, QuantConfig
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.surface is not None:
         files.save_figure(outliers.plot_surface(result), arguments.surface)
     if arguments.json:
-        print(json.dumps(result.to_json(), allow_nan=False))
+        print(files.json_text(result.to_json()))
         return
     print_inspection(result)
 

@@ -129,7 +129,7 @@ class PartialFolder:
         """Write the journal: before the first other file, and after each layer."""
         values = {"out": self._out.name, "kernels": kernel_names(), "files": sorted(self._own),
                   "layers": self.layers}
-        write_file(self.path / JOURNAL_FILE, json.dumps(values, indent=2) + "\n")
+        write_file(self.path / JOURNAL_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def rename(self) -> None:
         """Give the folder the name OUT, durably; the journal goes."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..config import QuantConfig
-from ..files import is_present, read_json, whole_file, write_file
+from ..files import MAX_LISTING_BYTES, is_present, read_json, whole_file, write_file
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
 from ..tensors import write_safetensors
@@ -80,7 +80,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class ModelWriter:
     def _go_on(self) -> None:
         """Take over the finished layers. ValueError if this run would make other ones."""
         recipe = self._partial / RECIPE_FILE
-        _compare_recipes(recipe, read_json(recipe), self._recipe)
+        _compare_recipes(recipe, read_json(recipe, MAX_LISTING_BYTES), self._recipe)
         layers = range(self._checkpoint.spec.layers)
         finished = {i for i in layers
                     if str(i) in self._folder.layers and _is_whole(self._layer_path(i))}

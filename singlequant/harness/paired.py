@@ -118,7 +118,7 @@ def answers_of(samples: Iterable[Mapping[str, Any]], metrics: Mapping[str, float
     order = sorted(hashes)
     digest = hashlib.sha256("\n".join(hashes[doc] for doc in order).encode()).hexdigest()
     whole = {name: tuple(found[doc] for doc in order) for name, found in values.items()
-             if len(found) == len(order)}
+             if len(found) == len(order) and all(map(math.isfinite, found.values()))}
     return Answers(digest, {name: found for name, found in whole.items()
                             if math.isclose(np.mean(found), metrics.get(name, math.nan),
                                             rel_tol=1e-9, abs_tol=1e-12)})

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,7 @@ def _run(
         raise ValueError(f"task_folder: expected a folder, got {task_folder}")
     folders = [bundled_tasks()] + ([] if task_folder is None else [Path(task_folder)])
     configs = local_configs(folders)
-    with tempfile.TemporaryDirectory(prefix="singlequant-tasks-") as work, _quiet(not progress):
+    with tempfile.TemporaryDirectory(prefix="singlequant-tasks-") as work, _quiet(progress):
         manager = _task_manager(tasks, configs, Path(work))
         return _scores(model, tasks, manager, limit, progress, by_question)
 
@@ -107,18 +111,34 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class _quiet:
-    """Switches the bars of `datasets` off while it is open."""
+@contextlib.contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Keeps from the user what the harness says of its own work.
 
-    def __init__(self, active: bool) -> None:
-        from datasets.utils import logging as bars
+    That is what it prints, log lines where nobody set up logging, what `git` says of a working
+    directory that is no repository, and, without progress, bars.
+    """
+    import lm_eval.api.task
+    import lm_eval.evaluator
+    import tqdm
+    from datasets.utils import logging as bars
 
-        self._bars = bars if active and bars.is_progress_bar_enabled() else None
+    logger, silence = logging.getLogger("lm_eval"), logging.NullHandler()
+    with contextlib.ExitStack() as stack:
 
-    def __enter__(self) -> None:
-        if self._bars:
-            self._bars.disable_progress_bar()
+        def replace(module: Any, name: str, value: Any) -> None:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
 
-    def __exit__(self, *exception: object) -> None:
-        if self._bars:
-            self._bars.enable_progress_bar()
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        logger.addHandler(silence)
+        stack.callback(logger.removeHandler, silence)
+        replace(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
+        if not progress:
+            hidden = functools.partial(tqdm.tqdm, disable=True)
+            replace(tqdm, "tqdm", hidden)
+            replace(lm_eval.api.task, "tqdm", hidden)
+            if bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                stack.callback(bars.enable_progress_bar)
+        yield

@@ -367,7 +367,7 @@ def save_learned(learned: Learned, path: str | Path) -> None:
     """Write a safetensors file; path holds the old state or the new one, never a part."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(getattr(learned, name)) for name in ARRAYS}
-    settings = json.dumps(dict(learned.settings), sort_keys=True)
+    settings = json.dumps(dict(learned.settings), sort_keys=True, allow_nan=False)
     write_file(path, save(arrays, {"spinquant": settings}))
 
 

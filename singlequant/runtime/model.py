@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,11 @@ from .layers import build_layer, flat_positions, new_cache
 from .outer import Outer
 from .session import Session
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ..checkpoint.folder import Checkpoint
+
 
 class Model:
     """A decoder ready to run: packed int4 linears, or 16- and 32-bit ones through OpenBLAS.
@@ -32,7 +37,7 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True,
+        self, checkpoint: Checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True,
         kv_dtype: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
@@ -59,7 +64,7 @@ class Model:
         )
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         """The folder's tokenizers.Tokenizer."""
         return self.checkpoint.tokenizer
 

@@ -6,17 +6,23 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
+from ..files import json_values, not_finite
 from ..rows import token_ids
 from ..runtime.model import Model
 
 TOKENS_PER_STEP = 2048  # windows are grouped into calls of about this many tokens
 HEAD_ROWS = 256  # rows of logits alive at once
+BEYOND = "infinite: the mean negative log-likelihood is above 709 nats"
+
+
+class LogitsError(ValueError):
+    """A model's logits are NaN or Inf, so that it has no perplexity."""
 
 
 class Scorer(Protocol):
@@ -57,7 +63,8 @@ class CachedScorer:
 class Evaluation:
     """Result of one evaluation. Without a reference model, the last four fields are None.
 
-    perplexity is exp of the mean negative log-likelihood (nats) over `predictions` predictions.
+    perplexity is exp of the mean negative log-likelihood (nats) over `predictions` predictions. It
+    is infinite where exp is too large for a float64.
     tokens is the number of tokens in all windows of seq_len tokens. seconds is the wall time.
     kl_mean and kl_p99 are the mean and the 99th percentile of the Kullback-Leibler divergence from
     the reference to the model, in nats per token. top1_agreement is the share of predictions at
@@ -74,9 +81,14 @@ class Evaluation:
     top1_agreement: float | None = None
     reference_perplexity: float | None = None
 
-    def to_json(self) -> dict[str, float | int]:
-        """The fields that are not None, as numbers that json.dumps accepts."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
+    def to_json(self) -> dict[str, float | int | str | None]:
+        """The fields that are not None, as JSON values.
+
+        A number that is not finite is null, and NAME_reason beside it says why.
+        """
+        known = {k: v for k, v in asdict(self).items() if v is not None}
+        found: dict[str, Any] = json_values(known)
+        return found | {key: BEYOND for key in found if key.endswith("perplexity_reason")}
 
     def __repr__(self) -> str:
         text = f"Evaluation(perplexity={self.perplexity:.4f}, predictions={self.predictions}"
@@ -116,7 +128,8 @@ def evaluate(
 
     seq_len: tokens of a window. reference: a model from which the divergences are measured.
     progress(done, total) is called after each group of windows, with numbers of windows. An
-    exception in it ends the evaluation. ValueError if a model's logits are not finite.
+    exception in it ends the evaluation. LogitsError, a ValueError, if a model's logits are not
+    finite.
     """
     start = time.perf_counter()
     windows = split_windows(tokens, seq_len)
@@ -136,7 +149,7 @@ def evaluate(
             progress(min(first + step, len(windows)), len(windows))
     nll = np.concatenate(nll)
     result = {
-        "perplexity": float(np.exp(nll.mean())),
+        "perplexity": _exp(nll.mean()),
         "tokens": int(windows.size),
         "predictions": len(nll),
         "seq_len": seq_len,
@@ -147,7 +160,7 @@ def evaluate(
             "kl_mean": float(kl.mean()),
             "kl_p99": float(np.quantile(kl, 0.99)),
             "top1_agreement": float(np.concatenate(same).mean()),
-            "reference_perplexity": float(np.exp(np.concatenate(reference_nll).mean())),
+            "reference_perplexity": _exp(np.concatenate(reference_nll).mean()),
         }
     return Evaluation(seconds=time.perf_counter() - start, **result)
 
@@ -174,10 +187,21 @@ def perplexity(
 
 
 def _finite(nll: NDArray[np.float64], who: str) -> NDArray[np.float64]:
-    """nll itself; ValueError when a model's logits made it NaN or Inf."""
+    """nll itself; LogitsError when a model's logits made it NaN or Inf."""
     if not np.isfinite(nll).all():
-        raise ValueError(f"{who}: expected finite logits, found NaN or Inf")
+        raise LogitsError(f"{who}: expected finite logits, found NaN or Inf")
     return nll
+
+
+def _exp(mean: float) -> float:
+    """exp(mean), infinite where a float64 has no such number."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(mean))
+
+
+def perplexity_text(value: float, form: str = ".4f") -> str:
+    """A perplexity for people: the number, or why there is none."""
+    return format(value, form) if not_finite(value) is None else BEYOND
 
 
 def _predictions(

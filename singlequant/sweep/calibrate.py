@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from ..runtime.layers import build_layer, flat_positions, new_cache
 from ..runtime.outer import Outer
 from ..statistics import LayerStatistics, SiteStatistics
 from .experts import borrow
+
+if TYPE_CHECKING:
+    from .prepare import View
 
 SAMPLE_TOKENS = 512  # tokens kept per site for the angles
 SAMPLE_ROWS = 512  # rows kept of a site's weights, likewise
@@ -86,7 +89,7 @@ def _weight_gram(weights: Sequence[NDArray], b: int) -> NDArray[np.float64] | No
 
 
 def calibrate(
-    checkpoint,
+    checkpoint: View,
     windows: NDArray[np.int64],
     sample_tokens: int = SAMPLE_TOKENS,
     progress: Callable[[int, int], None] | None = None,
@@ -191,10 +194,11 @@ def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -
             facts = {name: {fact: getattr(site, fact) for fact in FACTS}
                      for name, site in layer.sites.items()}
             save_file(tensors, partial / _layer_file(layer.index),
-                      {"sites": json.dumps(facts), "kv_largest": repr(layer.kv_largest)})
+                      {"sites": json.dumps(facts, allow_nan=False),
+                       "kv_largest": repr(layer.kv_largest)})
             count += 1
         header = {"format_version": STATISTICS_VERSION, "layers": count}
-        (partial / STATISTICS_FILE).write_text(json.dumps(header))
+        (partial / STATISTICS_FILE).write_text(json.dumps(header, allow_nan=False))
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

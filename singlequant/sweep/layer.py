@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from ..weights import (
     packed_words,
     packing_problem,
 )
+
+if TYPE_CHECKING:
+    from .prepare import View
 
 Rotation = SiteRotation | BlockRotation
 
@@ -332,7 +335,7 @@ def _site_factor(rotations: LayerRotations, site: str, config: QuantConfig) -> G
 
 
 def quantize(
-    checkpoint, rotations: Iterable[LayerRotations], config: QuantConfig | None = None,
+    checkpoint: View, rotations: Iterable[LayerRotations], config: QuantConfig | None = None,
     bits: Mapping[str, int] | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Quantize layer by layer; takes what `solve_rotations` yields and feeds `save`.

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.folder import Checkpoint, open_model
 from ..config import KV_DTYPES, QuantConfig
 from ..export.writer import ModelWriter, check_run
-from ..files import folder_bytes, read_json
+from ..files import MAX_LISTING_BYTES, folder_bytes, read_json
 from ..statistics import LayerStatistics
 from ..weights import QuantizedLayer
 from .measure import PeakMemory, measure
@@ -149,7 +149,7 @@ def _kv_dtype(out: Path) -> str:
 
 def _check_text(recipe: Path, checkpoint: Checkpoint, config: QuantConfig, digest: str) -> None:
     """ValueError when a saved recipe of this model saw other tokens, chosen in the same way."""
-    saved = read_json(recipe)
+    saved = read_json(recipe, MAX_LISTING_BYTES)
     used, provenance = saved.get("config"), saved.get("provenance")
     if not isinstance(used, dict) or not isinstance(provenance, dict):
         return  # options alone, as people write them

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -115,11 +114,7 @@ class Evaluator:
                        seconds=seconds)
 
     def _scores(self, model: Model) -> harness.TaskScores:
-        """Finite metrics of the tasks, and the answers."""
+        """Metrics of the tasks, and the answers."""
         if not self._tasks:
             return harness.TaskScores({}, {})
-        found = harness.score_tasks(model, list(self._tasks), self._task_folder)
-        metrics = {task: {metric: float(value) for metric, value in values.items()
-                          if isinstance(value, (int, float)) and math.isfinite(value)}
-                   for task, values in found.metrics.items()}
-        return replace(found, metrics=metrics)
+        return harness.score_tasks(model, list(self._tasks), self._task_folder)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from ...config import QuantConfig
 from ...methods.registry import METHODS
@@ -89,3 +90,28 @@ class CompareOptions:
                 rows += [(QuantConfig(scheme=scheme, seed=seed, **common), True)
                          for seed in dict.fromkeys(self.seeds)]
         return rows
+
+
+class Changes(TypedDict, total=False):
+    """Fields of `CompareOptions` by name, for type checkers."""
+
+    methods: Sequence[str] | None
+    schemes: Sequence[str]
+    weights: Sequence[str]
+    clip: float
+    bits: float
+    group_size: int
+    head_bits: int | None
+    embedding_bits: int | None
+    defaults: bool
+    learned: str | Path | None
+    calibration: str | Path | None
+    calibration_tokens: int | None
+    seeds: Sequence[int]
+    texts: Sequence[str | Path] | None
+    seq_len: int | None
+    windows: int | None
+    tasks: Sequence[str]
+    task_folder: str | Path | None
+    out: str | Path | None
+    rows_file: str | Path | None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 from .rows import Row
@@ -55,7 +56,8 @@ def _draw_panel(axis, lines: Mapping[str, list[Row]], t: int) -> None:
     axis.grid(axis="both", color="0.9")
     axis.set_axisbelow(True)
     for y, rows in enumerate(lines.values()):
-        done = [row.results[t] for row in rows if row.results and row.results[t].kl_mean > 0]
+        done = [row.results[t] for row in rows
+                if row.results and 0 < row.results[t].kl_mean < math.inf]
         if not done:
             axis.annotate("failed", (0.02, y), xycoords=("axes fraction", "data"), va="center",
                           fontsize="small", color="0.5")

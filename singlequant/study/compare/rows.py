@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import QuantConfig
+from ...files import errors_name, json_text, numbers_back
 from ...harness import Answers, PairedDifference, differences_json
 from ..evaluate import Evaluation
 
@@ -71,7 +73,7 @@ class Row:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Row:
         """The row of a dict."""
-        values = {k: v for k, v in values.items() if k not in ("method", "scheme")}
+        values = numbers_back({k: v for k, v in values.items() if k not in ("method", "scheme")})
         config = values["config"]
         values["config"] = None if config is None else QuantConfig.from_json(config)
         values["results"] = tuple(Evaluation(**result) for result in values["results"])
@@ -110,7 +112,8 @@ class RowsFile:
 
     def __exit__(self, *exception: object) -> None:
         if self.path is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it writes again what a full disk did not take
+                self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -141,7 +144,8 @@ class RowsFile:
         """Append a "row" or what was "built"; durable: on the disk when this returns."""
         (self.rows if kind == "row" else self.built)[key] = dict(values)
         if durable and self.path is not None:
-            self._file.write(json.dumps({"key": key, kind: values}, allow_nan=False).encode())
-            self._file.write(b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with errors_name(self.path):
+                self._file.write(json_text({"key": key, kind: values}).encode())
+                self._file.write(b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,11 @@ from .options import CompareOptions
 from .rows import ROWS_FILE, STAGES, Row, RowsFile
 from .table import Comparison
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import Changes
+
 Sample = tuple[int, int, int]  # QuantConfig.sample
 
 
@@ -40,7 +45,7 @@ def compare(
     *,
     progress: Callable[[int, int], None] | None = None,
     writing: Callable[[int, int], None] | None = None,
-    **changes: Any,
+    **changes: Unpack[Changes],
 ) -> Comparison:
     """Quantize a `save_pretrained` folder by each method and scheme, and evaluate each result.
 

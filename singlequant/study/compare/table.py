@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...files import check_picture, save_figure, write_file
+from ...files import check_picture, json_text, not_finite, save_figure, write_file
+from ..evaluate import BEYOND
 from .rows import STAGES, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TEXT_COLUMNS = ("scheme", "method", "weights")
 _MEASURES = (("perplexity", "perplexity", ".3f"), ("KL", "kl_mean", ".5f"),
@@ -62,17 +65,26 @@ class Comparison:
         if any(row.paired for row in self.rows):
             notes.append("- original: mean difference of the answers to each question, +- its "
                          "standard error")
-        failed = [row for row in self.rows if row.error]
-        return notes + [f"{row.scheme} {row_name(row)}: {row.error}" for row in failed]
+        for row in self.rows:
+            what = [row.error] if row.error else []
+            what += [f"perplexity{self._suffix(t)}: {BEYOND}" for t, result in
+                     enumerate(row.results) if not_finite(result.perplexity)]
+            notes += [f"{row.scheme} {row_name(row)}: {text}" for text in what]
+        return notes
+
+    def _suffix(self, t: int) -> str:
+        """Of text t's name, where there are several."""
+        return f" {self.texts[t]}" if len(self.texts) > 1 else ""
 
     def _best(self) -> set[tuple[int, int]]:
         """(row, text) of the lowest divergences by scheme; none where a scheme has one row."""
         best = set()
         for scheme in {row.scheme for row in self.rows if row.config}:
             rows = [i for i, row in enumerate(self.rows) if row.scheme == scheme and row.results]
-            if len(rows) > 1:
-                best |= {(min(rows, key=lambda i: self.rows[i].results[t].kl_mean), t)
-                         for t in range(len(self.texts))}
+            for t in range(len(self.texts)) if len(rows) > 1 else ():
+                kl = {i: self.rows[i].results[t].kl_mean for i in rows}
+                finite = [i for i in rows if not_finite(kl[i]) is None]
+                best |= {(min(finite, key=kl.__getitem__), t)} if finite else set()
         return best
 
     def _cells(self) -> list[list[str]]:
@@ -110,7 +122,7 @@ class Comparison:
 
     def _measure_columns(self, t: int, best: set[int]) -> list[list[str]]:
         """What was measured on text t; `*` at the KL of the rows in best."""
-        suffix, columns = f" {self.texts[t]}" if len(self.texts) > 1 else "", []
+        suffix, columns = self._suffix(t), []
         for header, name, form in _MEASURES:
             cells = [_format(getattr(row.results[t], name), form) if row.results else "-"
                      for row in self.rows]
@@ -167,9 +179,9 @@ class Comparison:
             "machine": dict(self.machine),
             "rows": [row.to_json() for row in self.rows],
         }
-        return write_file(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        return write_file(path, json_text(values, indent=1) + "\n")
 
-    def plot(self, path: str | Path | None = None):
+    def plot(self, path: str | Path | None = None) -> Figure:
         """matplotlib Figure of the rows; see `plots.draw`. Saved to `path` when given.
 
         The suffix of `path` is the format, and the file appears only when whole. ImportError

@@ -15,7 +15,7 @@ from ... import _C
 from ...checkpoint.folder import Checkpoint, open_model
 from ...config import QuantConfig
 from ...export.writer import RECIPE_FILE
-from ...files import read_json
+from ...files import MAX_LISTING_BYTES, read_json
 from ...methods.gain import alignment_gain, balance_gain
 from ...methods.registry import METHODS
 from ...methods.solve import solve_layer
@@ -144,7 +144,7 @@ def _original(
         raise ValueError(f"original: expected an unquantized model, found a packed one: "
                          f"{checkpoint.path}")
     recipe = opened.path / RECIPE_FILE
-    source = read_json(recipe).get("source_sha256") if recipe.is_file() else None
+    source = read_json(recipe, MAX_LISTING_BYTES).get("source_sha256") if recipe.is_file() else None
     same = checkpoint.spec.separate() == opened.spec.separate()
     if not same or source not in (None, checkpoint.fingerprint):
         raise ValueError(f"original: expected the model that {opened.path} was made of, found "
