@@ -117,4 +117,8 @@ class Evaluator:
         """Metrics of the tasks, and the answers."""
         if not self._tasks:
             return harness.TaskScores({}, {})
-        return harness.score_tasks(model, list(self._tasks), self._task_folder)
+        found = harness.score_tasks(model, list(self._tasks), self._task_folder)
+        metrics = {task: {metric: float(value) for metric, value in values.items()
+                          if isinstance(value, (int, float))}
+                   for task, values in found.metrics.items()}
+        return replace(found, metrics=metrics)
