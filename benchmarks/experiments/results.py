@@ -1,7 +1,7 @@
 """docs/results.md from the JSON of the experiments and of `singlequant compare --json`.
 
     python -m benchmarks.experiments.results --from DIR [--out docs/results.md] [--title TEXT]
-                                             [--summary docs/summary.md]
+                                             [--summary docs/summary.md] [--first MODEL]
 
 DIR is searched with its subfolders. A file named after an experiment (convergence.json,
 ablation-NAME.json, ...) or a comparison is a section, anything else an error. Figures that lie
@@ -103,8 +103,10 @@ class Result:
         return Comparison(**{**self.values, "texts": tuple(self.values["texts"]), "rows": rows})
 
 
-def read_results(folder: Path) -> list[Result]:
+def read_results(folder: Path, first: str | None = None) -> list[Result]:
     """Every result in a folder, in the page's order: kinds, then models, the shortest name first.
+
+    first: a model that leads each kind.
 
     ValueError names a file that is none, or says that there is none.
     """
@@ -127,7 +129,8 @@ def read_results(folder: Path) -> list[Result]:
     if not found:
         raise ValueError(f"{folder}: expected results of experiments, found none")
     order = list(SECTIONS)
-    return sorted(found, key=lambda r: (order.index(r.kind), len(r.model), r.model, r.path))
+    return sorted(found, key=lambda r: (order.index(r.kind), r.model != first, len(r.model),
+                                        r.model, r.path))
 
 
 # ---- a section ----------------------------------------------------------------------------------
@@ -458,9 +461,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--out", metavar="FILE", type=Path, default=ROOT / "docs" / "results.md")
     p.add_argument("--title", metavar="TEXT", default="Results", help="(default: %(default)s)")
     p.add_argument("--summary", metavar="FILE", type=Path)
+    p.add_argument("--first", metavar="MODEL", help="a model that leads each section")
     arguments = p.parse_args(argv)
     with options.errors_of(NAME):
-        results = read_results(arguments.folder)
+        results = read_results(arguments.folder, arguments.first)
         text = page(results, arguments.out.parent / "images", arguments.title)
         if arguments.summary is not None:
             link = os.path.relpath(arguments.out.resolve(), arguments.summary.resolve().parent)
