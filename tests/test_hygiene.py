@@ -356,7 +356,7 @@ def test_long_calls_release_the_gil(name):
     thread = threading.Thread(target=tick)
     thread.start()
     try:
-        for _ in range(20):
+        for _ in range(200):
             begin = time.perf_counter()
             call()
             end = time.perf_counter()
