@@ -299,6 +299,18 @@ load_bytes(const uint8_t *from)
 #endif
 }
 
+/* A bfloat16 is the upper half of a float32. */
+static ALWAYS_INLINE vec_f
+broadcast_bf16(uint16_t x)
+{
+    const vec_i wide = VEC(slli_epi32)(VEC(set1_epi16)((int16_t)x), 16);
+#if TILE_BITS == 256
+    return _mm256_castsi256_ps(wide);
+#else
+    return _mm512_castsi512_ps(wide);
+#endif
+}
+
 /* LANES codes of 8 bits times their scale, of which count exist; the others are 0. */
 static ALWAYS_INLINE vec_f
 load_int8(const uint8_t *from, uint16_t scale, int64_t count)
@@ -308,7 +320,7 @@ load_int8(const uint8_t *from, uint16_t scale, int64_t count)
         memcpy(tail, from, (size_t)count);
         from = tail;
     }
-    return VEC(mul_ps)(floats_of_int8(load_bytes(from)), VEC(set1_ps)(sq_float_of_bf16(scale)));
+    return VEC(mul_ps)(floats_of_int8(load_bytes(from)), broadcast_bf16(scale));
 }
 
 /* The low four bits of the 32 inputs of a block of 4- or 6-bit codes: the second half of them lies
@@ -345,8 +357,7 @@ scale_codes(__m256i codes, const int zero_code, uint16_t scale, const int first)
     if (first % (SQ_ROW_BLOCK / 2)) {
         part = _mm_unpackhi_epi64(part, part);
     }
-    const __m128i wide = _mm_set1_epi32((int)((uint32_t)scale << 16)); /* bfloat16 to float32 */
-    return VEC(mul_ps)(floats_of_int8(part), VEC(broadcastss_ps)(_mm_castsi128_ps(wide)));
+    return VEC(mul_ps)(floats_of_int8(part), broadcast_bf16(scale));
 }
 
 static ALWAYS_INLINE vec_f
