@@ -59,8 +59,9 @@ class IkLlama:
         commit = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], text=True,
                                 capture_output=True, check=False).stdout.strip()
         self.version = f"ik_llama.cpp {commit or 'of unknown commit'}"
-        said = self.library.ik_info().decode()
-        self.note = "built for " + " ".join(said.replace(" = 1", "").split())
+        said = self.library.ik_info().decode().split("|")
+        has = [name.removesuffix(" = 1").strip() for name in said if " = 1" in name]
+        self.note = "built for " + " | ".join(has)
 
     def open(self, count: int, capacity: int) -> None:
         if self.library.ik_open(count, capacity, MICRO_BATCH, self.threads):
