@@ -175,20 +175,33 @@ def require_size(path: Path, most: int, what: str) -> None:
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in path, of at most so many bytes.
 
-    FormatError names the file if it is missing, too large, or holds anything but one JSON object
-    of finite numbers.
+    FormatError names the file if it is missing, too large, or holds anything but one JSON object.
     """
     if not is_present(path):
         raise FormatError(f"{path}: no such file")
     require_size(path, most, "JSON")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys,
-                           parse_constant=_finite, parse_float=_finite)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        lost = next(_lost_numbers(value), None)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: expected a JSON object, found: {error}") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if lost:
+        raise FormatError(f"{path}: {lost[0]}: expected a number that is finite, found {lost[1]}")
     return value
+
+
+def _lost_numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Name and value of each number that JSON does not have, though json reads it."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _lost_numbers(value, f"{name}.{key}" if name else key)
+    elif isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from _lost_numbers(value, f"{name}[{i}]")
 
 
 def not_finite(value: Any) -> str | None:
@@ -230,14 +243,6 @@ def numbers_back(values: Any) -> Any:
 def json_text(values: Any, indent: int | None = None) -> str:
     """The `json_values` of values as text."""
     return json.dumps(json_values(values), indent=indent, allow_nan=False)
-
-
-def _finite(text: str) -> float:
-    """The number of a text, for json. ValueError for one that JSON, or a float64, does not have."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"a number that is not finite, {text:.40}")
-    return value
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
