@@ -198,10 +198,10 @@ sq_unpack_row(int bits, const int32_t *words, int64_t k, int8_t *codes);
 typedef struct sq_packed_t sq_packed_t;
 
 /* words [n][sq_packed_words], scales [n][k / g]; g = 0 means one scale per output channel,
- * otherwise g must be a multiple of SQ_K_ALIGN that divides k. int8_inputs: leading inputs whose activations come with 8 bits where the others
- * have 4, a multiple of SQ_K_ALIGN (and of g) below k; 0: none. Copies; the copy is never written
- * again and may be shared between threads. k <= sq_packed_k_max, so that integer sums fit 32 bits:
- * 8 * 128 * 2^20 = 128 * 128 * 2^16 = 2^30. */
+ * otherwise g must be a multiple of SQ_K_ALIGN that divides k. int8_inputs: leading inputs whose
+ * activations come with 8 bits where the others have 4, a multiple of SQ_K_ALIGN (and of g) below
+ * k; 0: none. Copies; the copy is never written again and may be shared between threads. k <=
+ * sq_packed_k_max, so that integer sums fit 32 bits: 8 * 128 * 2^20 = 128 * 128 * 2^16 = 2^30. */
 #define SQ_PACKED_K_MAX (1 << 20)
 #define SQ_PACKED_K_MAX_W8 (1 << 16)
 int64_t
