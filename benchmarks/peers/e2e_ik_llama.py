@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .e2e_llama_cpp import MICRO_BATCH
+from .e2e_llama_cpp import MICRO_BATCH, LlamaCpp
 from .e2e_worker import serve
 from .gguf_files import gguf_file
 
@@ -45,7 +45,9 @@ def build(root: Path) -> ctypes.CDLL:
     return library
 
 
-class IkLlama:
+class IkLlama(LlamaCpp):
+    """What it asks is what llama.cpp is asked; how the library is called is its own."""
+
     def __init__(self, folder: Path, kind: str, threads: int) -> None:
         root = os.environ.get(FOLDER)
         if not root:
@@ -60,7 +62,7 @@ class IkLlama:
                                 capture_output=True, check=False).stdout.strip()
         self.version = f"ik_llama.cpp {commit or 'of unknown commit'}"
         said = self.library.ik_info().decode().split("|")
-        has = [name.removesuffix(" = 1").strip() for name in said if " = 1" in name]
+        has = [name.strip().removesuffix(" = 1") for name in said if " = 1" in name]
         self.note = "built for " + " | ".join(has)
 
     def open(self, count: int, capacity: int) -> None:
@@ -78,16 +80,6 @@ class IkLlama:
             raise RuntimeError("ik_llama.cpp refuses the tokens")
         self.length += length
         return np.ctypeslib.as_array(found, (tokens.size if every else count, self.vocab))
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        self.open(*tokens.shape)
-        return self.run(tokens, True).copy()
-
-    def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        return self.run(tokens, False)
-
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        return self.run(tokens[:, None], False)
 
     def rewind(self, length: int) -> None:
         self.library.ik_rewind(length)
