@@ -20,6 +20,13 @@ enum { SQ_THIN_AHEAD = 8192 };
 
 #define SQ_EACH_BYTE(x) ((uint64_t)(x)*UINT64_C(0x0101010101010101))
 
+/* Whether codes of so many bits have thin panels. */
+static inline int
+is_thin(int bits)
+{
+    return bits == 5 || bits == 6;
+}
+
 static ALWAYS_INLINE uint64_t
 word_at(const uint8_t *bytes, int64_t i)
 {

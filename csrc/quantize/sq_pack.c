@@ -59,8 +59,8 @@ fill_w4(const struct panels_job *job, int64_t p, int64_t begin, int64_t end, int
     job->w->kernels->pack_panel(padded, end - begin, panel);
 }
 
-/* Buffers of a thread: padded [nr][k_padded] in 4 or 8 bits; of more than 4 bits also a row of
- * codes [k], and where panels are thin a wide one. */
+/* Buffers of a thread: padded [nr][k_padded] in 4 or 8 bits, a row of codes [k], and where panels
+ * are thin a wide one. */
 struct panel_buffers {
     void *padded;
     int8_t *row;
@@ -71,12 +71,11 @@ static int
 take_buffers(const sq_packed_t *w, struct panel_buffers *b)
 {
     const size_t codes = (size_t)(w->kernels->nr * w->k_padded);
-    *b = (struct panel_buffers){.padded = sq_alloc(codes)};
-    if (w->panel_bits > 4) {
-        b->row = sq_alloc((size_t)w->k);
-        b->wide = sq_alloc(codes);
-    }
-    return b->padded && (w->panel_bits == 4 || (b->row && b->wide));
+    const int wide = is_thin(w->panel_bits);
+    *b = (struct panel_buffers){.padded = sq_alloc(codes),
+                                .row = sq_alloc((size_t)w->k),
+                                .wide = wide ? sq_alloc(codes) : NULL};
+    return b->padded && b->row && (!wide || b->wide);
 }
 
 static void
@@ -100,7 +99,7 @@ fill_w8(const struct panels_job *job, int64_t p, int64_t begin, int64_t end,
         sq_unpack_row(w->bits, job->words + (p * w->kernels->nr + j) * words, w->k, b->row);
         memcpy(padded + j * count, b->row + begin, (size_t)(sq_min_i64(end, w->k) - begin));
     }
-    if (w->panel_bits == 8) {
+    if (!is_thin(w->panel_bits)) {
         w->kernels->pack_panel_w8(padded, count, panel);
         return;
     }

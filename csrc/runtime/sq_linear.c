@@ -8,6 +8,7 @@
 #include "core/sq_scratch.h"
 #include "core/sq_threads.h"
 #include "kernels/sq_kernels.h"
+#include "kernels/thin_panels.h"
 
 /* ---- activations ------------------------------------------------------------------------ */
 
@@ -193,12 +194,6 @@ struct linear_job {
     atomic_int *no_memory;
 };
 
-static int
-is_thin(const sq_packed_t *w)
-{
-    return w->panel_bits == 5 || w->panel_bits == 6;
-}
-
 /* Whether a kernel reads the thin panels of w as they are. */
 static int
 reads_thin(const sq_packed_t *w, const struct sq_activations *a)
@@ -213,7 +208,7 @@ panel_of(const struct linear_job *job, int64_t p, int64_t begin, int64_t end)
     const sq_packed_t *w = job->w;
     const int64_t nr = w->kernels->nr, bytes = nr * (end - begin);
     const uint8_t *panel = w->panels + p * w->panel_stride_bytes + begin * nr * w->panel_bits / 8;
-    if (!is_thin(w) || reads_thin(w, job->a)) {
+    if (!is_thin(w->panel_bits) || reads_thin(w, job->a)) {
         return panel;
     }
     uint8_t *wide = sq_thread_scratch((size_t)bytes);
@@ -338,7 +333,7 @@ static sq_panel_kernel
 kernel_for(const sq_packed_t *w, const struct sq_activations *a, int bits)
 {
     const struct sq_kernels *t = w->kernels;
-    if (is_thin(w) && reads_thin(w, a)) {
+    if (is_thin(w->panel_bits) && reads_thin(w, a)) {
         return w->panel_bits == 5 ? t->gemm_a8w5 : t->gemm_a8w6;
     }
     const int wide = w->panel_bits > 4;
