@@ -22,6 +22,7 @@ class FormatError(ValueError): ...
 # constants of the core
 FACTOR_DENSE_MAX: Final[int]  # the largest order of a factor that is kept as a matrix
 INT8_STEP: Final[int]  # leading inputs with 8 bits come in multiples of it
+PACKED_K_MAX_W8: Final[int]  # inputs of a packed weight of more than 4 bits
 DENSE_FEW: Final[int]  # rows up to which a row of linear_dense does not depend on the others
 PAGE_TOKENS: Final[int]  # positions of one page of a KVCache
 

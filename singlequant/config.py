@@ -18,6 +18,7 @@ KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for u
 TABLE_BITS = (4, 6, 8, 16)  # of embedding and head; 16: as they are
 DEFAULT_TABLE_BITS = 8
 KV_DTYPES = ("float16", "bfloat16")
+STREAM_BITS = (8, 32)
 
 INT8_STEP = _C.INT8_STEP  # inputs with 8 bits come in whole blocks
 
@@ -45,6 +46,7 @@ class QuantConfig:
     calibration_window: int = 512  # tokens that are run as one text; at most the model's maximum
     seed: int = 0
     ignore: tuple[str, ...] = field(default=())  # linears left as they are (fnmatch patterns)
+    stream_bits: int = 8  # of weights and activations that carry the calibration tokens; 32: the model's own
     gptq_inputs: str = "float"  # "quantized": GPTQ's Gram matrix is of inputs as they are run
     gptq_order: bool = False  # GPTQ rounds inputs by falling diagonal of it
     gptq_damping: float = 0.1  # share of the diagonal's mean that is added to it
@@ -89,6 +91,9 @@ class QuantConfig:
         if type(self.kv_bits) is not int or self.kv_bits not in KV_BITS:
             raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, "
                              f"found {self.kv_bits!r}")
+        if type(self.stream_bits) is not int or self.stream_bits not in STREAM_BITS:
+            raise ValueError(f"stream_bits: expected one of {', '.join(map(str, STREAM_BITS))}, "
+                             f"found {self.stream_bits!r}")
         for name in ("head_bits", "embedding_bits"):
             bits = getattr(self, name)
             if bits is not None and (type(bits) is not int or bits not in TABLE_BITS):

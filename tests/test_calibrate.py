@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
+from singlequant.sweep import stream
 from singlequant.sweep.calibrate import FACTS
 from singlequant.sweep.texts import choose_windows
 
@@ -92,6 +93,34 @@ def test_calibrate_gives_the_same_bytes_at_any_thread_count(checkpoint, windows)
         assert_same(a, b)
 
 
+def test_calibrate_in_8_bits_is_near_the_model_itself(checkpoint, windows):
+    exact = list(sq.calibrate(checkpoint, windows))
+    layers = list(sq.calibrate(checkpoint, windows, stream_bits=8))
+    np.testing.assert_array_equal(layers[0].sites["qkv"].inputs, exact[0].sites["qkv"].inputs)
+    for a, b in zip(layers, exact, strict=True):
+        for name, site in a.sites.items():
+            x, y = site.inputs.astype(np.float64), b.sites[name].inputs.astype(np.float64)
+            error = np.linalg.norm(x - y) / np.linalg.norm(y)
+            assert error < 0.03
+            assert error > 0 or (a.index, name) == (0, "qkv")
+
+
+@pytest.mark.parametrize("module, limit", [(stream, "BYTES_MAX"),
+                                           (stream._C, "PACKED_K_MAX_W8")])
+def test_calibrate_in_8_bits_reads_a_layer_that_is_too_large_as_it_is(
+    checkpoint, windows, module, limit, monkeypatch
+):
+    exact = list(sq.calibrate(checkpoint, windows))
+    monkeypatch.setattr(module, limit, 64)
+    for a, b in zip(sq.calibrate(checkpoint, windows, stream_bits=8), exact, strict=True):
+        assert_same(a, b)
+
+
+def test_calibrate_refuses_other_bits_of_the_stream(checkpoint, windows):
+    with pytest.raises(ValueError, match="stream_bits: expected one of 8, 32, got 16"):
+        sq.calibrate(checkpoint, windows, stream_bits=16)
+
+
 def test_calibrate_keeps_an_evenly_spaced_sample(checkpoint, windows):
     everything = next(sq.calibrate(checkpoint, windows))
     some = next(sq.calibrate(checkpoint, windows, sample_tokens=10))
@@ -133,14 +162,17 @@ def test_calibrate_refuses_a_packed_checkpoint_at_once(model, tmp_path, text, wi
 @pytest.mark.parametrize("name", ["input_layernorm.weight", "self_attn.q_proj.weight",
                                   "self_attn.v_proj.bias", "mlp.up_proj.weight",
                                   "mlp.down_proj.weight"])
-def test_calibrate_names_the_tensor_that_is_not_finite(make_checkpoint, tmp_path, windows, name):
+@pytest.mark.parametrize("bits", [8, 32])
+def test_calibrate_names_the_tensor_that_is_not_finite(
+    make_checkpoint, tmp_path, windows, name, bits
+):
     path = make_checkpoint(tmp_path / "bad", bias=True)
     name = f"model.layers.0.{name}"
     tensors = load_file(path / "model.safetensors")
     tensors[name].reshape(-1)[3] = np.nan
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"^{name}, rows 0 to"):
-        list(sq.calibrate(sq.load_checkpoint(path), windows))
+        list(sq.calibrate(sq.load_checkpoint(path), windows, stream_bits=bits))
 
 
 def test_calibrate_refuses_tokens_outside_the_vocabulary(checkpoint):

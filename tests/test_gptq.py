@@ -418,7 +418,8 @@ def test_sweep_resumes_and_chains_to_the_same_bytes(model, tmp_path, text):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole5")
     checkpoint = sq.load_checkpoint(model)
     windows = sq.calibration_windows(checkpoint, recipe, text)
-    statistics = sq.calibrate(checkpoint, windows, keep_inputs=True)
+    statistics = sq.calibrate(checkpoint, windows, keep_inputs=True,
+                              stream_bits=recipe.stream_bits)
     layers = sq.quantize(checkpoint, sq.solve_rotations(statistics, recipe), recipe)
     sq.save(layers, tmp_path / "chained", checkpoint, recipe)
     for name in ("model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"):

@@ -76,8 +76,8 @@ def test_stages_chained_by_hand_give_the_same_folder(model, tmp_path, text):
     checkpoint = sq.load_checkpoint(model)
     windows = sq.calibration_windows(checkpoint, config(), text)
     given, bits = sq.assign_bits(checkpoint, config(bits=4.85), windows)
-    rotations = sq.solve_rotations(sq.calibrate(checkpoint, windows), given)
-    layers = sq.quantize(checkpoint, rotations, given, bits)
+    statistics = sq.calibrate(checkpoint, windows, stream_bits=given.stream_bits)
+    layers = sq.quantize(checkpoint, sq.solve_rotations(statistics, given), given, bits)
     sq.save(layers, tmp_path / "b", checkpoint, given)
     a, b = digests(tmp_path / "a"), digests(tmp_path / "b")
     assert {k: v for k, v in a.items() if k != "recipe.json"} == {

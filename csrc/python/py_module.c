@@ -246,6 +246,7 @@ add_constants(PyObject *module)
     } constants[] = {{"FACTOR_DENSE_MAX", SQ_FACTOR_DENSE_MAX},
                      {"INT8_STEP", SQ_K_ALIGN},
                      {"DENSE_FEW", SQ_DENSE_FEW},
+                     {"PACKED_K_MAX_W8", SQ_PACKED_K_MAX_W8},
                      {"PAGE_TOKENS", SQ_PAGE_TOKENS}};
     for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++) {
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value)) {

@@ -237,6 +237,7 @@ sq_layer_forward(const struct sq_layer *layer, struct sq_pass *pass, int64_t ind
     lay_out(layer, tokens->m, tokens->length, pass->workspace, &c.s);
     c.reader = (struct sq_reader){.sites = layer->sites,
                                   .record = record,
+                                  .tokens = tokens->m,
                                   .activations_workspace = c.s.activations,
                                   .rotation_workspace = c.s.rotation};
     if (!pass->rotary || !sq_rotary_equal(pass->rotary, &a->rotary)) {

@@ -134,23 +134,48 @@ sq_reader_rows(struct sq_reader *reader, int64_t m)
     reader->site = -1;
 }
 
-/* Adds x [m][k] of the chunk at token `begin`, unless it is there: a site may be entered again. */
+struct copy_job {
+    const float *x;
+    float *to;
+    int64_t k;
+};
+
+static void
+copy_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct copy_job *j = context;
+    (void)thread;
+    memcpy(j->to + begin * j->k, j->x + begin * j->k,
+           (size_t)((end - begin) * j->k) * sizeof(float));
+}
+
+static void
+copy_in(const float *x, int64_t m, int64_t k, float *to)
+{
+    struct copy_job j = {x, to, k};
+    sq_parallel_for(m, sq_row_grain(k), copy_rows, &j);
+}
+
+/* Adds x [m][k] of the chunk at token `begin`, unless it is there: a site may be entered again.
+ * most: rows that the call may add, so that a site that sees every token never grows. */
 static sq_status
-add_record(struct sq_record *r, int64_t begin, const float *x, int64_t m, int64_t k)
+add_record(struct sq_record *r, int64_t begin, const float *x, int64_t m, int64_t k, int64_t most)
 {
     if (r->seen > begin || m == 0) {
         return SQ_OK;
     }
     if (r->capacity < r->count + m) {
-        const int64_t capacity = sq_max_i64(r->count + m, 2 * r->capacity);
-        float *rows = realloc(r->rows, (size_t)(capacity * k) * sizeof *rows);
+        const int64_t capacity = sq_max_i64(sq_max_i64(r->count + m, most), 2 * r->capacity);
+        float *rows = sq_alloc((size_t)(capacity * k) * sizeof *rows);
         if (!rows) {
             return SQ_ERR_NOMEM;
         }
+        copy_in(r->rows, r->count, k, rows);
+        free(r->rows);
         r->rows = rows;
         r->capacity = capacity;
     }
-    memcpy(r->rows + r->count * k, x, (size_t)(m * k) * sizeof *x);
+    copy_in(x, m, k, r->rows + r->count * k);
     r->count += m;
     r->seen = begin + 1;
     return SQ_OK;
@@ -162,7 +187,8 @@ enter_site(struct sq_reader *r, int site, const float *x)
     const struct sq_site *s = &r->sites[site];
     r->site = site;
     if (r->record) {
-        SQ_TRY(add_record(&r->record[site], r->begin, x, r->m, s->k));
+        const int64_t most = s->value < SQ_VALUE_EXPERTS ? r->tokens : 0;
+        SQ_TRY(add_record(&r->record[site], r->begin, x, r->m, s->k, most));
     }
     if (!s->kernels) {
         return SQ_OK;

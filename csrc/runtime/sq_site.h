@@ -75,7 +75,7 @@ sq_reader_bytes(const struct sq_site *sites, int n_sites, int64_t m, size_t *act
 /* The (unrotated) inputs of a site in a call, in the order of its tokens. Starts as zeros; the
  * caller frees rows. */
 struct sq_record {
-    float *rows;             /* [count][k], from realloc */
+    float *rows;             /* [count][k], from sq_alloc */
     int64_t count, capacity; /* in rows */
     int64_t seen;            /* the chunks that begin before this token are there */
 };
@@ -86,9 +86,10 @@ struct sq_reader {
     const struct sq_site *sites;
     struct sq_record *record; /* [n_sites] or NULL */
     void *activations_workspace, *rotation_workspace;
-    int64_t begin; /* first token of the chunk in the call */
-    int64_t m;     /* its tokens, or as many of them as sq_reader_rows says */
-    int site;      /* whose activations are prepared; -1: none */
+    int64_t tokens; /* of the call */
+    int64_t begin;  /* first token of the chunk in the call */
+    int64_t m;      /* its tokens, or as many of them as sq_reader_rows says */
+    int site;       /* whose activations are prepared; -1: none */
     struct sq_activations activations;
 };
 

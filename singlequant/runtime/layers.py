@@ -120,11 +120,9 @@ def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
 
     FormatError where the core finds that config.json's numbers make no layer.
     """
-    spec, weights = checkpoint.spec.layer(index), checkpoint.layer(index)
-    config = checkpoint.quant_config
-    bits = 16 if config is None else config.activation_bits
-    linears, sites = {}, {}
-    for name, site in spec.sites.items():
+    weights, config = checkpoint.layer(index), checkpoint.quant_config
+    linears = {}
+    for name, site in checkpoint.spec.layer(index).sites.items():
         for role in site.roles:
             linear = weights.linears[role]
             weight = linear.weight
@@ -132,7 +130,21 @@ def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
                 weight = _C.PackedWeight(weight.words, weight.scales, site.k, weight.group,
                                          weights.int8_inputs.get(name, 0), weight.bits)
             linears[role] = name, weight, linear.bias
-        sites[name] = site.k, weights.rotations.get(name), bits, weights.clips.get(name, 1.0)
+    bits = 16 if config is None else config.activation_bits
+    return assemble(checkpoint, index, linears, weights.rotations, bits)
+
+
+def assemble(
+    checkpoint, index: int, linears: Mapping[str, tuple[str, Any, Any]],
+    rotations: Mapping[str, Any], bits: int,
+) -> _C.DecoderLayer:
+    """The C layer `index` of linears that are given, as (site, weight, bias) by role.
+
+    rotations: by site, of what packed linears read, which has `bits` bits.
+    """
+    spec, weights = checkpoint.spec.layer(index), checkpoint.layer(index)
+    sites = {name: (site.k, rotations.get(name), bits, weights.clips.get(name, 1.0))
+             for name, site in spec.sites.items()}
     blocks = layer_blocks(spec, weights.norms, linears, sites, weights.dense)
     try:
         return _C.DecoderLayer(**blocks)

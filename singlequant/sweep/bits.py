@@ -89,16 +89,22 @@ def assign_bits(
     open, they may get 6 bits in place of 8, and the linears what that frees: config.bits of the
     result is then larger, at equal bytes. Nothing is read or changed when config.bits is 4.
     """
-    noise = predict_noise(view, windows) if config.bits > WEIGHT_BITS[0] else None
+    noise = None
+    if config.bits > WEIGHT_BITS[0]:
+        noise = predict_noise(view, windows, config.stream_bits)
     return settle_bits(view, config, noise)
 
 
-def predict_noise(view: View, windows: NDArray[np.int64]) -> Noise:
-    """The noise that a model's rounding would add, from TOKENS of windows [count, length]."""
+def predict_noise(view: View, windows: NDArray[np.int64], stream_bits: int = 32) -> Noise:
+    """The noise that a model's rounding would add, from TOKENS of windows [count, length].
+
+    stream_bits: as for `calibrate`.
+    """
     few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
     shares: dict[str, Share] = {}
     hidden = None
-    for layer in calibrate(view, few, keep_inputs=False, stream=True):
+    for layer in calibrate(view, few, keep_inputs=False, stream=True,
+                           stream_bits=stream_bits):
         shares |= layer_shares(view, layer)
         hidden = layer.hidden
     return Noise(shares, *_head_noise(view, hidden))

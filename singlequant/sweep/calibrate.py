@@ -22,13 +22,15 @@ from safetensors.numpy import load_file, save_file
 
 from .. import _C
 from .._C import FormatError
+from ..config import STREAM_BITS
 from ..files import read_json
 from ..methods.registry import ALL_INPUTS
 from ..rows import float32_blocks, token_ids
-from ..runtime.layers import build_layer, flat_positions, new_cache
+from ..runtime.layers import flat_positions, new_cache
 from ..runtime.outer import Outer
 from ..statistics import LayerStatistics, SiteStatistics
 from .experts import borrow
+from .stream import stream_layer
 
 if TYPE_CHECKING:
     from .prepare import View
@@ -96,6 +98,7 @@ def calibrate(
     skip: Collection[int] = (),
     keep_inputs: bool = True,
     stream: bool = False,
+    stream_bits: int = 32,
 ) -> Iterator[LayerStatistics]:
     """Yield the statistics of each layer's sites, in order.
 
@@ -105,6 +108,7 @@ def calibrate(
     also hold the sites' inputs, which weights "gptq" need: fine in a chain of generators, where a
     layer is dropped before the next is made; pass False to collect the layers of a large model.
     stream: the statistics also hold the energies of the residual stream by token.
+    stream_bits: of weights and activations as the tokens pass the layers, see `stream_layer`.
     ValueError when the checkpoint is packed, a token id is outside the vocabulary or an activation
     is not finite.
     """
@@ -112,11 +116,15 @@ def calibrate(
     windows = token_ids(windows, "windows")
     if windows.ndim != 2 or windows.size == 0:
         raise ValueError(f"windows: expected (count, length) with tokens, got {windows.shape}")
-    return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream)
+    if stream_bits not in STREAM_BITS:
+        raise ValueError(f"stream_bits: expected one of {', '.join(map(str, STREAM_BITS))}, "
+                         f"got {stream_bits!r}")
+    return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream,
+                   stream_bits)
 
 
 def _layers(
-    checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream
+    checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream, stream_bits
 ) -> Iterator[LayerStatistics]:
     """The loop of `calibrate`, whose arguments were checked."""
     spec = checkpoint.spec
@@ -125,11 +133,15 @@ def _layers(
     hidden = Outer(checkpoint).embed(windows.reshape(-1), position)
     for index in range(spec.layers):
         if index <= last:
-            layer = build_layer(checkpoint, index)
+            layer = stream_layer(checkpoint, index, stream_bits)
             cache = new_cache(spec, 1, len(windows), windows.shape[1])
             record = index not in skip
             before = hidden.copy() if stream else None
-            inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
+            try:
+                inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
+            except ValueError as error:  # 8-bit activations that are not finite
+                _blame(checkpoint, index)
+                raise ValueError(f"layer {index}: {error}") from None
             kv_largest = cache.largest
             del layer, cache
             if record:
@@ -167,10 +179,15 @@ def _layer_statistics(
                                     site.producer is not None)
             sites[name] = replace(found, borrowed=name in borrowed)
         except ValueError as error:
-            for i in range(index + 1):  # a weight that is not finite is the better message
-                checkpoint.require_finite(i)
+            _blame(checkpoint, index)
             raise ValueError(f"layer {index}, inputs of {name}: {error}") from None
     return sites
+
+
+def _blame(checkpoint, index: int) -> None:
+    """ValueError for a weight up to layer `index` that is not finite, the better message."""
+    for i in range(index + 1):
+        checkpoint.require_finite(i)
 
 
 def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -> None:

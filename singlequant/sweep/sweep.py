@@ -119,8 +119,9 @@ def sweep(
     provenance = {"version": __version__, "calibration_sha256": token_digest(windows),
                   **({"calibration": written} if written else {})}
     works = [_Work(job, view, failures) for job in jobs]
+    stream_bits = max(job.config.stream_bits for job in jobs)
     if any(work.job.config.bits > WEIGHT_BITS[0] for work in works):
-        noise = measure(predict_noise, view, windows, failures=failures)
+        noise = measure(predict_noise, view, windows, stream_bits, failures=failures)
         for work in works:
             work.assign(noise)
     limit = view.spec.layers if layers is None else layers
@@ -132,7 +133,8 @@ def sweep(
         running = [work for work in works if work.outcome.error is None]
         done = set.intersection(*(work.finished for work in running)) if running else set()
         inputs = any(work.job.config.weights == "gptq" for work in running)
-        statistics = calibrate(view, windows, progress=progress, skip=done, keep_inputs=inputs)
+        statistics = calibrate(view, windows, progress=progress, skip=done, keep_inputs=inputs,
+                               stream_bits=stream_bits)
         while running:
             index = _sweep_layer(view, statistics, running)
             if index is None or index + 1 >= limit:

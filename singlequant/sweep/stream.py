@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that carry the calibration tokens: in 8 bits by default, or as they are."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from .. import _C
+from ..rotations import Factor, SiteRotation
+from ..rows import require_finite
+from ..runtime.layers import assemble, build_layer
+
+BYTES_MAX = 1 << 31  # of a layer's weights in 8 bits: a larger layer is read where it lies
+
+
+def stream_layer(checkpoint, index: int, bits: int) -> _C.DecoderLayer:
+    """Layer `index` of an unquantized model, ready to run with weights and activations of so many
+    bits: 32 is the model's own weights through BLAS.
+
+    With 8 bits weight rows and tokens are rounded to nearest, one scale each, behind a Hadamard on
+    both axes, which spreads what stands out. Sums are exact integers, so that the stream is the
+    same on every BLAS. ValueError names a weight that holds NaN or Inf.
+    """
+    spec = checkpoint.spec.layer(index)
+    weights = sum(linear.n * linear.k for linear in spec.linears.values())
+    widest = max(site.k for site in spec.sites.values())
+    if bits == 32 or weights > BYTES_MAX or widest > _C.PACKED_K_MAX_W8:
+        return build_layer(checkpoint, index)
+    linears, given = {}, checkpoint.layer(index).linears
+    rotations = {name: _hadamard(site.k) for name, site in spec.sites.items()}
+    for name, site in spec.sites.items():
+        for role in site.roles:
+            linear = given[role]
+            try:
+                words, scales = _C.quantize_weight(linear.weight, 0, False, rotations[name], bits=8)
+            except ValueError:
+                require_finite(linear.weight, f"{linear.name}.weight")
+                raise
+            linears[role] = name, _C.PackedWeight(words, scales, site.k, bits=8), linear.bias
+    return assemble(checkpoint, index, linears, rotations, 8)
+
+
+@cache
+def _hadamard(k: int) -> _C.Rotation | None:
+    """The Hadamard on both axes of k inputs, as the core takes it; None for one input."""
+    left, right = (Factor(n, True, (), ()) for n in _C.factor_sizes(k))
+    return SiteRotation(left, right).of_inputs
