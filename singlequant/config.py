@@ -18,7 +18,7 @@ KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for u
 TABLE_BITS = (4, 6, 8, 16)  # of embedding and head; 16: as they are
 DEFAULT_TABLE_BITS = 8
 KV_DTYPES = ("float16", "bfloat16")
-STREAM_BITS = (8, 32)
+CALIBRATION_BITS = (8, 32)
 
 INT8_STEP = _C.INT8_STEP  # inputs with 8 bits come in whole blocks
 
@@ -42,11 +42,11 @@ class QuantConfig:
     bits: float = 4.75  # of a weight, on average: 4 to 8; above 4 some linears have 5, 6 or 8
     group_size: int = 0  # inputs that share a weight scale; 0 = the whole output channel
     clip: float | None = None  # activation range as a share of the token's maximum
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 8192
     calibration_window: int = 512  # tokens that are run as one text; at most the model's maximum
     seed: int = 0
     ignore: tuple[str, ...] = field(default=())  # linears left as they are (fnmatch patterns)
-    stream_bits: int = 8  # of weights and activations that carry the calibration tokens; 32: the model's own
+    calibration_bits: int = 8  # of the layers that carry the tokens, and of GPTQ's Gram matrix
     gptq_inputs: str = "float"  # "quantized": GPTQ's Gram matrix is of inputs as they are run
     gptq_order: bool = False  # GPTQ rounds inputs by falling diagonal of it
     gptq_damping: float = 0.1  # share of the diagonal's mean that is added to it
@@ -88,17 +88,11 @@ class QuantConfig:
         ):
             raise ValueError(f"learned: expected a file's name, with method 'spinquant' alone, "
                              f"found {self.learned!r} with {self.method!r}")
-        if type(self.kv_bits) is not int or self.kv_bits not in KV_BITS:
-            raise ValueError(f"kv_bits: expected one of {', '.join(map(str, KV_BITS))}, "
-                             f"found {self.kv_bits!r}")
-        if type(self.stream_bits) is not int or self.stream_bits not in STREAM_BITS:
-            raise ValueError(f"stream_bits: expected one of {', '.join(map(str, STREAM_BITS))}, "
-                             f"found {self.stream_bits!r}")
+        _check_choice("kv_bits", self.kv_bits, KV_BITS)
+        _check_choice("calibration_bits", self.calibration_bits, CALIBRATION_BITS)
         for name in ("head_bits", "embedding_bits"):
-            bits = getattr(self, name)
-            if bits is not None and (type(bits) is not int or bits not in TABLE_BITS):
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, TABLE_BITS))}, "
-                                 f"found {bits!r}")
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), TABLE_BITS)
         _check_damping(self.gptq_damping)
         object.__setattr__(self, "gptq_damping", float(self.gptq_damping))
 
@@ -192,6 +186,13 @@ def _check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(
             f"{name}: expected an integer from {least} to {2**31 - 1}, found {value!r}"
         )
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[int, ...]) -> None:
+    """ValueError unless value is an int among those."""
+    if type(value) is not int or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, "
+                         f"found {value!r}")
 
 
 def check_bits(value: Any) -> None:

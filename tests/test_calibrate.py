@@ -95,7 +95,7 @@ def test_calibrate_gives_the_same_bytes_at_any_thread_count(checkpoint, windows)
 
 def test_calibrate_in_8_bits_is_near_the_model_itself(checkpoint, windows):
     exact = list(sq.calibrate(checkpoint, windows))
-    layers = list(sq.calibrate(checkpoint, windows, stream_bits=8))
+    layers = list(sq.calibrate(checkpoint, windows, bits=8))
     np.testing.assert_array_equal(layers[0].sites["qkv"].inputs, exact[0].sites["qkv"].inputs)
     for a, b in zip(layers, exact, strict=True):
         for name, site in a.sites.items():
@@ -105,20 +105,20 @@ def test_calibrate_in_8_bits_is_near_the_model_itself(checkpoint, windows):
             assert error > 0 or (a.index, name) == (0, "qkv")
 
 
-@pytest.mark.parametrize("module, limit", [(stream, "BYTES_MAX"),
-                                           (stream._C, "PACKED_K_MAX_W8")])
+@pytest.mark.parametrize(("module", "limit"), [(stream, "BYTES_MAX"),
+                                               (stream._C, "PACKED_K_MAX_W8")])
 def test_calibrate_in_8_bits_reads_a_layer_that_is_too_large_as_it_is(
     checkpoint, windows, module, limit, monkeypatch
 ):
     exact = list(sq.calibrate(checkpoint, windows))
     monkeypatch.setattr(module, limit, 64)
-    for a, b in zip(sq.calibrate(checkpoint, windows, stream_bits=8), exact, strict=True):
+    for a, b in zip(sq.calibrate(checkpoint, windows, bits=8), exact, strict=True):
         assert_same(a, b)
 
 
 def test_calibrate_refuses_other_bits_of_the_stream(checkpoint, windows):
-    with pytest.raises(ValueError, match="stream_bits: expected one of 8, 32, got 16"):
-        sq.calibrate(checkpoint, windows, stream_bits=16)
+    with pytest.raises(ValueError, match="bits: expected one of 8, 32, got 16"):
+        sq.calibrate(checkpoint, windows, bits=16)
 
 
 def test_calibrate_keeps_an_evenly_spaced_sample(checkpoint, windows):
@@ -172,7 +172,7 @@ def test_calibrate_names_the_tensor_that_is_not_finite(
     tensors[name].reshape(-1)[3] = np.nan
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"^{name}, rows 0 to"):
-        list(sq.calibrate(sq.load_checkpoint(path), windows, stream_bits=bits))
+        list(sq.calibrate(sq.load_checkpoint(path), windows, bits=bits))
 
 
 def test_calibrate_refuses_tokens_outside_the_vocabulary(checkpoint):

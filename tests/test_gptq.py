@@ -56,6 +56,63 @@ def test_gram_equals_twin_and_adds(m, k):
     np.testing.assert_allclose(gram, 2 * reference.gram(x), atol=2 * tolerance)
 
 
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (0, 5), (7, 33), (300, 257), (50, 600), (4200, 40)])
+def test_gram_in_8_bits_equals_twin_and_adds(m, k):
+    rng = np.random.default_rng(k)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    x[::5] *= 300  # massive tokens
+    x[1::7] = 0
+    x[:, :1] *= 50  # an outlier channel
+    twin = reference.gram(x, bits=8)
+    gram = _C.gram(x, bits=8)
+    np.testing.assert_array_equal(gram, gram.T)
+    size = np.sqrt(np.outer(np.diag(twin), np.diag(twin)))
+    assert (np.abs(gram - twin) <= 2e-4 * size).all()  # a code may fall to either side of a half
+    assert (np.abs(gram - reference.gram(x)) <= 0.02 * size).all()
+    before = gram.copy()
+    np.testing.assert_allclose(_C.gram(x, gram, 8), 2 * before, rtol=1e-5)
+
+
+def test_gram_in_8_bits_sees_small_tokens_beside_massive_ones():
+    x = np.random.default_rng(0).standard_normal((512, 64)).astype(np.float32)
+    massive = x.copy()
+    massive[::64] *= 1e3  # beyond it float32 sums of both would not keep the small ones
+    small = np.delete(massive, np.s_[::64], axis=0)
+    rest = _C.gram(massive, bits=8).astype(np.float64) - _C.gram(massive[::64], bits=8)
+    np.testing.assert_allclose(rest, reference.gram(small), atol=10)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_gram_turns_what_it_multiplies(bits):
+    x = np.random.default_rng(1).standard_normal((2100, 48)).astype(np.float32)
+    columns = np.linspace(0.5, 2, 48, dtype=np.float32)
+    left, right = _C.random_orthogonal(6, 1), _C.random_orthogonal(8, 2)
+    found = _C.gram(x, None, bits, _C.Rotation(48, left, right), columns)
+    twin = reference.gram(x, None, bits, np.kron(left, right), columns)
+    np.testing.assert_allclose(found, twin, atol=3e-3 * np.diag(twin).mean())
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("k", [40, 300])
+def test_gram_gives_the_same_bytes_at_any_thread_count(bits, k):
+    x = np.random.default_rng(2).standard_normal((700, k)).astype(np.float32)
+    found = []
+    for threads in (1, 2, 5):
+        _C.set_num_threads(threads)
+        found.append(_C.gram(x, bits=bits).tobytes())
+    assert len(set(found)) == 1
+
+
+def test_gram_refuses_what_does_not_fit():
+    x = np.zeros((3, 8), np.float32)
+    with pytest.raises(ValueError, match="bits: expected 8 or 32, got 16"):
+        _C.gram(x, None, 16)
+    with pytest.raises(ValueError, match="columns"):
+        _C.gram(x, columns=np.ones(7, np.float32))
+    with pytest.raises(ValueError, match="rotation"):
+        _C.gram(x, rotation=_C.Rotation(4, _C.random_orthogonal(2, 1), _C.random_orthogonal(2, 2)))
+
+
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 64, 129, 700])  # 700: three tiles, the last one short
 def test_factor_equals_twin(k, order):
@@ -351,7 +408,7 @@ def test_every_linear_of_the_bundled_model_errs_less_than_rounded_to_nearest(
 
 def test_factor_is_of_the_inputs_as_they_are_run(bundled):
     site = bundled[1][0].sites["o"]
-    recipe = config(method="none", scheme="w4a4", clip=0.7)
+    recipe = config(method="none", scheme="w4a4", clip=0.7, calibration_bits=32)
     x = _C.dequantize(*_C.quantize(site.inputs, 4, 0, True, 0.7))
     run = gptq_factor(site, None, dataclasses.replace(recipe, gptq_inputs="quantized"))
     expected = reference.gptq_factor(reference.gram(x), recipe.gptq_damping, recipe.gptq_order)
@@ -419,7 +476,7 @@ def test_sweep_resumes_and_chains_to_the_same_bytes(model, tmp_path, text):
     checkpoint = sq.load_checkpoint(model)
     windows = sq.calibration_windows(checkpoint, recipe, text)
     statistics = sq.calibrate(checkpoint, windows, keep_inputs=True,
-                              stream_bits=recipe.stream_bits)
+                              bits=recipe.calibration_bits)
     layers = sq.quantize(checkpoint, sq.solve_rotations(statistics, recipe), recipe)
     sq.save(layers, tmp_path / "chained", checkpoint, recipe)
     for name in ("model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"):

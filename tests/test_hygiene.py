@@ -122,7 +122,7 @@ NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "cg
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
              "duquant_steps", "KVCache", "Decoder", "FormatError", "will_need", "peak_steps",
              "measure_peak", "watch_mapping", "exit_when_lost"}
-CONSTANTS = {"FACTOR_DENSE_MAX", "INT8_STEP", "DENSE_FEW", "PAGE_TOKENS"}
+CONSTANTS = {"FACTOR_DENSE_MAX", "INT8_STEP", "DENSE_FEW", "PACKED_K_MAX_W8", "PAGE_TOKENS"}
 # Functions whose results are times, which no two calls share; tests/test_bench.py has their tests.
 TIMES = {"measure_linear"}
 

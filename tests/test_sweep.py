@@ -76,7 +76,7 @@ def test_stages_chained_by_hand_give_the_same_folder(model, tmp_path, text):
     checkpoint = sq.load_checkpoint(model)
     windows = sq.calibration_windows(checkpoint, config(), text)
     given, bits = sq.assign_bits(checkpoint, config(bits=4.85), windows)
-    statistics = sq.calibrate(checkpoint, windows, stream_bits=given.stream_bits)
+    statistics = sq.calibrate(checkpoint, windows, bits=given.calibration_bits)
     layers = sq.quantize(checkpoint, sq.solve_rotations(statistics, given), given, bits)
     sq.save(layers, tmp_path / "b", checkpoint, given)
     a, b = digests(tmp_path / "a"), digests(tmp_path / "b")

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of GPTQ: Gram matrix, factor, rounding. */
 #include "python/py_args.h"
+#include "python/py_rotation.h"
 
 /* 0 if k inputs are within what the core takes, otherwise -1 and a ValueError that names them. */
 static int
@@ -53,48 +54,84 @@ check_apart(PyArrayObject *a, PyArrayObject *b, const char *name)
 }
 
 PyDoc_STRVAR(gram_doc,
-             "gram(x, out=None)\n--\n\n"
-             "out + x^T x for x [m, k]: float32 [k, k], the sum over tokens of x x^T. out, which "
-             "is symmetric, is\nupdated in place and returned; None starts from zero. The same "
-             "bytes at any thread count. ValueError\nfor NaN, Inf, bad shapes and an out that "
-             "shares memory with x (out is left as it was), TypeError for\nan out that cannot be "
-             "written in place. A signal's handler that raises spoils out.");
+             "gram(x, out=None, bits=32, rotation=None, columns=None)\n--\n\n"
+             "out + x^T x for x [m, k]: float32 [k, k], the sum over tokens of x x^T. columns [k] "
+             "multiplies x and\nrotation turns it first. bits=8: x is then rounded to 8 bits, one "
+             "scale for an input of tokens of\nabout one size. out, which is symmetric, is "
+             "updated in place and returned; None starts from zero.\nThe same bytes at any thread "
+             "count. ValueError for NaN, Inf, bad shapes and an out that shares\nmemory with x "
+             "(out is left as it was), TypeError for an out that cannot be written in place. A\n"
+             "signal's handler that raises spoils out.");
+
+struct gram_arguments {
+    PyObject *x_object, *out_object, *rotation_object, *columns_object;
+    PyArrayObject *x, *out, *columns;
+    struct sq_weight_transform transform;
+    int bits;
+};
+
+/* The objects of a, parsed, into its arrays. 0, or -1 with an exception. Clear them either way. */
+static int
+take_gram_arguments(PyObject *module, struct gram_arguments *a)
+{
+    if (a->bits != 8 && a->bits != 32) {
+        PyErr_Format(PyExc_ValueError, "bits: expected 8 or 32, got %d", a->bits);
+        return -1;
+    }
+    a->x = sq_py_array(a->x_object, NPY_FLOAT32, 2, "x");
+    if (!a->x || check_k(PyArray_DIM(a->x, 1), "x")) {
+        return -1;
+    }
+    const npy_intp k = PyArray_DIM(a->x, 1);
+    if (a->columns_object != Py_None) {
+        a->columns = sq_py_array(a->columns_object, NPY_FLOAT32, 1, "columns");
+        if (!a->columns || sq_py_check_dim(a->columns, 0, k, "columns")) {
+            return -1;
+        }
+        a->transform.columns = PyArray_DATA(a->columns);
+    }
+    if (a->rotation_object != Py_None) {
+        a->transform.rotation = sq_py_rotation(module, a->rotation_object, k, "rotation");
+        if (!a->transform.rotation) {
+            return -1;
+        }
+    }
+    a->out = a->out_object == Py_None
+                 ? (PyArrayObject *)PyArray_ZEROS(2, ((npy_intp[]){k, k}), NPY_FLOAT32, 0)
+                 : writable_square(a->out_object, k, "out");
+    return a->out && !check_apart(a->x, a->out, "out") ? 0 : -1;
+}
 
 static PyObject *
 gram(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "out", NULL};
-    PyObject *x_object, *out_object = Py_None, *result = NULL;
-    PyArrayObject *x = NULL, *out = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:gram", names, &x_object, &out_object)) {
+    static char *names[] = {"x", "out", "bits", "rotation", "columns", NULL};
+    struct gram_arguments a = {
+        .out_object = Py_None, .rotation_object = Py_None, .columns_object = Py_None, .bits = 32};
+    PyObject *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOO:gram", names, &a.x_object, &a.out_object,
+                                     &a.bits, &a.rotation_object, &a.columns_object)) {
         return NULL;
     }
-    x = sq_py_array(x_object, NPY_FLOAT32, 2, "x");
-    if (!x) {
+    if (take_gram_arguments(module, &a)) {
         goto done;
     }
-    const int64_t m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
-    if (check_k(k, "x")) {
-        goto done;
-    }
-    npy_intp dims[2] = {k, k};
-    out = out_object == Py_None ? (PyArrayObject *)PyArray_ZEROS(2, dims, NPY_FLOAT32, 0)
-                                : writable_square(out_object, k, "out");
-    if (!out || check_apart(x, out, "out")) {
-        goto done;
-    }
+    const int64_t m = PyArray_DIM(a.x, 0), k = PyArray_DIM(a.x, 1);
+    const int turned = a.transform.columns || a.transform.rotation;
     sq_status status;
     SQ_BEGIN_NOGIL(m * k + k * k);
-    status = sq_gram_update(PyArray_DATA(x), m, k, PyArray_DATA(out));
+    status = sq_gram_update(a.bits, turned ? &a.transform : NULL, PyArray_DATA(a.x), m, k,
+                            PyArray_DATA(a.out));
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(module, status, "x");
         goto done;
     }
-    result = Py_NewRef((PyObject *)out);
+    result = Py_NewRef((PyObject *)a.out);
 done:
-    Py_XDECREF(x);
-    Py_XDECREF(out);
+    Py_XDECREF(a.x);
+    Py_XDECREF(a.out);
+    Py_XDECREF(a.columns);
     return result;
 }
 

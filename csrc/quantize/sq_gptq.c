@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* GPTQ: Gram matrix and its Cholesky factor; sq_gptq_round.c rounds with them.
+/* GPTQ: the Cholesky factor of a Gram matrix (sq_gram.c); sq_gptq_round.c rounds with it.
  *
  * GPTQ (arXiv 2210.17323) rounds column i of W, divides the error by U_ii and subtracts it times
  * U_i,j from every later column j, where U^T U = H^-1, U upper triangular. With R = U^-1, which is
@@ -18,89 +18,9 @@
 
 #include "core/sq_blas.h"
 #include "core/sq_threads.h"
+#include "quantize/sq_tiles.h"
 
-enum { TILE = 256 }; /* of the Gram matrix and of the factorisation */
-
-/* ---- Gram matrix ------------------------------------------------------------------------ */
-
-struct gram_job {
-    const float *x;
-    int64_t m, k;
-    float *gram;
-};
-
-/* Tile t of the lower triangle, row by row: (0, 0), (1, 0), (1, 1), (2, 0) ... */
-static void
-tile_place(int64_t t, int64_t *row, int64_t *column)
-{
-    int64_t i = (int64_t)((sqrt(8.0 * (double)t + 1.0) - 1.0) / 2.0);
-    i -= i * (i + 1) / 2 > t;
-    i += (i + 1) * (i + 2) / 2 <= t;
-    *row = i;
-    *column = t - i * (i + 1) / 2;
-}
-
-static int64_t
-triangle(int64_t n)
-{
-    return n * (n + 1) / 2;
-}
-
-/* The tile at (i, j) into its mirror image, or into its own upper half: squares of 16, so that both
- * sides stay in cache. */
-static void
-mirror_tile(const struct gram_job *job, int64_t i, int64_t j)
-{
-    enum { SQUARE = 16 };
-    const int64_t k = job->k, end_i = sq_min_i64(i + TILE, k), end_j = sq_min_i64(j + TILE, k);
-    for (int64_t r0 = i; r0 < end_i; r0 += SQUARE) {
-        for (int64_t c0 = j; c0 < sq_min_i64(end_j, r0 + SQUARE); c0 += SQUARE) {
-            for (int64_t c = c0; c < sq_min_i64(c0 + SQUARE, end_j); c++) {
-                for (int64_t r = sq_max_i64(r0, c + 1); r < sq_min_i64(r0 + SQUARE, end_i); r++) {
-                    job->gram[c * k + r] = job->gram[r * k + c];
-                }
-            }
-        }
-    }
-}
-
-static void
-gram_tiles(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct gram_job *job = context;
-    const int64_t k = job->k;
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t i, j;
-        tile_place(t, &i, &j);
-        i *= TILE;
-        j *= TILE;
-        const int64_t ni = sq_min_i64(TILE, k - i), nj = sq_min_i64(TILE, k - j);
-        sq_blas_gemm(1, 0, ni, nj, job->m, 1.0f, job->x + i, k, job->x + j, k, 1.0f,
-                     job->gram + i * k + j, k);
-        mirror_tile(job, i, j);
-    }
-}
-
-sq_status
-sq_gram_update(const float *x, int64_t m, int64_t k, float *gram)
-{
-    int64_t count;
-    if (!gram || (m > 0 && !x)) {
-        return SQ_ERR_NULL;
-    }
-    if (m < 0 || k < 1 || k > SQ_GPTQ_K_MAX || m > INT32_MAX || !sq_product(m, k, &count)) {
-        return SQ_ERR_RANGE;
-    }
-    if (!sq_all_finite(x, count)) {
-        return SQ_ERR_NONFINITE;
-    }
-    struct gram_job job = {x, m, k, gram};
-    if (m) {
-        sq_parallel_for(triangle(sq_ceil_div(k, TILE)), 1, gram_tiles, &job);
-    }
-    return SQ_OK;
-}
+enum { TILE = 256 };
 
 /* ---- order ------------------------------------------------------------------------------ */
 
@@ -222,7 +142,7 @@ update_trailing(void *context, int64_t begin, int64_t end, int thread)
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         int64_t i, j;
-        tile_place(t, &i, &j);
+        sq_tile_place(t, &i, &j);
         i = p + (i + 1) * TILE;
         j = p + (j + 1) * TILE;
         const int64_t ni = sq_min_i64(TILE, k - i);
@@ -251,7 +171,7 @@ cholesky(float *a, int64_t k)
         }
         const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
         sq_parallel_for(below, 1, solve_panel, &job);
-        sq_parallel_for(triangle(below), 1, update_trailing, &job);
+        sq_parallel_for(sq_tiles(below), 1, update_trailing, &job);
     }
     return 0;
 }
@@ -283,7 +203,7 @@ update_trailing_double(void *context, int64_t begin, int64_t end, int thread)
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         int64_t i, j;
-        tile_place(t, &i, &j);
+        sq_tile_place(t, &i, &j);
         i = p + (i + 1) * TILE;
         j = p + (j + 1) * TILE;
         sq_blas_gemm_sub_double(sq_min_i64(TILE, k - i), sq_min_i64(TILE, k - j), TILE,
@@ -303,7 +223,7 @@ factor_double(double *a, int64_t k)
         }
         const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
         sq_parallel_for(below, 1, solve_panel_double, &job);
-        sq_parallel_for(triangle(below), 1, update_trailing_double, &job);
+        sq_parallel_for(sq_tiles(below), 1, update_trailing_double, &job);
     }
     return 0;
 }

@@ -32,7 +32,8 @@ struct round_job {
 /* LANES rows side by side: a column's rounding, and what its errors do, are vectors over rows. */
 struct lanes {
     float sums[BLOCK][LANES];   /* T of the block's columns */
-    float errors[DELAY][LANES]; /* of columns whose later columns wait for them */
+    float values[BLOCK][LANES]; /* weights, and errors e where a column is rounded */
+    int8_t codes[BLOCK][LANES];
 };
 
 /* What ROWS rows of weights need. Columns are in the factor's order. */
@@ -106,22 +107,23 @@ scale_group(const struct round_state *s, int64_t begin, int64_t end, int64_t blo
     return SQ_OK;
 }
 
-/* Rounds column j of LANES rows from r0 on (count of them exist) and leaves its errors in error. A
- * NaN, possible where sums overflow, becomes the lowest code. */
+/* Rounds column j, number i of its block, of LANES rows from r0 on (count of them exist) and leaves
+ * its errors in place of the weights. A NaN, possible where sums overflow, becomes the lowest code.
+ */
 static void
-round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j,
-             const float *restrict sums, float *restrict error)
+round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j, int64_t i,
+             struct lanes *lanes)
 {
     const struct round_job *job = s->job;
-    const int64_t k = job->k, groups = k / job->q.group, input = job->permutation[j];
+    const int64_t groups = job->k / job->q.group, input = job->permutation[j];
     const float high = (float)((1 << (job->q.bits - 1)) - 1), low = -high - 1.0f;
     const float rounder = 0x1.8p23f; /* added and taken away, it rounds half to even */
     const float inv_diagonal = job->inv_diagonal[j];
     const float *scales = job->scales + (s->first + r0) * groups + input / job->q.group;
-    float scale[LANES] = {0}, value[LANES] = {0}, codes[LANES];
+    float scale[LANES] = {0}, *restrict value = lanes->values[i];
+    const float *restrict sums = lanes->sums[i];
     for (int64_t r = 0; r < count; r++) {
         scale[r] = scales[r * groups];
-        value[r] = s->values[(r0 + r) * k + j];
     }
     for (int64_t r = 0; r < LANES; r++) {
         const float inv_scale = scale[r] > 0.0f ? 1.0f / scale[r] : 0.0f;
@@ -129,25 +131,23 @@ round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j,
         code = code > low ? code : low;
         code = code < high ? code : high;
         code = (code + rounder) - rounder;
-        codes[r] = scale[r] > 0.0f ? code : 0.0f;
-        error[r] = value[r] - scale[r] * codes[r];
-    }
-    for (int64_t r = 0; r < count; r++) {
-        s->values[(r0 + r) * k + j] = error[r];
-        job->codes[(s->first + r0 + r) * k + input] = (int8_t)codes[r];
+        code = scale[r] > 0.0f ? code : 0.0f;
+        lanes->codes[i][r] = (int8_t)code;
+        value[r] -= scale[r] * code;
     }
 }
 
-/* sums [LANES] += errors times l of columns first .. last, the last one first. */
+/* sums [LANES] += errors times l of columns first .. last, the last one first. errors [count]
+ * [LANES] go down from the last column, and so does l in steps of ld. */
 static void
-feed_back(int64_t count, const float (*restrict errors)[LANES], const float *l, int64_t ld,
+feed_back(int64_t count, const float *restrict errors, const float *l, int64_t ld,
           float *restrict sums)
 {
     if (count == DELAY) {
         for (int64_t r = 0; r < LANES; r++) {
             float sum = sums[r];
             for (int64_t d = 0; d < DELAY; d++) {
-                sum += errors[d][r] * l[-d * ld];
+                sum += errors[r - d * LANES] * l[-d * ld];
             }
             sums[r] = sum;
         }
@@ -155,7 +155,43 @@ feed_back(int64_t count, const float (*restrict errors)[LANES], const float *l, 
     }
     for (int64_t d = 0; d < count; d++) {
         for (int64_t r = 0; r < LANES; r++) {
-            sums[r] += errors[d][r] * l[-d * ld];
+            sums[r] += errors[r - d * LANES] * l[-d * ld];
+        }
+    }
+}
+
+/* Columns block .. end - 1 of count rows from r0 on, turned: rows become lanes. */
+static void
+load_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t block, int64_t end,
+           struct lanes *lanes)
+{
+    memset(lanes, 0, sizeof *lanes);
+    for (int64_t r = 0; r < count; r++) {
+        const float *sums = s->sums + (r0 + r) * BLOCK;
+        const float *values = s->values + (r0 + r) * s->job->k + block;
+        for (int64_t i = 0; i < end - block; i++) {
+            lanes->sums[i][r] = sums[i];
+            lanes->values[i][r] = values[i];
+        }
+    }
+}
+
+/* What round_lanes changed: sums of columns block .. begin - 1, values and codes of the others. */
+static void
+store_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t block, int64_t begin,
+            int64_t end, const struct lanes *lanes)
+{
+    const int64_t k = s->job->k;
+    const int32_t *permutation = s->job->permutation;
+    for (int64_t r = 0; r < count; r++) {
+        float *sums = s->sums + (r0 + r) * BLOCK, *values = s->values + (r0 + r) * k + block;
+        int8_t *codes = s->job->codes + (s->first + r0 + r) * k;
+        for (int64_t i = 0; i < begin - block; i++) {
+            sums[i] = lanes->sums[i][r];
+        }
+        for (int64_t i = begin - block; i < end - block; i++) {
+            values[i] = lanes->values[i][r];
+            codes[permutation[block + i]] = lanes->codes[i][r];
         }
     }
 }
@@ -169,32 +205,22 @@ round_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t begi
 {
     const int64_t k = s->job->k;
     const float *factor = s->job->factor;
-    float *sums = s->sums + r0 * BLOCK;
-    memset(lanes, 0, sizeof *lanes);
-    for (int64_t r = 0; r < count; r++) {
-        for (int64_t i = 0; i < end - block; i++) {
-            lanes->sums[i][r] = sums[r * BLOCK + i];
-        }
-    }
+    load_lanes(s, r0, count, block, end, lanes);
     for (int64_t stop = end, first; stop > begin; stop = first) {
         first = sq_max_i64(begin, stop - DELAY);
         for (int64_t j = stop - 1; j >= first; j--) {
-            round_column(s, r0, count, j, lanes->sums[j - block], lanes->errors[stop - 1 - j]);
+            round_column(s, r0, count, j, j - block, lanes);
             for (int64_t i = first; i < j; i++) {
-                feed_back(1, (const float(*)[LANES])lanes->errors[stop - 1 - j], factor + j * k + i,
-                          k, lanes->sums[i - block]);
+                feed_back(1, lanes->values[j - block], factor + j * k + i, k,
+                          lanes->sums[i - block]);
             }
         }
         for (int64_t i = block; i < first; i++) {
-            feed_back(stop - first, (const float(*)[LANES])lanes->errors,
-                      factor + (stop - 1) * k + i, k, lanes->sums[i - block]);
+            feed_back(stop - first, lanes->values[stop - 1 - block], factor + (stop - 1) * k + i, k,
+                      lanes->sums[i - block]);
         }
     }
-    for (int64_t r = 0; r < count; r++) {
-        for (int64_t i = 0; i < begin - block; i++) {
-            sums[r * BLOCK + i] = lanes->sums[i][r];
-        }
-    }
+    store_lanes(s, r0, count, block, begin, end, lanes);
 }
 
 /* First column of the block that ends at end: blocks hold whole groups or lie within one. */

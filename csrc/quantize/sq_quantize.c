@@ -246,6 +246,21 @@ sq_quantize_row(const struct sq_kernels *kernels, int bits, float clip, const fl
     return SQ_OK;
 }
 
+void
+sq_running_sums(const int8_t *codes, int64_t length, int32_t *sums)
+{
+    int32_t total = 0;
+    for (int64_t b = 0; b < length / SQ_K_ALIGN; b++) {
+        sums[b] = total;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < SQ_K_ALIGN; j++) {
+            sum += codes[b * SQ_K_ALIGN + j];
+        }
+        total += sum;
+    }
+    sums[length / SQ_K_ALIGN] = total;
+}
+
 struct quantize_job {
     const struct sq_kernels *kernels;
     const struct sq_quantizer *q;

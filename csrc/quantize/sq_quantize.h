@@ -51,6 +51,10 @@ sq_status
 sq_dequantize(const int8_t *codes, const float *scales, const int32_t *zeros, int64_t m, int64_t k,
               int64_t groups, float *x);
 
+/* sums [length / SQ_K_ALIGN + 1]: number b is the sum of the codes [length] before block b. */
+void
+sq_running_sums(const int8_t *codes, int64_t length, int32_t *sums);
+
 /* ---- one group at a time: what the loops over groups share -------------------------------- */
 
 /* SQ_OK if q's bits, clip and group suit rows of k; q->group 0 is the whole row. */
@@ -89,10 +93,14 @@ sq_decode_mxfp4(const uint8_t *blocks, const uint8_t *scales, int64_t count, int
  * tr(E H E^T) stays small, E = W - dequantized codes, H = sum over tokens of x x^T (Frantar et al.,
  * arXiv 2210.17323). One factor of H serves all linears of a site. */
 
-/* gram [k][k] (symmetric) += x^T x for x [m][k]. The sums are made in the lower triangle and
- * mirrored. NaN or Inf in x: SQ_ERR_NONFINITE, gram is as it was. Parallel over blocks of gram. */
+/* gram [k][k] (symmetric) += y^T y, y [m][k] being x [m][k] transformed (NULL: x itself): of y in
+ * float32, or with `bits` 8 of y rounded to 8 bits, one scale for an input of tokens of about one
+ * size; the products are then exact. The sums are made in the lower triangle and mirrored. NaN or
+ * Inf in x: SQ_ERR_NONFINITE, gram is as it was. Parallel over blocks of gram. */
+struct sq_weight_transform;
 sq_status
-sq_gram_update(const float *x, int64_t m, int64_t k, float *gram);
+sq_gram_update(int bits, const struct sq_weight_transform *transform, const float *x, int64_t m,
+               int64_t k, float *gram);
 
 /* Largest k of sq_gptq_*: a factor of 2^16 x 2^16 has 16 GiB. */
 #define SQ_GPTQ_K_MAX (1 << 16)

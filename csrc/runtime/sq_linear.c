@@ -58,22 +58,6 @@ struct prepare_job {
     atomic_int nonfinite;
 };
 
-/* sums[b] = sum of the codes before block b of SQ_K_ALIGN. */
-static void
-running_sums(const int8_t *codes, int64_t ld, int32_t *sums)
-{
-    int32_t total = 0;
-    for (int64_t b = 0; b < ld / SQ_K_ALIGN; b++) {
-        sums[b] = total;
-        int32_t sum = 0;
-        for (int64_t j = 0; j < SQ_K_ALIGN; j++) {
-            sum += codes[b * SQ_K_ALIGN + j];
-        }
-        total += sum;
-    }
-    sums[ld / SQ_K_ALIGN] = total;
-}
-
 /* Codes and scales of token i; 0 if a value is NaN or Inf. */
 static int
 quantize_token(const struct prepare_job *job, const float *x, int64_t i, int8_t *codes)
@@ -107,7 +91,7 @@ prepare_rows(void *context, int64_t first, int64_t rows, const float *values)
             int8_t *codes = a->codes + i * a->ld;
             finite = quantize_token(job, values, i, codes);
             memset(codes + a->k, 0, padding);
-            running_sums(codes, a->ld, a->sums + i * (a->ld / SQ_K_ALIGN + 1));
+            sq_running_sums(codes, a->ld, a->sums + i * (a->ld / SQ_K_ALIGN + 1));
         }
         if (!finite) { /* the arguments were checked: nothing else can be wrong */
             atomic_store(&job->nonfinite, 1);

@@ -190,9 +190,26 @@ def unpack(words, k, bits=4):
     return (values.sum(-1) - 2 ** (bits - 1)).astype(np.int8)
 
 
-def gram(x, out=None):
+TOKENS_OF_A_BLOCK = 2048
+
+
+def gram(x, out=None, bits=32, rotation=None, columns=None):
+    """rotation: the dense [k, k] that x meets as x @ rotation.T."""
     x = np.asarray(x, np.float64)
-    return x.T @ x + (0 if out is None else out)
+    x = x if columns is None else x * columns
+    x = x if rotation is None else x @ rotation.T
+    sums = x.T @ x if bits == 32 else np.zeros((x.shape[1],) * 2)
+    for first in range(0, len(x) if bits == 8 else 0, TOKENS_OF_A_BLOCK):
+        block = x[first : first + TOKENS_OF_A_BLOCK]
+        square = np.mean(block**2, axis=1)
+        block, square = block[square > 0], square[square > 0]
+        sizes = (np.floor(np.log2(square)) + 1100) // 6
+        for size in np.unique(sizes):
+            part = block[sizes == size]
+            scale = np.abs(part).max(axis=0) / 127
+            codes = np.rint(part / np.where(scale > 0, scale, 1))
+            sums += codes.T @ codes * np.outer(scale, scale)
+    return sums + (0 if out is None else out)
 
 
 def gptq_factor(gram, damping=0.01, order=False, overwrite=False):

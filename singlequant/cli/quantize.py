@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ..config import GPTQ_INPUTS, KV_BITS, SCHEMES, STREAM_BITS, WEIGHTS, QuantConfig
+from ..config import CALIBRATION_BITS, GPTQ_INPUTS, KV_BITS, SCHEMES, WEIGHTS, QuantConfig
 from ..methods.registry import METHODS
 from .shared import (
     add_calibration,
@@ -36,10 +36,10 @@ def add(commands) -> None:
                    help="rounding: rtn = to nearest, mse = to nearest with a searched clip, gptq = "
                         "that with error feedback, the most accurate and the slowest "
                         f"(default {defaults.weights})")
-    c.add_argument("--stream-bits", type=int, choices=STREAM_BITS,
-                   help="bits of the weights and activations that carry the calibration tokens from "
-                        "layer to layer; 32 is the model as it is, slower and hardly closer "
-                        f"(default {defaults.stream_bits})")
+    c.add_argument("--calibration-bits", type=int, choices=CALIBRATION_BITS,
+                   help="8: calibration runs on weights and activations of 8 bits, several times "
+                        "as fast; 32: on the model as it is (default "
+                        f"{defaults.calibration_bits})")
     c.add_argument("--gptq-inputs", choices=GPTQ_INPUTS,
                    help="inputs that gptq looks at: as they are, or quantized as they will be run "
                         f"(default {defaults.gptq_inputs})")

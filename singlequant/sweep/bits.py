@@ -41,6 +41,7 @@ from .calibrate import calibrate, energy
 from .prepare import View
 
 TOKENS = 1024  # that the noise is predicted on: whole windows, evenly spaced
+SAMPLE_TOKENS = 128  # of them, that each linear's noise is measured on
 HEAD_TOKENS = 256  # of them, that the head's rounding is measured on
 TABLE_BITS_LOW = 6  # of embedding and head when the linears can make more of the difference
 # Measured divergence of whole models over the sum of their linears' noise, see docs/defaults.md. It
@@ -91,20 +92,20 @@ def assign_bits(
     """
     noise = None
     if config.bits > WEIGHT_BITS[0]:
-        noise = predict_noise(view, windows, config.stream_bits)
+        noise = predict_noise(view, windows, config.calibration_bits)
     return settle_bits(view, config, noise)
 
 
-def predict_noise(view: View, windows: NDArray[np.int64], stream_bits: int = 32) -> Noise:
+def predict_noise(view: View, windows: NDArray[np.int64], calibration_bits: int = 32) -> Noise:
     """The noise that a model's rounding would add, from TOKENS of windows [count, length].
 
-    stream_bits: as for `calibrate`.
+    calibration_bits: as `bits` of `calibrate`.
     """
     few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
     shares: dict[str, Share] = {}
     hidden = None
-    for layer in calibrate(view, few, keep_inputs=False, stream=True,
-                           stream_bits=stream_bits):
+    for layer in calibrate(view, few, SAMPLE_TOKENS, keep_inputs=False, stream=True,
+                           bits=calibration_bits):
         shares |= layer_shares(view, layer)
         hidden = layer.hidden
     return Noise(shares, *_head_noise(view, hidden))

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from .. import _C
 from .._C import FormatError
-from ..config import STREAM_BITS
+from ..config import CALIBRATION_BITS
 from ..files import read_json
 from ..methods.registry import ALL_INPUTS
 from ..rows import float32_blocks, token_ids
@@ -98,7 +98,7 @@ def calibrate(
     skip: Collection[int] = (),
     keep_inputs: bool = True,
     stream: bool = False,
-    stream_bits: int = 32,
+    bits: int = 32,
 ) -> Iterator[LayerStatistics]:
     """Yield the statistics of each layer's sites, in order.
 
@@ -108,7 +108,7 @@ def calibrate(
     also hold the sites' inputs, which weights "gptq" need: fine in a chain of generators, where a
     layer is dropped before the next is made; pass False to collect the layers of a large model.
     stream: the statistics also hold the energies of the residual stream by token.
-    stream_bits: of weights and activations as the tokens pass the layers, see `stream_layer`.
+    bits: of weights and activations as the tokens pass the layers, see `stream_layer`.
     ValueError when the checkpoint is packed, a token id is outside the vocabulary or an activation
     is not finite.
     """
@@ -116,15 +116,15 @@ def calibrate(
     windows = token_ids(windows, "windows")
     if windows.ndim != 2 or windows.size == 0:
         raise ValueError(f"windows: expected (count, length) with tokens, got {windows.shape}")
-    if stream_bits not in STREAM_BITS:
-        raise ValueError(f"stream_bits: expected one of {', '.join(map(str, STREAM_BITS))}, "
-                         f"got {stream_bits!r}")
+    if bits not in CALIBRATION_BITS:
+        raise ValueError(f"bits: expected one of {', '.join(map(str, CALIBRATION_BITS))}, "
+                         f"got {bits!r}")
     return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream,
-                   stream_bits)
+                   bits)
 
 
 def _layers(
-    checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream, stream_bits
+    checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream, bits
 ) -> Iterator[LayerStatistics]:
     """The loop of `calibrate`, whose arguments were checked."""
     spec = checkpoint.spec
@@ -133,7 +133,7 @@ def _layers(
     hidden = Outer(checkpoint).embed(windows.reshape(-1), position)
     for index in range(spec.layers):
         if index <= last:
-            layer = stream_layer(checkpoint, index, stream_bits)
+            layer = stream_layer(checkpoint, index, bits)
             cache = new_cache(spec, 1, len(windows), windows.shape[1])
             record = index not in skip
             before = hidden.copy() if stream else None

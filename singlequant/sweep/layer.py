@@ -81,7 +81,9 @@ def round_inputs(
 def gptq_factor(
     statistics: SiteStatistics, rotation: Rotation | None, config: QuantConfig
 ) -> GptqFactor:
-    """The factor of the Gram matrix of a site's rotated calibration inputs, in float32.
+    """The factor of the Gram matrix of a site's rotated calibration inputs.
+
+    Sums of products are of inputs with config.calibration_bits, the rest is float32.
 
     With config.gptq_inputs "quantized", of the inputs after their own rounding and clip. Where
     fewer tokens than inputs were seen, the matrix has not the rank to say how all inputs go
@@ -94,13 +96,18 @@ def gptq_factor(
             "statistics: weights 'gptq' needs the calibration inputs, found none kept (saved "
             "statistics never hold them): calibrate with keep_inputs=True"
         )
-    gram = None
-    for first in range(0, len(statistics.inputs), ROWS_PER_BLOCK):
-        x = transform_inputs(statistics.inputs[first : first + ROWS_PER_BLOCK], rotation)
-        if config.gptq_inputs == "quantized":
-            x = round_inputs(x, rotation, config)
-        gram = _C.gram(x, gram)
-    missing = max(1.0, gram.shape[0] / len(statistics.inputs))
+    inputs, bits = statistics.inputs, config.calibration_bits
+    if config.gptq_inputs == "quantized":
+        gram = None
+        for first in range(0, len(inputs), ROWS_PER_BLOCK):
+            x = transform_inputs(inputs[first : first + ROWS_PER_BLOCK], rotation)
+            gram = _C.gram(round_inputs(x, rotation, config), gram, bits)
+    elif rotation is None:
+        gram = _C.gram(inputs, None, bits)
+    else:
+        columns = None if rotation.balance is None else 1 / rotation.balance
+        gram = _C.gram(inputs, None, bits, rotation.of_inputs, columns)
+    missing = max(1.0, gram.shape[0] / len(inputs))
     return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping * missing, config.gptq_order, True))
 
 

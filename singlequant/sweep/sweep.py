@@ -119,9 +119,10 @@ def sweep(
     provenance = {"version": __version__, "calibration_sha256": token_digest(windows),
                   **({"calibration": written} if written else {})}
     works = [_Work(job, view, failures) for job in jobs]
-    stream_bits = max(job.config.stream_bits for job in jobs)
+    calibration_bits = max(job.config.calibration_bits for job in jobs)
     if any(work.job.config.bits > WEIGHT_BITS[0] for work in works):
-        noise = measure(predict_noise, view, windows, stream_bits, failures=failures)
+        noise = measure(predict_noise, view, windows, calibration_bits,
+                        failures=failures)
         for work in works:
             work.assign(noise)
     limit = view.spec.layers if layers is None else layers
@@ -134,7 +135,7 @@ def sweep(
         done = set.intersection(*(work.finished for work in running)) if running else set()
         inputs = any(work.job.config.weights == "gptq" for work in running)
         statistics = calibrate(view, windows, progress=progress, skip=done, keep_inputs=inputs,
-                               stream_bits=stream_bits)
+                               bits=calibration_bits)
         while running:
             index = _sweep_layer(view, statistics, running)
             if index is None or index + 1 >= limit:
