@@ -28,6 +28,8 @@ WEIGHTS = ("rtn", "mse", "gptq")
 
 GPTQ_INPUTS = ("float", "quantized")
 
+DEFAULT_TOKENS = {"rtn": 2048, "mse": 2048, "gptq": 8192}
+
 
 DEFAULT_CLIP = {"w4a4": 0.75, "w4a8": 1.0, "w4a16": 1.0}
 
@@ -42,7 +44,7 @@ class QuantConfig:
     bits: float = 4.75  # of a weight, on average: 4 to 8; above 4 some linears have 5, 6 or 8
     group_size: int = 0  # inputs that share a weight scale; 0 = the whole output channel
     clip: float | None = None  # activation range as a share of the token's maximum
-    calibration_tokens: int = 8192
+    calibration_tokens: int = None  # type: ignore[assignment]  # None: DEFAULT_TOKENS
     calibration_window: int = 512  # tokens that are run as one text; at most the model's maximum
     seed: int = 0
     ignore: tuple[str, ...] = field(default=())  # linears left as they are (fnmatch patterns)
@@ -71,6 +73,8 @@ class QuantConfig:
                 f"group_size: expected 0 (per output channel) or a multiple of 32, "
                 f"found {self.group_size}"
             )
+        if self.calibration_tokens is None:  # as many as the rounding needs
+            object.__setattr__(self, "calibration_tokens", DEFAULT_TOKENS[self.weights])
         _check_integer("calibration_tokens", self.calibration_tokens, 1)
         _check_integer("calibration_window", self.calibration_window, 1)
         _check_integer("seed", self.seed, 0)

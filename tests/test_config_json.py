@@ -299,6 +299,7 @@ def test_rope_frequencies_equal_transformers(values, kind):
         ({"clip": 1.5}, "clip: .* found 1.5"),
         ({"clip": float("nan")}, "clip: .* found nan"),
         ({"calibration_tokens": 0}, "calibration_tokens: expected an integer from 1"),
+        ({"calibration_bits": 16}, "calibration_bits: expected one of 8, 32, found 16"),
         ({"seed": True}, "seed: expected an integer .* found True"),
         ({"ignore": "model.*"}, "ignore: expected a list of patterns"),
     ],

@@ -44,3 +44,13 @@ def test_changes_that_are_none_are_refused(model, text, capsys, change, message)
     with pytest.raises(SystemExit) as end:
         script.main(arguments(model, text, "--change", change))
     assert message in f"{end.value}{capsys.readouterr().err}"
+
+
+def test_gptq_calibrates_on_more_tokens_than_other_rounding():
+    assert sq.QuantConfig().calibration_tokens == 8192
+    assert sq.QuantConfig(weights="mse").calibration_tokens == 2048
+    assert sq.QuantConfig(weights="mse", calibration_tokens=512).calibration_tokens == 512
+    rows = sq.CompareOptions(methods=("none",), weights=("mse",)).recipes()
+    assert {config.calibration_tokens for config, _ in rows} == {8192}
+    rows = sq.CompareOptions(methods=("none",), weights=("mse",), defaults=False).recipes()
+    assert {config.calibration_tokens for config, _ in rows} == {2048}

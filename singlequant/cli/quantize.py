@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ..config import CALIBRATION_BITS, GPTQ_INPUTS, KV_BITS, SCHEMES, WEIGHTS, QuantConfig
+from ..config import (
+    CALIBRATION_BITS,
+    DEFAULT_TOKENS,
+    GPTQ_INPUTS,
+    KV_BITS,
+    SCHEMES,
+    WEIGHTS,
+    QuantConfig,
+)
 from ..methods.registry import METHODS
 from .shared import (
     add_calibration,
@@ -63,7 +71,8 @@ def add(commands) -> None:
                         "scheme's)")
     add_calibration(c)
     c.add_argument("--calibration-tokens", type=int, metavar="N",
-                   help=f"default {defaults.calibration_tokens}")
+                   help=f"default {DEFAULT_TOKENS['gptq']}, with other rounding "
+                        f"{DEFAULT_TOKENS['mse']}")
     c.add_argument("--calibration-window", type=int, metavar="N",
                    help="tokens that are run as one text, at most the model's maximum: longer for "
                         f"models of long texts (default {defaults.calibration_window})")

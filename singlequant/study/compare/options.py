@@ -72,9 +72,12 @@ class CompareOptions:
 
     def recipes(self) -> list[tuple[QuantConfig, bool]]:
         """(config, whether it is the recipe's default) of every row, in the table's order."""
-        tokens = self.calibration_tokens
+        roundings = dict.fromkeys((*self.weights, *[QuantConfig().weights] * self.defaults))
+        tokens = self.calibration_tokens  # of all rows, which share the windows
+        if tokens is None:
+            tokens = max(QuantConfig(weights=weights).calibration_tokens for weights in roundings)
         common = {"head_bits": self.head_bits, "embedding_bits": self.embedding_bits,
-                  **({} if tokens is None else {"calibration_tokens": tokens})}
+                  "calibration_tokens": tokens}
         rows = []
         for scheme in dict.fromkeys(self.schemes):
             for seed, rounding, method in itertools.product(
