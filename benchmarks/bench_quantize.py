@@ -4,10 +4,12 @@
                                         [--method balanced] [--folder DIR] [--json FILE] [--keep]
 
 The stage that the sweep calls quantize, weights read from disk and shard written, is timed with the
-file dropped from the page cache and again with it there; calibration and the solver have their own
-lines. Beside them stand the disk's read speed, the memory's and the FMA peak, measured in the same
-run. --profile prices each step of one layer in CPU nanoseconds per weight. The weights are random
-with a few large channels in the norms; they say nothing about quality.
+file dropped from the page cache and again with it there. What comes before it, with the default
+tokens of each rounding, has its own lines: the choice of bits, calibration, the solver. The sum is
+what a model's layers take. Embedding and head are left out, as they are no part of a layer. Beside
+them stand the disk's read speed, the memory's and the FMA peak, measured in the same run. --profile
+prices each step of one layer in CPU nanoseconds per weight. The weights are random with a few large
+channels in the norms; they say nothing about quality.
 """
 
 from __future__ import annotations
@@ -33,14 +35,9 @@ from singlequant.rotations import LayerRotations
 from singlequant.rows import ROWS_PER_BLOCK
 from singlequant.statistics import SiteStatistics
 from singlequant.study.bench import best_read
+from singlequant.sweep.bits import layer_shares, noise_layers
 from singlequant.sweep.calibrate import calibrate
-from singlequant.sweep.layer import (
-    GptqFactor,
-    Rotation,
-    quantize_layer,
-    round_inputs,
-    transform_inputs,
-)
+from singlequant.sweep.layer import GptqFactor, Rotation, quantize_layer
 from singlequant.sweep.measure import PeakMemory
 from singlequant.sweep.texts import calibration_windows
 
@@ -161,8 +158,7 @@ def memory_bound(config: QuantConfig) -> float:
     packed = WEIGHTS / 2 + 4 * scales
     bound = packed + 16e6 + 8e6 * _C.get_num_threads()
     if config.weights == "gptq":
-        tokens = config.calibration_tokens
-        blocks = (ROWS_PER_BLOCK * (4 + 1 + 4) + 3 * min(tokens, ROWS_PER_BLOCK) * 4)
+        blocks = ROWS_PER_BLOCK * (4 + 1 + 4) + 2048 * (4 + 1 + 1)  # of rows, of tokens
         bound += 4 * INTERMEDIATE**2 + blocks * INTERMEDIATE
     return 1.1 * bound
 
@@ -206,15 +202,11 @@ def profile(source: Path, rotations: LayerRotations, config: QuantConfig, out: P
 def _profile_factor(
     prices: dict[str, float], statistics: SiteStatistics, rotation: Rotation, config: QuantConfig
 ) -> GptqFactor:
-    """What `gptq_factor` makes, block by block of inputs as there; each step adds its cost."""
-    gram = None
-    for first in range(0, len(statistics.inputs), ROWS_PER_BLOCK):
-        with add_cost(prices, "inputs: rotate and round"):
-            x = transform_inputs(statistics.inputs[first : first + ROWS_PER_BLOCK], rotation)
-            if config.gptq_inputs == "quantized":
-                x = round_inputs(x, rotation, config)
-        with add_cost(prices, "Gram matrix"):
-            gram = _C.gram(x, gram)
+    """What `gptq_factor` makes; each step adds its cost."""
+    columns = None if rotation.balance is None else 1 / rotation.balance
+    with add_cost(prices, "inputs: rotate, round, Gram matrix"):
+        gram = _C.gram(statistics.inputs, None, config.calibration_bits, rotation.of_inputs,
+                       columns)
     with add_cost(prices, "Cholesky factor"):
         return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True))
 
@@ -282,18 +274,31 @@ def report_machine(rows: Figures, weights_file: Path, threads: int) -> None:
         rows.report("  of the FMA peak", peak and 100 * speed / peak, "%")
 
 
-def report_rotations(rows: Figures, source: Path, config: QuantConfig, keep: bool
-                     ) -> LayerRotations:
-    """Calibrate and solve the layer; keep: with the inputs, as GPTQ wants them."""
+def report_bits(rows: Figures, source: Path, config: QuantConfig) -> float:
+    """The choice of bits for the layer's linears; seconds."""
     checkpoint = load_checkpoint(source)
     windows = calibration_windows(checkpoint, config)
     with Meter() as meter:
-        statistics = next(calibrate(checkpoint, windows, keep_inputs=keep))
-    rows.report_seconds(f"calibration, {windows.size} tokens", meter)
-    with Meter() as meter:
+        for layer in noise_layers(checkpoint, windows, config.calibration_bits):
+            dict(layer_shares(checkpoint, layer))
+    rows.report_seconds("choosing the bits of linears", meter)
+    return meter.wall
+
+
+def report_rotations(rows: Figures, source: Path, config: QuantConfig
+                     ) -> tuple[LayerRotations, float]:
+    """Calibrate and solve the layer, and the seconds of both; with the inputs where GPTQ wants
+    them."""
+    checkpoint = load_checkpoint(source)
+    windows = calibration_windows(checkpoint, config)
+    with Meter() as calibrated:
+        statistics = next(calibrate(checkpoint, windows, keep_inputs=config.weights == "gptq",
+                                    bits=config.calibration_bits))
+    rows.report_seconds(f"calibration, {windows.size} tokens", calibrated)
+    with Meter() as solved:
         rotations = solve_layer(statistics, config)
-    rows.report_seconds(f"solving rotations ({config.method})", meter)
-    return rotations
+    rows.report_seconds(f"solving rotations ({config.method})", solved)
+    return rotations, calibrated.wall + solved.wall
 
 
 def report_profile(rows: Figures, weights: str, prices: dict[str, float]) -> None:
@@ -324,23 +329,25 @@ def main() -> None:
     environment = common.environment()
     common.print_environment(environment)
     threads, rows = _C.get_num_threads(), Figures()
-    config = QuantConfig("w4a4", arguments.method, bits=4.0, group_size=arguments.group_size)
+    changes = {"method": arguments.method, "group_size": arguments.group_size}
+    configs = [QuantConfig(weights=weights, **changes) for weights in arguments.weights]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, out = Path(folder) / "made", Path(folder) / "layer.safetensors"
         write_checkpoint(source, 1)
         report_machine(rows, source / "model.safetensors", threads)
-        rotations = report_rotations(rows, source, config, "gptq" in arguments.weights)
-        print(f"\nQuantizing, {threads} threads; the target is {TARGET:.2f} s per 10^9 weights")
-        configs = {weights: replace(config, weights=weights) for weights in arguments.weights}
-        for each in configs.values():
-            row = measure(source, rotations, each, out)
-            rows.append(row | {"target, s per 10^9": TARGET})
+        bits = report_bits(rows, source, configs[0])
+        for config in configs:
+            print(f"\n{config.weights}, {threads} threads; the target is {TARGET:.2f} s per 10^9")
+            rotations, before = report_rotations(rows, source, config)
+            row = measure(source, rotations, config, out)
+            whole = row["warm, s per 10^9"] + (bits + before) * 1e9 / WEIGHTS
+            rows.append(row | {"whole, s per 10^9": whole, "target, s per 10^9": TARGET})
             print("  ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{value:<4}"
-                            for key, value in row.items()))
-        if arguments.profile:
-            for weights, each in configs.items():
-                report_profile(rows, weights, profile(source, rotations, each, out))
-    common.write_result({"what": "quantize", "environment": environment, "method": config.method,
+                            for key, value in rows[-1].items()))
+            if arguments.profile:
+                report_profile(rows, config.weights, profile(source, rotations, config, out))
+    common.write_result({"what": "quantize", "environment": environment,
+                         "method": arguments.method,
                          "threads": threads, "rows": rows},
                         arguments.json, arguments.keep and "quantize")
 

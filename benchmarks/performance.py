@@ -174,13 +174,14 @@ def quantize_figures(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def quantize_section(result: Mapping[str, Any]) -> str:
     """Seconds per 10^9 weights, beside what bounds them."""
     rows = result["rows"]
-    keys = ("cold, s per 10^9", "warm, s per 10^9", "CPU, s per 10^9", "target, s per 10^9",
-            "peak memory, MB", "bound, MB")
+    keys = ("cold, s per 10^9", "warm, s per 10^9", "CPU, s per 10^9", "whole, s per 10^9",
+            "target, s per 10^9", "peak memory, MB", "bound, MB")
     text = ["### Quantizing", command("bench_quantize", result["environment"]),
             "One layer in the shapes of LLaMA-2-7B is read, rotated, rounded, packed and written. "
             "The times are seconds per 10^9 weights. The file is on disk (cold) or in the page "
-            "cache (warm). The target is the time that the paper reports.",
-            table(["weights", *keys], [[r["weights"], *(number(r[k]) for k in keys)]
+            "cache (warm). The whole is that and the stages below, with a warm file. The target is "
+            "the time that the paper reports.",
+            table(["weights", *keys], [[r["weights"], *(number(r.get(k)) for k in keys)]
                                        for r in rows if keys[0] in r]),
             "The stages before these, and what the machine can do:",
             table(["", "", "unit"], [[name, number(r["value"]), r["unit"]]
@@ -282,9 +283,9 @@ def summary_part(machines: Sequence[Machine]) -> str:
 
 def quantize_sentence(result: Mapping[str, Any]) -> str:
     """CPU seconds and memory that 10^9 weights take from the calibration to the file."""
-    before = [f"{number(r['value'])} {what}" for name, r in quantize_figures(result).items()
-              for begin, what in (("calibration", "to calibrate"), ("solving", "to solve"))
-              if name.startswith(begin) and name.endswith(": CPU")]
+    before = [f"{number(r['value'])} for {name.partition(', per')[0]}"
+              for name, r in quantize_figures(result).items()
+              if name.startswith(("calibration", "solving")) and name.endswith(": CPU")]
     stages = [f"{number(r['CPU, s per 10^9'])} CPU seconds and {r['peak memory, MB']:.0f} MB with "
               f"`--weights {r['weights']}`" for r in result["rows"] if "CPU, s per 10^9" in r]
     return (f"10^9 weights in the shapes of LLaMA-2-7B take these CPU seconds: "

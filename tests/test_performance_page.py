@@ -53,7 +53,7 @@ def test_page_holds_the_figures_of_the_newest_files(results):
     assert "fma 256 111" in page
     assert "| avx2 | w4a4 | 512 | 271 | 283 | 74% | - |" in page
     assert "| our W4A4 | ours | decode | 64 | 46.0 | 45.0 - 47.0 | AVX2, FMA |" in page
-    assert "| mse | 4.50 | 3.50 | 6.75 | 2.85 | 120 | 140 |" in page
+    assert "| mse | 4.50 | 3.50 | 6.75 | 20.5 | 2.85 | 120 | 140 |" in page
     assert "| disk, cold file | 2.25 | GB/s |" in page
     assert "| calibration, 1024 tokens, per 10^9 weights: CPU | 22.5 | s |" in page
     assert "| mse | clip search | 1.12 |" in page
@@ -95,8 +95,8 @@ def test_summary_gets_the_table_between_its_marks(results):
     assert summary.endswith("<!-- performance:end -->\nafter\n")
     assert "old" not in summary
     assert "| W4A4 | best int4 | 2.24x | 2.62x |" in summary
-    assert ("CPU seconds: 22.5 to calibrate and 6.25 to solve. To quantize and write them takes "
-            "6.75 CPU seconds and 120 MB with `--weights mse`." in summary)
+    assert ("CPU seconds: 22.5 for calibration, 1024 tokens and 6.25 for solving rotations (balanced). "
+            "To quantize and write them takes 6.75 CPU seconds and 120 MB with `--weights mse`." in summary)
 
 
 def test_summary_is_left_as_it_is_without_peers(results):

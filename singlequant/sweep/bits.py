@@ -101,14 +101,21 @@ def predict_noise(view: View, windows: NDArray[np.int64], calibration_bits: int 
 
     calibration_bits: as `bits` of `calibrate`.
     """
-    few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
     shares: dict[str, Share] = {}
     hidden = None
-    for layer in calibrate(view, few, SAMPLE_TOKENS, keep_inputs=False, stream=True,
-                           bits=calibration_bits):
+    for layer in noise_layers(view, windows, calibration_bits):
         shares |= layer_shares(view, layer)
         hidden = layer.hidden
     return Noise(shares, *_head_noise(view, hidden))
+
+
+def noise_layers(
+    view: View, windows: NDArray[np.int64], calibration_bits: int
+) -> Iterator[LayerStatistics]:
+    """What `predict_noise` looks at, layer by layer."""
+    few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
+    return calibrate(view, few, SAMPLE_TOKENS, keep_inputs=False, stream=True,
+                     bits=calibration_bits)
 
 
 def settle_bits(
