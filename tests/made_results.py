@@ -81,7 +81,8 @@ def made_quantize():
                ("calibration, 1024 tokens, per 10^9 weights", 11.5, "s"), ("  CPU", 22.5, "s"),
                ("solving rotations (balanced), per 10^9 weights", 3.25, "s"), ("  CPU", 6.25, "s")]
     stage = {"weights": "mse", "cold, s per 10^9": 4.5, "warm, s per 10^9": 3.5,
-             "CPU, s per 10^9": 6.75, "whole, s per 10^9": 20.5, "read from disk, MB": 400.0, "peak memory, MB": 120.25,
+             "CPU, s per 10^9": 6.75,
+             "whole, s per 10^9": 20.5, "read from disk, MB": 400.0, "peak memory, MB": 120.25,
              "bound, MB": 140.0, "target, s per 10^9": 2.85}
     step = {"weights": "mse", "step": "clip search", "CPU ns per weight": 1.125}
     rows = [*({"figure": f, "value": v, "unit": u} for f, v, u in figures), stage, step]

@@ -95,8 +95,9 @@ def test_summary_gets_the_table_between_its_marks(results):
     assert summary.endswith("<!-- performance:end -->\nafter\n")
     assert "old" not in summary
     assert "| W4A4 | best int4 | 2.24x | 2.62x |" in summary
-    assert ("CPU seconds: 22.5 for calibration, 1024 tokens and 6.25 for solving rotations (balanced). "
-            "To quantize and write them takes 6.75 CPU seconds and 120 MB with `--weights mse`." in summary)
+    assert ("CPU seconds: 22.5 for calibration, 1024 tokens and 6.25 for solving rotations "
+            "(balanced). To quantize and write them takes 6.75 CPU seconds and 120 MB with "
+            "`--weights mse`." in summary)
 
 
 def test_summary_is_left_as_it_is_without_peers(results):

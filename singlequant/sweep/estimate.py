@@ -37,9 +37,11 @@ def dry_run(
     calibration: str | Path | None = None,
     writing: Callable[[int, int], None] | None = None,
 ) -> Estimate:
-    """Process the layers up to the first of the largest, write nothing, and scale up by weights.
+    """Process two layers, or as many as end with the first of the largest; write nothing, and scale
+    up by weights.
 
     Most models have layers of one size. Others begin with dense ones before those with experts.
+    What looks at the whole model before the first layer is done in full.
     calibration, writing: as for `quantize_folder`. The time of a text that the model writes counts.
     """
     config = config or QuantConfig()
@@ -51,9 +53,10 @@ def dry_run(
     windows, written = chosen.value, written_by_model(calibration) is not None
     prepared = measure(prepare, checkpoint, config, windows)
     weights = _weights(checkpoint.spec)
-    count = weights.index(max(weights)) + 1
+    count = min(max(2, weights.index(max(weights)) + 1), len(weights))
     (first,) = sweep(prepared.value, windows, [Job(config)], layers=count)
-    layers = sum(first.seconds.values()) * sum(weights) / sum(weights[:count])
+    each = sum(first.seconds.values()) - first.choosing
+    layers = first.choosing + each * sum(weights) / sum(weights[:count])
     return Estimate(
         checkpoint.bytes_with_tokenizer, estimate_size(prepared.value, config),
         prepared.seconds + layers + (chosen.seconds if written else 0),

@@ -72,12 +72,14 @@ class Outcome:
     """What a job took and whether it failed.
 
     seconds: by stage, as if the job had run alone; "quantize" includes packing and writing.
+    choosing: of "solve", what the choice of bits took, which looks at all layers beforehand.
     peaks: bytes of anonymous memory of the process, the largest of each stage. error: why there is
     no folder, or None. config: the job's, its bits settled, where there was something to settle.
     resumed_layers: those taken over from an interrupted run.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    choosing: float = 0.0
     peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     error: str | None = None
     config: QuantConfig | None = None
@@ -201,6 +203,7 @@ class _Work:
     def assign(self, noise: Measured) -> None:
         """Choose the bits of each linear, and of embedding and head. noise: of `predict_noise`."""
         if self.job.config.bits > WEIGHT_BITS[0] and self.outcome.add("solve", noise) is not None:
+            self.outcome.choosing = noise.seconds
             config, self.bits = settle_bits(self.view, self.job.config, noise.value)
             self.job = replace(self.job, config=config)
             self.outcome.config = config
