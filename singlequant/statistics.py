@@ -51,9 +51,3 @@ class LayerStatistics:
     index: int
     sites: Mapping[str, SiteStatistics]
     kv_largest: float = 0.0  # largest magnitude of its keys and values
-    # by token, if asked for: the energy (sum of squares) of the residual stream before the layer
-    # and behind it, and of what the layer changed
-    entry: NDArray[np.float64] | None = None
-    stream: NDArray[np.float64] | None = None
-    change: NDArray[np.float64] | None = None
-    hidden: NDArray[np.float32] | None = None  # the stream behind it, [tokens, hidden]

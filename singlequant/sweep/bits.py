@@ -35,9 +35,9 @@ from .. import _C
 from ..config import DEFAULT_TABLE_BITS, QuantConfig
 from ..models.spec import LayerSpec, expert_of, role_row
 from ..runtime.outer import HEAD_ROWS, Outer
-from ..statistics import LayerStatistics
 from ..weights import WEIGHT_BITS, PackedTable
-from .calibrate import calibrate, energy
+from .calibrate import blame_weight, embedded, pass_layers
+from .experts import borrow
 from .prepare import View
 
 TOKENS = 1024  # that the noise is predicted on: whole windows, evenly spaced
@@ -109,13 +109,34 @@ def predict_noise(view: View, windows: NDArray[np.int64], calibration_bits: int 
     return Noise(shares, *_head_noise(view, hidden))
 
 
+@dataclass(frozen=True)
+class NoiseLayer:
+    """What a layer's shares are found from. Energies are sums of squares, [tokens]."""
+
+    index: int
+    samples: Mapping[str, NDArray[np.float32]]  # [tokens kept, k] by site, evenly spaced
+    entry: NDArray[np.float64]  # energy of the residual stream before the layer
+    stream: NDArray[np.float64]  # behind it
+    change: NDArray[np.float64]  # of what the layer changed
+    hidden: NDArray[np.float32]  # the stream behind it, until the next layer: [tokens, hidden]
+
+
 def noise_layers(
     view: View, windows: NDArray[np.int64], calibration_bits: int
-) -> Iterator[LayerStatistics]:
+) -> Iterator[NoiseLayer]:
     """What `predict_noise` looks at, layer by layer."""
     few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
-    return calibrate(view, few, SAMPLE_TOKENS, keep_inputs=False, stream=True,
-                     bits=calibration_bits)
+    before = embedded(view, few)
+    for layer in pass_layers(view, few, calibration_bits):
+        linears, spec = view.layer(layer.index).linears, view.spec.layer(layer.index)
+        inputs = {**layer.inputs, **borrow(spec, linears, layer.inputs)}
+        samples = {name: x[:: max(1, -(-len(x) // SAMPLE_TOKENS))] for name, x in inputs.items()}
+        hidden = layer.hidden
+        energies = [*map(energy, (before, hidden, hidden - before))]
+        if not np.isfinite(energies).all():
+            blame_weight(view, layer.index)
+        yield NoiseLayer(layer.index, samples, *energies, hidden)
+        before = hidden.copy()
 
 
 def settle_bits(
@@ -167,12 +188,12 @@ def _head_noise(view: View, hidden: NDArray[np.float32]) -> tuple[float, float]:
     return per_noise, 2 * (divergence(TABLE_BITS_LOW) - divergence(DEFAULT_TABLE_BITS))
 
 
-def layer_shares(view: View, layer: LayerStatistics) -> Iterator[tuple[str, Share]]:
-    """(name, share) of each linear of a layer, from its statistics and weights."""
+def layer_shares(view: View, layer: NoiseLayer) -> Iterator[tuple[str, Share]]:
+    """(name, share) of each linear of a layer."""
     spec, weights = view.spec.layer(layer.index), view.layer(layer.index)
     added = _added(spec, weights, layer)
     for site in spec.sites.values():
-        x = layer.sites[site.name].sample
+        x = layer.samples[site.name]
         size = energy(x)
         for role in site.roles:
             w = weights.linears[role].weight
@@ -219,6 +240,11 @@ def _best_step(name: str, share: Share, bits: int) -> tuple[float, str, int] | N
 # ---- the energies of a layer --------------------------------------------------------------------
 
 
+def energy(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[rows] sum of squares of each row of x."""
+    return np.einsum("ij,ij->i", x, x, dtype=np.float64)
+
+
 def _tiny(x: NDArray[np.float64]) -> float:
     """What a token's energy is at least: a token of zeros must not divide."""
     return max(1e-6 * float(np.mean(x)), 1e-30)
@@ -237,7 +263,7 @@ def _writer(spec: LayerSpec, role: str) -> str:
                 and expert_of(r) == expert)
 
 
-def _added(spec: LayerSpec, weights, layer: LayerStatistics) -> dict[str, NDArray[np.float64]]:
+def _added(spec: LayerSpec, weights, layer: NoiseLayer) -> dict[str, NDArray[np.float64]]:
     """By role that writes the stream, the energy of what its block adds, [tokens] or [1].
 
     A norm behind the branch sets that energy, whatever the linear's own is: it is then taken to be
@@ -250,7 +276,7 @@ def _added(spec: LayerSpec, weights, layer: LayerStatistics) -> dict[str, NDArra
             if norm in spec.norms and not spec.norm_sums:
                 found[role] = layer.change / 2
             else:
-                x = layer.sites[site.name].sample
+                x = layer.samples[site.name]
                 out = energy(_C.linear_dense(x, weights.linears[role].weight))
                 found[role] = out * spec.residual_scale**2
     return found

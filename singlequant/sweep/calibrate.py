@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,6 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     skip: Collection[int] = (),
     keep_inputs: bool = True,
-    stream: bool = False,
     bits: int = 32,
 ) -> Iterator[LayerStatistics]:
     """Yield the statistics of each layer's sites, in order.
@@ -107,10 +106,43 @@ def calibrate(
     skip: layers that are only passed through, without statistics. keep_inputs: the statistics
     also hold the sites' inputs, which weights "gptq" need: fine in a chain of generators, where a
     layer is dropped before the next is made; pass False to collect the layers of a large model.
-    stream: the statistics also hold the energies of the residual stream by token.
     bits: of weights and activations as the tokens pass the layers, see `stream_layer`.
     ValueError when the checkpoint is packed, a token id is outside the vocabulary or an activation
     is not finite.
+    """
+    passed = pass_layers(checkpoint, windows, bits, skip, progress)
+    return _statistics(checkpoint, passed, sample_tokens, keep_inputs)
+
+
+def _statistics(
+    checkpoint: View, layers: Iterator[Passed], sample_tokens: int, keep_inputs: bool
+) -> Iterator[LayerStatistics]:
+    """The statistics of each layer. What a layer holds is dropped before the next one is made."""
+    for layer in layers:
+        sites = _layer_statistics(checkpoint, layer.index, layer.inputs, sample_tokens, keep_inputs)
+        found = LayerStatistics(layer.index, sites, layer.kv_largest)
+        del layer, sites
+        yield found
+        del found
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A layer that the tokens have passed."""
+
+    index: int
+    inputs: Mapping[str, NDArray[np.float32]]  # [tokens, k] by site
+    kv_largest: float  # largest magnitude of its keys and values
+    hidden: NDArray[np.float32]  # [tokens, hidden] behind it, in place: the next layer changes it
+
+
+def pass_layers(
+    checkpoint: View, windows: NDArray[np.int64], bits: int, skip: Collection[int] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Passed]:
+    """Run windows through the layers one by one, and yield each but those of skip.
+
+    Arguments and errors are those of `calibrate`, and errors of arguments come at once.
     """
     checkpoint.require_unquantized()
     windows = token_ids(windows, "windows")
@@ -119,47 +151,38 @@ def calibrate(
     if bits not in CALIBRATION_BITS:
         raise ValueError(f"bits: expected one of {', '.join(map(str, CALIBRATION_BITS))}, "
                          f"got {bits!r}")
-    return _layers(checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream,
-                   bits)
+    return _pass_layers(checkpoint, windows, bits, skip, progress)
 
 
-def _layers(
-    checkpoint, windows, sample_tokens, progress, skip, keep_inputs, stream, bits
-) -> Iterator[LayerStatistics]:
-    """The loop of `calibrate`, whose arguments were checked."""
+def embedded(checkpoint: View, windows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The residual stream [tokens, hidden] of windows [count, length] before the first layer."""
+    position = flat_positions(np.full(len(windows), windows.shape[1]))[1]
+    return Outer(checkpoint).embed(windows.reshape(-1), position)
+
+
+def _pass_layers(checkpoint, windows, bits, skip, progress) -> Iterator[Passed]:
+    """The loop of `pass_layers`, whose arguments were checked."""
     spec = checkpoint.spec
     last = max(set(range(spec.layers)) - set(skip), default=-1)  # nothing is asked behind it
     sequence, position = flat_positions(np.full(len(windows), windows.shape[1]))
-    hidden = Outer(checkpoint).embed(windows.reshape(-1), position)
+    hidden = embedded(checkpoint, windows)
     for index in range(spec.layers):
         if index <= last:
             layer = stream_layer(checkpoint, index, bits)
             cache = new_cache(spec, 1, len(windows), windows.shape[1])
-            record = index not in skip
-            before = hidden.copy() if stream else None
             try:
-                inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
+                inputs = layer.forward(hidden, sequence, position, cache, 0,
+                                       record=index not in skip)
             except ValueError as error:  # 8-bit activations that are not finite
-                _blame(checkpoint, index)
+                blame_weight(checkpoint, index)
                 raise ValueError(f"layer {index}: {error}") from None
-            kv_largest = cache.largest
-            del layer, cache
-            if record:
-                sites = _layer_statistics(checkpoint, index, inputs, sample_tokens, keep_inputs)
-                del inputs
-                found = LayerStatistics(index, sites, kv_largest)
-                if stream:
-                    entry, behind, change = map(energy, (before, hidden, hidden - before))
-                    found = replace(found, entry=entry, stream=behind, change=change, hidden=hidden)
+            if index not in skip:
+                found = Passed(index, inputs, cache.largest, hidden)
+                del layer, cache, inputs
                 yield found
-                del sites, found
+                del found
         if progress:
             progress(index + 1, spec.layers)
-
-
-def energy(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[rows] sum of squares of each row of x."""
-    return np.einsum("ij,ij->i", x, x, dtype=np.float64)
 
 
 def _layer_statistics(
@@ -179,12 +202,12 @@ def _layer_statistics(
                                     site.producer is not None)
             sites[name] = replace(found, borrowed=name in borrowed)
         except ValueError as error:
-            _blame(checkpoint, index)
+            blame_weight(checkpoint, index)
             raise ValueError(f"layer {index}, inputs of {name}: {error}") from None
     return sites
 
 
-def _blame(checkpoint, index: int) -> None:
+def blame_weight(checkpoint, index: int) -> None:
     """ValueError for a weight up to layer `index` that is not finite, the better message."""
     for i in range(index + 1):
         checkpoint.require_finite(i)
