@@ -113,13 +113,17 @@ class PackedTable:
 
     def gather(self, index: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows index [m] as float32 [m, width]. ValueError outside of the table."""
-        return _C.gather_codes(self.codes, self.scales.view(np.uint16), self.bits, self.shape[1],
-                               index)
+        return _C.gather_codes(*self._bytes, self.bits, self.shape[1], index)
 
     def linear(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """x [..., width] times the table transposed: [..., rows]. A row of x does not depend on
         the others, bit for bit."""
-        return _C.linear_rows(x, self.codes, self.scales.view(np.uint16), self.bits)
+        return _C.linear_rows(x, *self._bytes, self.bits)
+
+    @property
+    def _bytes(self) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+        """Codes and scales as the core reads them in place; of another type they are copied."""
+        return self.codes.view(np.uint8), self.scales.view(np.uint16)
 
     def __repr__(self) -> str:
         return f"PackedTable({self.shape[0]}x{self.shape[1]}, {self.bits} bits)"

@@ -1,6 +1,7 @@
 """Embedding and head in 8 and 4 bits: what is stored, what runs, what keeps 16, what is refused."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,3 +238,15 @@ def test_hostile_headers_are_refused(source, out, values, message):
     write_json(out / "config.json", config)
     with pytest.raises(sq.FormatError, match=message):
         load_checkpoint(out)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_table_is_read_where_it_lies(bits):
+    table = np.random.default_rng(0).standard_normal((4096, 256)).astype(np.float32)
+    packed, x = PackedTable.of(table, bits, "table"), np.ones((1, 256), np.float32)
+    tracemalloc.start()
+    packed.linear(x)
+    packed.gather(np.arange(3))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < packed.codes.nbytes / 8
