@@ -131,6 +131,7 @@ def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
             if isinstance(weight, PackedLinear):
                 weight = _C.PackedWeight(weight.words, weight.scales, site.k, weight.group,
                                          weights.int8_inputs.get(name, 0), weight.bits)
+                checkpoint.release_packed(linear.name)  # its memory is the panels alone
             linears[role] = name, weight, linear.bias
         sites[name] = site.k, weights.rotations.get(name), bits, weights.clips.get(name, 1.0)
     blocks = layer_blocks(spec, weights.norms, linears, sites, weights.dense)
