@@ -55,8 +55,14 @@ static void
 fill_w4(const struct panels_job *job, int64_t p, int64_t begin, int64_t end, int32_t *padded,
         uint8_t *panel)
 {
+    const sq_packed_t *w = job->w;
+    const int64_t first = p * w->kernels->nr, last = first + w->kernels->nr;
+    if (begin == 0 && end == w->k && last <= w->n) { /* the words are the padded ones */
+        w->kernels->pack_panel(job->words + first * (w->k / NIBBLES), w->k, panel);
+        return;
+    }
     pad_words(job, p, begin / NIBBLES, (end - begin) / NIBBLES, padded);
-    job->w->kernels->pack_panel(padded, end - begin, panel);
+    w->kernels->pack_panel(padded, end - begin, panel);
 }
 
 /* Buffers of a thread: padded [nr][k_padded] in 4 or 8 bits, a row of codes [k], and where panels
