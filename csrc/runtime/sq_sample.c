@@ -19,7 +19,8 @@ enum {
     DIGIT = 11,          /* bits of each digit behind it */
     DIGITS = 1 << DIGIT, /* 52 bits are four of them and one of 8 */
     FEW = 32,            /* tokens that are sorted */
-    LANES = 16           /* maxima side by side, for the compiler to vectorize */
+    TURNS = 4,
+    LANES = 16 /* maxima side by side, for the compiler to vectorize */
 };
 
 struct bin {
@@ -174,6 +175,29 @@ draw(const struct weights *s, int64_t top_k, double top_p, double uniform)
     return find_place(s, (struct goal){.count = kept.count, .mass = beyond}).token;
 }
 
+/* Fills the weights and the sums of octaves. Neighbours are often of one octave, whose sum would
+ * then wait for the one before: they take turns in TURNS sums. */
+static void
+weigh(struct weights *s, double *w, const float *logits, double top, double temperature)
+{
+    struct bin turns[TURNS][OCTAVES];
+    memset(turns, 0, sizeof turns);
+    for (int64_t i = 0; i < s->v; i++) {
+        w[i] = exp(((double)logits[i] - top) / temperature);
+        struct bin *bin = &turns[i % TURNS][bits_of(w[i]) >> EXPONENT];
+        bin->mass += w[i];
+        bin->count++;
+        s->positive += w[i] > 0;
+    }
+    for (int64_t b = 0; b < OCTAVES; b++) {
+        for (int turn = 0; turn < TURNS; turn++) {
+            s->octaves[b].mass += turns[turn][b].mass;
+            s->octaves[b].count += turns[turn][b].count;
+        }
+        s->total += s->octaves[b].mass;
+    }
+}
+
 /* The lowest index of the largest logit, or -1 if one is NaN or +Inf or all are -Inf. */
 static int64_t
 largest(const float *logits, int64_t v)
@@ -231,14 +255,7 @@ sq_sample(const float *logits, int64_t v, float temperature, int64_t top_k, floa
     }
     double *w = workspace;
     struct weights s = {.w = w, .v = v, .tokens = (int64_t *)(w + v)};
-    const double top = (double)logits[best];
-    for (int64_t i = 0; i < v; i++) {
-        w[i] = exp(((double)logits[i] - top) / (double)temperature);
-        s.octaves[bits_of(w[i]) >> EXPONENT].mass += w[i];
-        s.octaves[bits_of(w[i]) >> EXPONENT].count++;
-        s.positive += w[i] > 0;
-        s.total += w[i];
-    }
+    weigh(&s, w, logits, (double)logits[best], (double)temperature);
     *token = draw(&s, top_k, (double)top_p, uniform);
     return SQ_OK;
 }
