@@ -213,6 +213,18 @@ class TensorFiles:
         begins = (0, info.nbytes // 2, max(0, info.nbytes - page))
         return [data[info.begin + b : min(info.begin + b + page, end)] for b in begins]
 
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor's pages, apart from those it shares with neighbours.
+
+        Views stay as they are: the maps are of files and read-only, so that a later read maps the
+        same bytes again.
+        """
+        info, page = self.infos[name], mmap.PAGESIZE
+        begin = -(-info.begin // page) * page
+        end = (info.begin + info.nbytes) // page * page
+        if begin < end:
+            self._maps[info.path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the files."""

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from benchmarks import (
 from singlequant import _C
 from singlequant.cli.main import main
 from singlequant.study import bench
+from singlequant.study.float32 import Float32Product
 
 BENCHMARKS = ROOT / "benchmarks"
 MODULES = {module.__name__.rpartition(".")[2]: module for module in (
@@ -79,6 +82,44 @@ def test_bench_reports_every_scheme_and_advises(tmp_path, capsys, monkeypatch):
     assert 0 < result["transform"]["share"] < 1
     assert printed.strip().splitlines()[-1].startswith("advice: w4a")
     assert result["environment"]["kernels"]["active"] in printed
+
+
+def test_float32_is_timed_in_a_process_of_its_own(monkeypatch):
+    """The figures are the child's, so that the threads of its BLAS never run beside ours."""
+    asked = []
+
+    class Elsewhere(Float32Product):
+        def seconds(self, m):
+            taken = super().seconds(m)
+            assert 0 < taken < 60
+            asked.append((self.pid != os.getpid(), m))
+            return m * 1e-3
+
+    monkeypatch.setattr(bench, "Float32Product", Elsewhere)
+    rows = bench.bench(0.1, (64, 128), (1, 3), ("w4a8",))["rows"]
+    assert {r["m"]: r["seconds"] for r in rows if r["scheme"] == "float32"} == {1: 1e-3, 3: 3e-3}
+    assert set(asked) == {(True, 1), (True, 3)}
+
+
+def test_float32_answers_once_its_threads_are_idle(tmp_path):
+    def cpu_ticks(pid):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])  # utime, stime
+
+    with Float32Product(2048, 2048, 1) as product:
+        product.seconds(1)
+        before = cpu_ticks(product.pid)
+        time.sleep(0.5)
+        used = (cpu_ticks(product.pid) - before) / os.sysconf("SC_CLK_TCK")
+    assert used <= 0.05
+
+
+def test_float32_names_a_process_that_ended():
+    with Float32Product(8, 8, 1) as product:
+        product.seconds(1)
+        os.kill(product.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="float32: its process ended with status -9"):
+            product.seconds(1)
 
 
 def test_bench_names_the_tables_that_are_switched_off():

@@ -50,6 +50,21 @@ def test_sample_agrees_with_twin(rng, v):
         )
 
 
+@pytest.mark.parametrize("kind", ["flat", "nearly equal", "two values", "wide", "denormal"])
+def test_sample_of_a_large_vocabulary_agrees_with_twin(rng, kind):
+    """Many tokens share the leading bits of their weights, or all of them."""
+    v = 20_000
+    logits = {
+        "flat": rng.standard_normal(v) / 2, "nearly equal": rng.standard_normal(v) * 1e-6,
+        "two values": rng.integers(0, 2, v), "wide": rng.uniform(-600, 0, v),
+        "denormal": np.where(np.arange(v) == v // 2, 0, rng.uniform(-745, -708, v)),
+    }[kind].astype(np.float32)
+    for top_k, top_p in ((0, 1.0), (40, 1.0), (5000, 1.0), (0, 0.9), (7000, 0.473)):
+        for uniform in rng.random(8):
+            found = _C.sample(logits, 1.0, top_k, top_p, uniform)
+            assert found == reference.sample(logits, 1.0, top_k, top_p, uniform)
+
+
 def test_sample_equal_logits_walk_in_index_order():
     drawn = [_C.sample(np.zeros(8), 1, 0, 1, (i + 0.5) / 8) for i in range(8)]
     assert drawn == list(range(8))

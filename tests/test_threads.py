@@ -1,6 +1,7 @@
 """The pool: thread counts, forks, concurrent callers."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -44,6 +45,51 @@ def test_concurrent_callers_get_their_own_results():
         t.join()
     for result in results:
         np.testing.assert_array_equal(result, expected)
+
+
+CPU_TIME = """
+import os, time
+import numpy as np
+from singlequant import _C
+
+x = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+expected = _C.quantize(x, 4, 0, True, 1.0, True)[0]
+
+def took(threads):
+    _C.set_num_threads(threads)
+    begin = time.process_time()
+    for _ in range(300):
+        found = _C.quantize(x, 4, 0, True, 1.0, True)[0]
+    assert np.array_equal(found, expected)
+    return time.process_time() - begin
+
+took(2)  # starts the worker
+cpu = {min(os.sched_getaffinity(0))}
+for thread in os.listdir("/proc/self/task"):  # as taskset --all-tasks does it
+    os.sched_setaffinity(int(thread), cpu)
+rounds = [(took(1), took(2)) for _ in range(5)]
+print(np.median([two / one for one, two in rounds]))
+"""
+
+
+def test_waiting_costs_little_where_threads_share_a_cpu():
+    """The CPUs became fewer than the threads: who waits leaves the CPU to who works."""
+    run = subprocess.run([sys.executable, "-c", CPU_TIME], capture_output=True, text=True,
+                         check=True)
+    assert float(run.stdout) < 2
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, 1), ("3", 3)])
+def test_pool_has_the_cpus_that_taskset_gives_unless_told(count, expected):
+    if shutil.which("taskset") is None:
+        pytest.skip("needs taskset")
+    variables = {k: v for k, v in os.environ.items() if k != "SINGLEQUANT_NUM_THREADS"}
+    run = subprocess.run(
+        ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c",
+         "from singlequant import _C; print(_C.get_num_threads())"],
+        env=variables | ({} if count is None else {"SINGLEQUANT_NUM_THREADS": count}),
+        capture_output=True, text=True, check=True)
+    assert int(run.stdout) == expected
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # CPython's note on forking with threads

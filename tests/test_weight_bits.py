@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from test_kernels import Guarded
 
 from singlequant import _C, _reference as reference
 
@@ -35,6 +36,16 @@ def test_words_equal_twin_and_come_back(bits, k):
     np.testing.assert_array_equal(words, reference.pack(codes, bits))
     np.testing.assert_array_equal(_C.unpack(words, k, bits), codes)
     np.testing.assert_array_equal(reference.unpack(words, k, bits), codes)
+
+
+@pytest.mark.parametrize("bits", ALL)
+def test_unpacking_reads_no_byte_behind_the_words(bits):
+    """Eight codes come of one read of eight bytes; the last row ends where the memory does."""
+    pages, half = Guarded(), 2 ** (bits - 1)
+    for k in range(1, 84):
+        codes = np.random.default_rng(k).integers(-half, half, (3, k)).astype(np.int8)
+        words = pages.place(_C.pack(codes, bits))
+        np.testing.assert_array_equal(_C.unpack(words, k, bits), codes)
 
 
 def test_layout_is_a_stream_of_low_bits_first():

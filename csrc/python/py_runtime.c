@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bindings of the runtime stage: dense linears, conversions, sampling, figures; the types are in
  * py_cache.c and py_layer.c. */
+#include "core/sq_scratch.h"
 #include "core/sq_threads.h"
 #include "python/py_dense.h"
 
@@ -337,7 +338,7 @@ sample_rows(PyObject *module, PyObject *args, PyObject *kwargs)
     if (!tokens) {
         goto done;
     }
-    workspace = sq_alloc((size_t)(workers * v) * 16);
+    workspace = sq_alloc((size_t)(workers * v) * SQ_SAMPLE_BYTES);
     if (!workspace) {
         PyErr_NoMemory();
         goto done;
@@ -373,7 +374,6 @@ sample(PyObject *module, PyObject *args, PyObject *kwargs)
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "uniform", NULL};
     PyObject *object, *result = NULL;
     PyArrayObject *logits = NULL;
-    void *workspace = NULL;
     float temperature, top_p;
     long long top_k;
     double uniform;
@@ -387,7 +387,7 @@ sample(PyObject *module, PyObject *args, PyObject *kwargs)
         goto done;
     }
     const int64_t v = PyArray_DIM(logits, 0);
-    workspace = sq_alloc((size_t)v * 16);
+    void *workspace = sq_thread_scratch((size_t)sq_max_i64(1, v) * SQ_SAMPLE_BYTES);
     if (!workspace) {
         PyErr_NoMemory();
         goto done;
@@ -399,7 +399,6 @@ sample(PyObject *module, PyObject *args, PyObject *kwargs)
     SQ_END_NOGIL;
     result = status == SQ_OK ? PyLong_FromLongLong(token) : sq_py_raise(module, status, "sample");
 done:
-    free(workspace);
     Py_XDECREF(logits);
     return result;
 }

@@ -55,8 +55,14 @@ static void
 fill_w4(const struct panels_job *job, int64_t p, int64_t begin, int64_t end, int32_t *padded,
         uint8_t *panel)
 {
+    const sq_packed_t *w = job->w;
+    const int64_t first = p * w->kernels->nr, last = first + w->kernels->nr;
+    if (begin == 0 && end == w->k && last <= w->n) { /* the words are the padded ones */
+        w->kernels->pack_panel(job->words + first * (w->k / NIBBLES), w->k, panel);
+        return;
+    }
     pad_words(job, p, begin / NIBBLES, (end - begin) / NIBBLES, padded);
-    job->w->kernels->pack_panel(padded, end - begin, panel);
+    w->kernels->pack_panel(padded, end - begin, panel);
 }
 
 /* Buffers of a thread: padded [nr][k_padded] in 4 or 8 bits, a row of codes [k], and where panels
@@ -86,6 +92,41 @@ free_buffers(const struct panel_buffers *b)
     free(b->wide);
 }
 
+static ALWAYS_INLINE uint64_t
+codes_at(const uint8_t *panel, uint64_t flip, uint64_t bias)
+{
+    return (word_at(panel, 0) ^ flip) - bias; /* the bytes do not borrow: each holds its bias */
+}
+
+/* A wide panel of codes of 5 or 6 bits to the thin one, eight bytes at a time: the way back of
+ * widen_blocks. */
+static ALWAYS_INLINE void
+thin_blocks(const uint8_t *restrict panel, int64_t bytes, int zero, uint8_t *restrict thin,
+            const int block, const int bits)
+{
+    enum { WORD = sizeof(uint64_t) };
+    const int upper = bits - 4, planes = 8 / upper, low = block / 2, width = block / planes;
+    const uint64_t flip = SQ_EACH_BYTE(128 ^ zero), nibble = SQ_EACH_BYTE(15);
+    const uint64_t bias = SQ_EACH_BYTE(128 - (1 << (bits - 1)));
+    const uint64_t mask = SQ_EACH_BYTE((1 << upper) - 1);
+    for (int64_t b = 0; b < bytes; b += block, panel += block, thin += low + width) {
+        for (int i = 0; i < low; i += WORD) {
+            const uint64_t first = codes_at(panel + i, flip, bias) & nibble;
+            const uint64_t out = first | (codes_at(panel + low + i, flip, bias) & nibble) << 4;
+            memcpy(thin + i, &out, WORD);
+        }
+        for (int i = 0; i < width; i += WORD) {
+            uint64_t out = 0;
+            UNROLL
+            for (int e = 0; e < planes; e++) {
+                const uint64_t codes = codes_at(panel + e * width + i, flip, bias);
+                out |= (codes >> 4 & mask) << (e * upper);
+            }
+            memcpy(thin + low + i, &out, WORD);
+        }
+    }
+}
+
 /* The same of more than 4 bits, by way of codes. */
 static void
 fill_w8(const struct panels_job *job, int64_t p, int64_t begin, int64_t end,
@@ -105,7 +146,12 @@ fill_w8(const struct panels_job *job, int64_t p, int64_t begin, int64_t end,
     }
     const int64_t bytes = w->kernels->nr * count;
     w->kernels->pack_panel_w8(padded, count, b->wide);
-    thin_panel(w->panel_bits, b->wide, bytes, w->kernels->w8_zero, panel, w->kernels->thin_block);
+    if (w->panel_bits == 5) {
+        thin_blocks(b->wide, bytes, w->kernels->w8_zero, panel, w->kernels->thin_block, 5);
+    }
+    else {
+        thin_blocks(b->wide, bytes, w->kernels->w8_zero, panel, w->kernels->thin_block, 6);
+    }
 }
 
 static void

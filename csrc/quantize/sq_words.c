@@ -73,13 +73,62 @@ sq_pack_row(int bits, const uint8_t *codes, int64_t k, int32_t *words)
     }
 }
 
+/* In each of the fields that `low` marks, the upper half moves up by `shift`. */
+static ALWAYS_INLINE uint64_t
+split_fields(uint64_t x, uint64_t low, const int width, const int shift)
+{
+    return (x & low) | (x & low << width) << shift;
+}
+
+/* As many codes of a row as words of eight bytes inside it hold, eight at a time: `bits` bytes are
+ * halved three times. Returns how many. */
+static ALWAYS_INLINE int64_t
+unpack_eights(const int32_t *words, int64_t k, int8_t *codes, const int bits)
+{
+    const uint64_t ones = UINT64_MAX, half = (uint64_t)1 << (bits - 1);
+    const uint64_t each = 0x0101010101010101u, bias = each * (128 - half); /* within a byte */
+    const uint64_t fours = ones >> (64 - 4 * bits);
+    const uint64_t twos = (ones >> (64 - 2 * bits)) * 0x0000000100000001u;
+    const uint64_t single = (ones >> (64 - bits)) * 0x0001000100010001u;
+    const int64_t bytes = sq_packed_words(bits, k) * (int64_t)sizeof *words;
+    const int64_t count = sq_min_i64(k / 8, bytes < 8 ? 0 : (bytes - 8) / bits + 1);
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t x;
+        memcpy(&x, (const char *)words + i * bits, sizeof x);
+        x = split_fields(x, fours, 4 * bits, 32 - 4 * bits);
+        x = split_fields(x, twos, 2 * bits, 16 - 2 * bits);
+        x = split_fields(x, single, bits, 8 - bits);
+        x = (x + bias) ^ each * 128; /* code - half, modulo 256 */
+        memcpy(codes + i * 8, &x, sizeof x);
+    }
+    return count * 8;
+}
+
+static int64_t
+unpack_most(int bits, const int32_t *words, int64_t k, int8_t *codes)
+{
+    switch (bits) {
+        case 4:
+            return unpack_eights(words, k, codes, 4);
+        case 5:
+            return unpack_eights(words, k, codes, 5);
+        case 6:
+            return unpack_eights(words, k, codes, 6);
+        default:
+            return unpack_eights(words, k, codes, 8);
+    }
+}
+
 void
 sq_unpack_row(int bits, const int32_t *words, int64_t k, int8_t *codes)
 {
     const int half = 1 << (bits - 1), mask = 2 * half - 1;
-    uint64_t held = 0;
-    int filled = 0;
-    for (int64_t j = 0; j < k; j++) {
+    const int64_t done = unpack_most(bits, words, k, codes);
+    const int64_t bit = done * bits;
+    words += bit / WORD_BITS;
+    int filled = (int)(-bit & (WORD_BITS - 1)); /* bits of the word that `done` ends in */
+    uint64_t held = filled ? (uint64_t)(uint32_t)*words++ >> (WORD_BITS - filled) : 0;
+    for (int64_t j = done; j < k; j++) {
         if (filled < bits) {
             held |= (uint64_t)(uint32_t)*words++ << filled;
             filled += WORD_BITS;

@@ -91,6 +91,12 @@ class StoredTensors(TensorFiles):
         parts = (name,) if entry is None else entry.parts
         return [data for part in parts for data in self._files.pages(self._names[part], page)]
 
+    def release(self, name: str) -> None:
+        """Give back the memory of the pages of every part that the tensor is made of."""
+        entry = self._decoded.get(name)
+        for part in (name,) if entry is None else entry.parts:
+            self._files.release(self._names[part])
+
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the files."""

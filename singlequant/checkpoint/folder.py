@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from .._C import FormatError
 from ..config import QuantConfig
-from ..export.packed import PackedReader, parse_quantization
+from ..export.packed import PACKED_PARTS, PackedReader, parse_quantization
 from ..files import folder_bytes, is_present, read_json
 from ..models.families import find_family, language_config
 from ..models.spec import LinearSpec, ModelSpec, NormSpec, norm_channels, tensor_name
@@ -159,6 +159,11 @@ class Checkpoint:
             weight, bias = weight[linear.expert], None if bias is None else bias[linear.expert]
         weight = _rows(linear, weight.T if linear.transposed else weight)
         return Linear(name, weight, None if bias is None else _rows(linear, bias))
+
+    def release_packed(self, name: str) -> None:
+        """Give back the memory of a packed linear's pages, once nobody reads them any more."""
+        for part in PACKED_PARTS:
+            self.files.release(f"{name}.{part}")
 
     def require_unquantized(self) -> None:
         """ValueError for a packed checkpoint: what the sweep reads must not be packed."""

@@ -129,6 +129,7 @@ def build_layer(checkpoint, index: int) -> _C.DecoderLayer:
             if isinstance(weight, PackedLinear):
                 weight = _C.PackedWeight(weight.words, weight.scales, site.k, weight.group,
                                          weights.int8_inputs.get(name, 0), weight.bits)
+                checkpoint.release_packed(linear.name)  # its memory is the panels alone
             linears[role] = name, weight, linear.bias
     bits = 16 if config is None else config.activation_bits
     return assemble(checkpoint, index, linears, weights.rotations, bits)

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 class Model:
     """A decoder ready to run: packed int4 linears, or 16- and 32-bit ones through OpenBLAS.
 
-    Made by `load`. The weights stay memory-mapped, apart from the packed panels. kv_bits: 32, 16, 8
-    or 4 bits for cached keys and values (default: the folder's; 32 if it is not quantized), which
-    hidden_states keeps to as well. kv_hadamard: below 16 bits, queries and keys take a Hadamard
-    after the rotary embedding. kv_dtype: the cache's 16-bit floats, "float16" or "bfloat16"
-    (default: the folder's). ValueError for others. A RuntimeWarning, once, says when keys or values
-    were beyond what the cache holds.
+    Made by `load`. The weights stay memory-mapped. Packed linears are copied to panels, and the
+    pages of their files are given back. kv_bits: 32, 16, 8 or 4 bits for cached keys and values
+    (default: the folder's; 32 if it is not quantized), which hidden_states keeps to as well.
+    kv_hadamard: below 16 bits, queries and keys take a Hadamard after the rotary embedding.
+    kv_dtype: the cache's 16-bit floats, "float16" or "bfloat16" (default: the folder's).
+    ValueError for others. A RuntimeWarning, once, says when keys or values were beyond what the
+    cache holds.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ from .. import _C
 from ..config import DEFAULT_CLIP, INT8_STEP, SCHEMES
 from ..info import machine_info
 from ..methods.balanced import INT8_SHARE
+from .float32 import Float32Product
 
 __all__ = [
     "TransformedLinear",
@@ -59,27 +60,34 @@ def interleave(
     min_repeats: int = 5,
     max_repeats: int = 1000,
     clock: Callable[[], float] = time.perf_counter,
+    elsewhere: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time functions (name -> callable without arguments) in turn; name -> `summary` in seconds.
 
     In turn, so that a slow moment of the machine meets all of them; in a new order each round, so
     that none always finds the caches as the same other left them. Each is called once beforehand.
     seconds is the aim for all of them together. clock: time.process_time leaves out what others
-    took of the CPU, for functions of one thread.
+    took of the CPU, for functions of one thread. elsewhere: more of them, which return what they
+    took, as another process measured it.
     """
-    order, shuffle = list(functions), np.random.default_rng(0).shuffle
-    for function in functions.values():
+    def timed(function: Callable[[], Any]) -> float:
+        start = clock()
         function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
+        return clock() - start
+
+    calls = {name: partial(timed, function) for name, function in functions.items()}
+    calls |= elsewhere or {}
+    order, shuffle = list(calls), np.random.default_rng(0).shuffle
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for repeat in range(max_repeats):
         if repeat >= min_repeats and time.perf_counter() - begin > seconds:
             break
         shuffle(order)
         for name in order:
-            start = clock()
-            functions[name]()
-            times[name].append(clock() - start)
+            times[name].append(calls[name]())
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -246,9 +254,8 @@ def bench(
 
     A dict for JSON: environment, shape, peaks, cores, read, rows (one per m and scheme: gops,
     quartiles, speedup over float32, share of the peak) and transform. seconds: the aim for all
-    timing. float32 is OpenBLAS on weights of its own; at m = 1 NumPy's product of matrix and vector
-    (sgemv, four times as fast there as sgemm), whose threads are those that OPENBLAS_NUM_THREADS
-    gave it. ValueError for seconds that are not finite and above 0.
+    timing. float32 is OpenBLAS on weights of its own, in a process of its own (Float32Product).
+    ValueError for seconds that are not finite and above 0.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds: expected a finite number above 0, found {seconds:g}")
@@ -261,17 +268,16 @@ def bench(
     weight = np.random.default_rng(0).standard_normal((n, k), np.float32)
     copies = copies_beyond_cache(n * k // 2)
     linears = {s: TransformedLinear(weight, s, copies=copies) for s in schemes}
-    dense = itertools.cycle([weight.copy() for _ in range(copies_beyond_cache(weight.nbytes))])
     read = best_read(next(iter(linears.values())).weights, seconds / 10)
+    all_times = {}
+    with Float32Product(n, k, copies_beyond_cache(weight.nbytes)) as dense:
+        for m in rows:
+            x = np.random.default_rng(m).standard_normal((m, k), np.float32)
+            calls = {name: partial(linear, x) for name, linear in linears.items()}
+            all_times[m] = interleave(calls, 0.7 * seconds / len(rows), min_repeats=3,
+                                      elsewhere={FLOAT32: partial(dense.seconds, m)})
     found: list[dict[str, Any]] = []
-    for m in rows:
-        x = np.random.default_rng(m).standard_normal((m, k), np.float32)
-        calls = {name: partial(linear, x) for name, linear in linears.items()}
-        if m == 1:
-            calls[FLOAT32] = lambda x=x[0]: next(dense) @ x
-        else:
-            calls[FLOAT32] = lambda x=x: _C.linear_dense(x, next(dense))
-        times = interleave(calls, 0.7 * seconds / len(rows), min_repeats=3)
+    for m, times in all_times.items():
         for name, t in times.items():
             bits = SCHEMES.get(name)
             peak = bounds.get(bits) if bits else None
