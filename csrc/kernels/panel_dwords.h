@@ -35,18 +35,21 @@ pack_sub_panels(const int32_t *words, int64_t k, int64_t subs, int64_t outputs, 
     }
 }
 
-/* codes [subs][outputs][k], to which offset is added, -> panel [subs][k / 4][outputs] dwords of 4
- * bytes each. */
+/* codes [subs][outputs][k], to which offset (0 or 128) is added modulo 256, -> panel
+ * [subs][k / 4][outputs] dwords of 4 bytes each. */
 static inline void
 pack_sub_panels_w8(const int8_t *codes, int64_t k, int64_t subs, int64_t outputs, int offset,
                    uint8_t *panel)
 {
+    const int64_t blocks = k / 4;
+    const uint32_t flip = 0x01010101u * (uint32_t)offset; /* adds it: 128 has no other carry */
     for (int64_t s = 0; s < subs; s++) {
-        for (int64_t j = 0; j < outputs; j++) {
-            const int8_t *row = codes + (s * outputs + j) * k;
-            uint8_t *to = panel + s * outputs * k + j * 4;
-            for (int64_t p = 0; p < k; p++) {
-                to[p / 4 * outputs * 4 + p % 4] = (uint8_t)(row[p] + offset);
+        for (int64_t b = 0; b < blocks; b++) {
+            for (int64_t j = 0; j < outputs; j++) {
+                uint32_t v;
+                memcpy(&v, codes + (s * outputs + j) * k + b * 4, sizeof v);
+                v ^= flip;
+                memcpy(panel + ((s * blocks + b) * outputs + j) * 4, &v, sizeof v);
             }
         }
     }
