@@ -79,19 +79,4 @@ widen_panel(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *pan
     }
 }
 
-/* The way back: thin [bytes * bits / 8]. */
-static inline void
-thin_panel(int bits, const uint8_t *panel, int64_t bytes, int zero, uint8_t *thin, int block)
-{
-    const int upper = bits - 4, width = block / 8 * upper, low = block / 2;
-    memset(thin, 0, (size_t)(bytes / 8 * bits));
-    for (int64_t b = 0; b < bytes; b += block, thin += low + width) {
-        for (int j = 0; j < block; j++) {
-            const int code = (uint8_t)(panel[b + j] - zero + (1 << (bits - 1)));
-            thin[j % low] |= (uint8_t)((code & 15) << (j / low * 4));
-            thin[low + j % width] |= (uint8_t)((code >> 4) << (j / width * upper));
-        }
-    }
-}
-
 #endif
