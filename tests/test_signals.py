@@ -78,10 +78,10 @@ sys.meta_path.insert(0, Hook())
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("module", ["singlequant.arrays", "numpy", "singlequant._C",
-                                    "singlequant.cli.bench"])
-@pytest.mark.parametrize("how", ["module", "script"])
-def test_signal_amid_the_start_is_one_line(tmp_path, module, number, how):
+@pytest.mark.parametrize(("how", "module"), [
+    ("module", "singlequant.arrays"), ("script", "numpy"), ("module", "singlequant._C"),
+    ("script", "singlequant.cli.bench")])
+def test_signal_amid_the_start_is_one_line(tmp_path, how, module, number):
     """A module that is looked for while the command starts brings the signal."""
     hook = HOOK.format(module=module, number=int(number))
     script = tmp_path / "singlequant"

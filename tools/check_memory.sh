@@ -10,7 +10,8 @@ trap 'rm -rf "$build"' EXIT
 CC=${CC:-gcc}
 . "$(dirname "$0")/core_library.sh"
 valgrind_() {
-    valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite "$@"
+    valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
+        --errors-for-leak-kinds=definite "$@"
 }
 
 core_flags=(-O1 -g -UNDEBUG -DSQ_DEBUG -fsanitize=thread)
