@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: help build test ladder amx neon asan broken lint bench notebooks
+.PHONY: help build test ladder amx neon asan fuzz memory broken lint bench notebooks
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 $(VENV)/bin/pytest:
@@ -25,10 +25,14 @@ neon: ## the NEON kernels, cross-compiled, in an emulator (gcc-aarch64-linux-gnu
 asan: build ## the quick tests under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/pip install -q setuptools numpy scipy-openblas32
 	VENV=$(VENV) tools/run_sanitized.sh
-broken: build ## kill runs at random, fill the disk under them, and go on with them
-	$(VENV)/bin/python tools/break_runs.py kill && $(VENV)/bin/python tools/break_runs.py full
+fuzz: ## an hour of inputs at random for the core (clang with libFuzzer)
+	tools/run_fuzz.sh 3600
+memory: ## the core's test programs under the thread sanitizer and valgrind
+	tools/check_memory.sh 400
+broken: build ## kill and stop runs at random, fill the disk under them, and go on with them
+	for how in kill stop full; do $(VENV)/bin/python tools/break_runs.py $$how || exit 1; done
 lint: build ## ruff and clang-format
-	$(VENV)/bin/ruff check . && git ls-files 'csrc/*.[ch]' | xargs clang-format --dry-run -Werror
+	$(VENV)/bin/ruff check . && git ls-files 'csrc/*.[ch]' 'tools/*.[ch]' | xargs clang-format --dry-run -Werror
 bench: build ## the linear against float32 and the machine's peaks
 	$(VENV)/bin/singlequant bench
 notebooks: build ## execute the notebooks

@@ -1,5 +1,7 @@
 """Run large language models in 4 bits on the CPU: closed-form rotations, packed int4 kernels."""
 
+from . import startup as _startup  # noqa: F401, I001 - signals from here on
+
 import typing as _typing
 import warnings as _warnings
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short form of tools/break_runs.py: runs that are killed, or that find a full disk."""
+"""The short form of tools/break_runs.py: runs that are killed or stopped, or find a full disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 @pytest.mark.parametrize(("options", "points"), [
-    (["kill", "--points", "12"], 12), (["full", "--step", "41"], None)])
+    (["kill", "--points", "12"], 12), (["stop", "--points", "8"], 8),
+    (["full", "--step", "41"], None)])
 def test_runs_that_are_broken_go_on_to_the_same_bytes(options, points, tmp_path):
     done = subprocess.run(
         [sys.executable, "-B", str(ROOT / "tools" / "break_runs.py"), *options],

@@ -1,5 +1,6 @@
 """Faults that were found once in the core: each with the call that showed it."""
 
+import signal
 import threading
 
 import ml_dtypes
@@ -99,3 +100,20 @@ def test_sweeping_one_column_ends():
 def test_absurd_row_length_is_an_error():
     with pytest.raises(ValueError, match="words"):
         _C.unpack(np.zeros((1, 1), np.int32), 2**63 - 1)
+
+
+@pytest.mark.parametrize("call", [
+    lambda n: _C.decode_fp8(np.empty((1, n, 0), np.uint8), np.empty((1, n, 0), np.float32), 1, 1),
+    lambda n: _C.decode_mxfp4(np.empty((1, 0, n, 16), np.uint8), np.empty((1, 0, n), np.uint8)),
+    lambda n: _C.chain_apply(np.empty((0, 2), np.int32), np.empty(0), np.empty((n, 0)))])
+def test_rows_without_elements_take_no_time(call):
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        assert call(1 << 44).size == 0
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 import singlequant as sq
 from singlequant.cli.main import main
 from singlequant.export.writer import ModelWriter
+from singlequant.startup import is_command
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -57,3 +63,51 @@ def test_command_runs_beside_the_main_thread(capsys):
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+HOOK = """
+import importlib.abc, os, sys
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("how", "module"), [
+    ("module", "singlequant.arrays"), ("script", "numpy"), ("module", "singlequant._C"),
+    ("script", "singlequant.cli.bench")])
+def test_signal_amid_the_start_is_one_line(tmp_path, how, module, number):
+    """A module that is looked for while the command starts brings the signal."""
+    hook = HOOK.format(module=module, number=int(number))
+    script = tmp_path / "singlequant"
+    script.write_text(f"{hook}\nfrom singlequant.cli.main import main\nsys.exit(main())\n")
+    run = f"{hook}\nimport runpy\nsys.argv[0] = '-m'\nsys.orig_argv[1:1] = ['-m', 'singlequant']\n"
+    run += "runpy.run_module('singlequant', run_name='__main__', alter_sys=True)\n"
+    command = [str(script)] if how == "script" else ["-c", run]
+    done = subprocess.run([sys.executable, *command, "runtime"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    word, code = SIGNALS[number]
+    assert (done.returncode, done.stderr) == (code, f"singlequant: {word}\n")
+
+
+def test_importing_the_package_leaves_signals_alone():
+    ask = "import signal, singlequant; print(signal.getsignal(signal.SIGTERM).name)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.stdout == "SIG_DFL\n"
+
+
+@pytest.mark.parametrize(("arguments", "original", "expected"), [
+    (["/usr/bin/singlequant", "eval"], ["python", "/usr/bin/singlequant", "eval"], True),
+    (["-m", "eval"], ["python", "-m", "singlequant", "eval"], True),
+    (["-m", "singlequant"], ["python", "-m", "pytest", "singlequant"], False),
+    (["train.py", "singlequant"], ["python", "train.py", "singlequant"], False),
+    ([""], ["python"], False), ([], [], False)])
+def test_command_is_known_by_its_name(arguments, original, expected):
+    assert is_command(arguments, original) is expected

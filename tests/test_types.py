@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -29,20 +30,40 @@ WRONG = [
 ]
 
 
+def wrong_script(folder: Path) -> tuple[Path, set[int]]:
+    """A script of mistakes, and the lines that have one each."""
+    path, first = folder / "wrong.py", len(SETUP) + 1
+    path.write_text("\n".join([*SETUP, *WRONG]) + "\n")
+    return path, set(range(first, first + len(WRONG)))
+
+
 @pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
-def test_checker_accepts_a_users_script_and_finds_mistakes(tmp_path):
-    """In one run of mypy, which takes a few seconds."""
-    wrong = tmp_path / "wrong.py"
-    wrong.write_text("\n".join([*SETUP, *WRONG]) + "\n")
+def test_mypy_accepts_a_users_script_and_finds_mistakes(tmp_path):
+    """In one run, which takes a few seconds."""
+    wrong, expected = wrong_script(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--follow-imports=silent",
          "--cache-dir", str(tmp_path / "cache"), str(SCRIPT), str(wrong)],
         capture_output=True, text=True, cwd=ROOT, timeout=600)
     errors = [line.split(":")[:2] for line in done.stdout.splitlines() if ": error:" in line]
     assert {Path(name).name for name, _ in errors} == {"wrong.py"}, done.stdout + done.stderr
-    found = {int(number) for _, number in errors}
-    first = len(SETUP) + 1
-    assert found == set(range(first, first + len(WRONG))), done.stdout
+    assert {int(number) for _, number in errors} == expected, done.stdout
+
+
+@pytest.mark.skipif(find_spec("basedpyright") is None, reason="basedpyright is not installed")
+def test_pyright_accepts_a_users_script_and_finds_mistakes(tmp_path):
+    """basedpyright is pyright in a wheel with its node; it brings 280 MB, so no extra has it."""
+    wrong, expected = wrong_script(tmp_path)
+    settings = {"typeCheckingMode": "standard", "extraPaths": [str(ROOT)],
+                "include": [str(wrong), str(SCRIPT)]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--outputjson", "--level", "error", "--project",
+         str(tmp_path), "--pythonpath", sys.executable],
+        capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    errors = json.loads(done.stdout)["generalDiagnostics"]
+    assert {Path(error["file"]).name for error in errors} == {"wrong.py"}, done.stdout
+    assert {e["range"]["start"]["line"] + 1 for e in errors} == expected, done.stdout
 
 
 def test_changes_of_a_comparison_are_its_options():

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Kill runs of quantize and compare at random, or fill the disk under them, and go on with them.
+"""Kill or stop runs of quantize and compare, or fill the disk under them, and go on with them.
 
     python tools/break_runs.py kill [--points N] [--seed N]
+    python tools/break_runs.py stop [--points N] [--seed N]
     python tools/break_runs.py full [--step N]
 
 kill: every other point is a random time, the others are random calls that change the disk. Every
-other run that goes on is killed as well. full: every call that changes the disk fails once, or
-every N-th one.
+other run that goes on is killed as well. stop: SIGINT or SIGTERM in place of SIGKILL, at a random
+time after the command has begun to import its modules. full: every call that changes the disk fails
+once, or every N-th one.
 
 What must hold: no name of a result is ever there with other bytes than those of an undisturbed
-run. A full disk is one line on standard error that names the file, with exit code 2. The same
-command with --resume gives the bytes of the undisturbed run, and leaves nothing else. The calls
-are caught by fail_calls.c, which is compiled here and preloaded. Needs gcc. Exit code 1 and a line
-for each point where something else happened.
+run. A full disk is one line on standard error that names the file, with exit code 2. SIGINT is one
+line with exit code 130, SIGTERM one with 143. The same command with --resume gives the bytes of the
+undisturbed run, and leaves nothing else. The calls are caught by fail_calls.c, which is compiled
+here and preloaded. Needs gcc. Exit code 1 and a line for each point where something else happened.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from singlequant.cli.main import main as singlequant
 
 SHIM = Path(__file__).with_name("fail_calls.c")
 ROUNDING = ["--calibration-tokens", "256"]
+START_SECONDS = 0.5  # to import modules, about
 CLOCK = ("seconds", "peak_memory", "machine")  # what differs from run to run in rows of `compare`
 
 
@@ -163,6 +166,27 @@ class Command:
                                                else 0)
         return f"{self.name} killed {where}: {problem}" if problem else ""
 
+    def stopped(self, draw: random.Random) -> str:
+        """A run of its own process that a signal stops at a random time; what was wrong, or ""."""
+        self._start()
+        number = draw.choice((signal.SIGINT, signal.SIGTERM))
+        with open(os.devnull, "wb") as nowhere:
+            child = subprocess.Popen([sys.executable, "-m", "singlequant", *self.arguments(False)],
+                                     stdout=nowhere, stderr=subprocess.PIPE, text=True,
+                                     preexec_fn=usual_signals)
+        while child.poll() is None and not catches_signals(child.pid):
+            time.sleep(0.001)
+        seconds = draw.uniform(0, 1.2 * (self.seconds + START_SECONDS))
+        time.sleep(seconds)
+        child.send_signal(number)
+        error = child.communicate()[1]
+        lines, code = error.strip().splitlines(), child.returncode
+        problem = self.wrong()
+        if not problem and code and (code != 128 + number or len(lines) != 1):
+            problem = f"expected one line and exit {128 + number}, found {code}: {error!r}"
+        problem = problem or self.goes_on()
+        return f"{self.name}, {number.name} after {seconds:.3f} s: {problem}" if problem else ""
+
     def full(self, at: int) -> str:
         """A run whose call number `at` finds a full disk; what was wrong, or ""."""
         self._start()
@@ -177,6 +201,24 @@ class Command:
             problem = f"expected one line that names {named} and exit 2, found {code}: {error!r}"
         problem = problem or self.goes_on()
         return f"{self.name}, disk full at call {at}, {path}: {problem}" if problem else ""
+
+
+def usual_signals() -> None:
+    """What a child starts with: this program may itself run with signals ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def catches_signals(process: int) -> bool:
+    """Whether a process has begun to handle signals as the command does.
+
+    Python itself catches SIGINT from its first moments, but never SIGTERM.
+    """
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{process}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 @contextlib.contextmanager
@@ -202,19 +244,22 @@ def preload() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True)
-    kill = modes.add_parser("kill", help="SIGKILL at random times and calls")
-    kill.add_argument("--points", type=int, default=200, metavar="N")
-    kill.add_argument("--seed", type=int, default=0, metavar="N")
+    for name, what in (("kill", "SIGKILL at random times and calls"),
+                       ("stop", "SIGINT and SIGTERM at random times")):
+        mode = modes.add_parser(name, help=what)
+        mode.add_argument("--points", type=int, default=200, metavar="N")
+        mode.add_argument("--seed", type=int, default=0, metavar="N")
     full = modes.add_parser("full", help="ENOSPC at every call that changes the disk")
     full.add_argument("--step", type=int, default=1, metavar="N", help="every N-th call alone")
     arguments = parser.parse_args()
     preload()
     problems, points = [], 0
     with commands() as both:
-        if arguments.mode == "kill":
+        if arguments.mode != "full":
             draw = random.Random(arguments.seed)
             steps = [(c, i) for i in range(arguments.points // 2) for c in both]
-            attempts = (c.killed(draw, i % 2 == 0) for c, i in steps)
+            attempts = (c.killed(draw, i % 2 == 0) if arguments.mode == "kill" else c.stopped(draw)
+                        for c, i in steps)
         else:
             attempts = (c.full(at) for c in both for at in range(1, c.calls + 1, arguments.step))
         for problem in attempts:

@@ -95,7 +95,8 @@ rename(const char *from, const char *to)
 int
 mkdir(const char *path, mode_t mode)
 {
-    return fails(path) ? -1 : REAL(mkdir)(path, mode);
+    struct stat found; /* of what exists already, no disk need have room */
+    return stat(path, &found) && fails(path) ? -1 : REAL(mkdir)(path, mode);
 }
 
 static int

@@ -28,7 +28,7 @@ from typing import Any
 from singlequant import QuantConfig, bundled_model, quantize_folder
 from singlequant.cli.main import main as singlequant
 
-SECONDS, MEMORY_BYTES, LINE_CHARACTERS = 20, 3 << 30, 600
+SECONDS, MEMORY_BYTES, LINE_CHARACTERS = 20, 3 << 30, 800
 COMMAND = ["generate", "--prompt", "Return the", "--max-new-tokens", "2"]
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 255, 65536, 2**31 - 1, 2**31, 2**63, -(2**63), 10**30,

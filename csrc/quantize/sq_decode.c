@@ -77,7 +77,9 @@ sq_decode_fp8(const uint8_t *codes, const float *scales, int64_t count, int64_t 
     if (!codes || !scales || !out) {
         return SQ_ERR_NULL;
     }
-    if (count < 0 || n < 0 || k < 0 || block_rows < 1 || block_columns < 1) {
+    int64_t rows, elements;
+    if (k < 0 || block_rows < 1 || block_columns < 1 || !sq_product(count, n, &rows) ||
+        !sq_product(rows, k, &elements)) {
         return SQ_ERR_SHAPE;
     }
     struct fp8_job job = {.codes = codes,
@@ -92,7 +94,8 @@ sq_decode_fp8(const uint8_t *codes, const float *scales, int64_t count, int64_t 
     for (int code = 0; code < 256; code++) {
         job.values[code] = e4m3((uint8_t)code);
     }
-    sq_parallel_for(count * n, sq_max_i64(1, ROW_ELEMENTS / sq_max_i64(k, 1)), fp8_rows, &job);
+    sq_parallel_for(elements ? rows : 0, sq_max_i64(1, ROW_ELEMENTS / sq_max_i64(k, 1)), fp8_rows,
+                    &job);
     return SQ_OK;
 }
 
@@ -156,7 +159,9 @@ sq_decode_mxfp4(const uint8_t *blocks, const uint8_t *scales, int64_t count, int
     if (!blocks || !scales || !out) {
         return SQ_ERR_NULL;
     }
-    if (count < 0 || rows < 0 || groups < 0) {
+    int64_t items, bytes;
+    if (!sq_product(count, groups, &items) || !sq_product(items, rows, &bytes) ||
+        !sq_product(bytes, 16, &bytes)) {
         return SQ_ERR_SHAPE;
     }
     struct mxfp4_job job = {
@@ -164,6 +169,7 @@ sq_decode_mxfp4(const uint8_t *blocks, const uint8_t *scales, int64_t count, int
     for (int code = 0; code < 256 * 16; code++) {
         job.values[code / 16][code % 16] = narrow(E2M1[code % 16] * e8m0((uint8_t)(code / 16)));
     }
-    sq_parallel_for(count * groups, 4, mxfp4_groups, &job); /* 4 groups of a row: a cache line */
+    /* 4 groups of a row: a cache line */
+    sq_parallel_for(bytes ? items : 0, 4, mxfp4_groups, &job);
     return SQ_OK;
 }

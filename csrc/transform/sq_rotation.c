@@ -93,7 +93,7 @@ sq_chain_apply(const int32_t *pairs, const double *angles, int64_t g, double *x,
     struct chain_job job = {pairs, angles, g, n, x};
     /* at least 64 rows share a tile's cosines */
     const int64_t grain = sq_max_i64(64, SQ_CHAIN_GRAIN / sq_max_i64(1, n));
-    sq_parallel_for(rows, grain, chain_rows, &job);
+    sq_parallel_for(count ? rows : 0, grain, chain_rows, &job);
     return SQ_OK;
 }
 

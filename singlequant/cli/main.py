@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
-from .. import _C
+from .. import _C, startup
 from ..info import __version__, show_runtime
 from ..sweep.measure import one_line, reason
 from . import bench, compare, demo, evaluate, generate, inspect, quantize
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if getattr(parsed, "threads", None) is not None:
             set_threads(parsed.threads)
-        with warnings.catch_warnings(), terminable():
+        with warnings.catch_warnings(), stoppable():
             warnings.showwarning = show_warning
             parsed.run(parsed)
     except (KeyboardInterrupt, Terminated) as error:
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, where this is the main thread: others have no signals."""
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` and SIGINT KeyboardInterrupt, where this is the main thread:
+    others have no signals. A SIGINT that a shell has ignored stays so."""
 
     def stop(*_: object) -> None:
         raise Terminated
@@ -82,11 +83,14 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is startup.end:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def set_threads(count: int) -> None:
