@@ -24,7 +24,7 @@ import singlequant as sq
 from . import common
 from .experiments import command as options
 
-PEER = Path(__file__).parent / "peers" / "quantize_llm_compressor.py"
+PEER = Path(__file__).with_name("quantize_llm_compressor.py")
 
 
 def ours(model: Path, tokens: int) -> float:

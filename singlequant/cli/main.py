@@ -90,6 +90,8 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
+            if handler is startup.end:  # the process ends by itself now, and by its own code
+                handler = signal.SIG_IGN
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
