@@ -49,7 +49,8 @@ def test_rounded_model_gives_the_packed_models_divergence(
     experiment, tmp_path, method, rounding, clip
 ):
     config = sq.QuantConfig("w4a4", method, rounding, 4, clip=clip, calibration_tokens=512,
-                            head_bits=16)  # the experiment rounds linears alone
+                            head_bits=16,  # the experiment rounds linears alone
+                            calibration_bits=32)
     sq.quantize_folder(bundled_model(), tmp_path / "out", config)
     packed = sq.load(tmp_path / "out", kv_bits=32)  # as the experiment's own attention
     text = experiment.windows.reshape(-1)

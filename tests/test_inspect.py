@@ -131,7 +131,8 @@ def test_cells_keep_the_largest():
 @pytest.fixture
 def packed(model, text, tmp_path):
     """(the original, its packed folder)."""
-    config = QuantConfig("w4a4", bits=4, method="singlequant", calibration_tokens=64, weights="rtn")
+    config = QuantConfig("w4a4", bits=4, method="singlequant", calibration_tokens=64, weights="rtn",
+                         calibration_bits=32)  # as `inspect` calibrates
     sq.quantize_folder(model, tmp_path / "out", config, text)
     return model, tmp_path / "out"
 

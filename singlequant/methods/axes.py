@@ -18,7 +18,7 @@ from ..rotations import FACTOR_DENSE_MAX, Factor, SiteRotation, Step
 from ..statistics import SiteStatistics
 
 SWEEP_ROUNDS = 2  # alternations of the two axes
-SWEEP_ELEMENTS, SWEEP_TOKENS_MIN = 1 << 18, 64  # a sweep's sample: wide sites need fewer tokens
+SWEEP_ELEMENTS, SWEEP_TOKENS_MIN = 1 << 20, 128  # a sweep's sample: wide sites need fewer tokens
 WEIGHT_SHARE = 1.0  # of the weight rows in a sweep's sum of fourth powers, the tokens' being 1
 SWEEP_ORDER_MAX = 512  # a sweep has n (n - 1) / 2 rotations: longer axes keep H alone
 TENSOR_HEADER_BYTES = 190  # a stored tensor's header entry and its line of the index, about
