@@ -21,6 +21,7 @@ import numpy as np
 from .. import _C
 
 IDLE_STEP, IDLE_SHARE, IDLE_WAIT = 0.005, 0.1, 1.0  # seconds; CPU time of a step; seconds at most
+IDLE_STEPS = 4  # in a row: a thread that waits for a CPU looks idle in one
 
 
 class Float32Product:
@@ -67,12 +68,11 @@ class Float32Product:
 
 def wait_until_idle() -> None:
     """Return once the threads of this process take next to no CPU time."""
-    end = time.monotonic() + IDLE_WAIT
-    while time.monotonic() < end:
+    end, idle = time.monotonic() + IDLE_WAIT, 0
+    while time.monotonic() < end and idle < IDLE_STEPS:
         before = time.process_time()
         time.sleep(IDLE_STEP)
-        if time.process_time() - before < IDLE_SHARE * IDLE_STEP:
-            return
+        idle = idle + 1 if time.process_time() - before < IDLE_SHARE * IDLE_STEP else 0
 
 
 def serve(n: int, k: int, copies: int) -> None:
