@@ -24,8 +24,9 @@ struct range {
 static struct range ranges[RANGES];
 static struct sigaction before;
 static _Atomic int exit_status = -1;
+static atomic_flag told = ATOMIC_FLAG_INIT; /* threads may meet the new end together */
 
-/* Calls nothing but what POSIX allows in a handler: write, _exit, sigaction. */
+/* Calls nothing but what POSIX allows in a handler: write, _exit, pause, sigaction. */
 static void
 on_bus_error(int number, siginfo_t *info, void *Py_UNUSED(context))
 {
@@ -36,10 +37,16 @@ on_bus_error(int number, siginfo_t *info, void *Py_UNUSED(context))
             continue;
         }
         const char *text = ranges[i].message;
-        const ssize_t written = write(STDERR_FILENO, text, strlen(text));
-        (void)written; /* there is nobody to tell */
-        if (atomic_load(&exit_status) >= 0) {
-            _exit(atomic_load(&exit_status));
+        const int first = !atomic_flag_test_and_set(&told);
+        if (first) {
+            const ssize_t written = write(STDERR_FILENO, text, strlen(text));
+            (void)written; /* there is nobody to tell */
+        }
+        while (atomic_load(&exit_status) >= 0) {
+            if (first) {
+                _exit(atomic_load(&exit_status));
+            }
+            pause(); /* the first one ends the process */
         }
         break;
     }
