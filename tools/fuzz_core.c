@@ -246,7 +246,7 @@ fuzz_gptq(struct input *in)
     }
     if (up_to(in, 1)) {
         memset(gram, 0, (size_t)(k > 0 ? k * k : 0) * sizeof *gram);
-        (void)sq_gram_update(x, k, k, gram);
+        (void)sq_gram_update(up_to(in, 1) ? 8 : 32, NULL, x, k, k, gram);
     }
     const float damping = real(in, 0.01f);
     if (up_to(in, 3) && sq_gptq_factor(gram, k, damping, by_diagonal, permutation) != SQ_OK) {
