@@ -115,10 +115,10 @@ class PackedTable:
         """Rows index [m] as float32 [m, width]. ValueError outside of the table."""
         return _C.gather_codes(*self._bytes, self.bits, self.shape[1], index)
 
-    def linear(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """x [..., width] times the table transposed: [..., rows]. A row of x does not depend on
-        the others, bit for bit."""
-        return _C.linear_rows(x, *self._bytes, self.bits)
+    def linear(self, x: NDArray[np.float32], activation_bits: int = 16) -> NDArray[np.float32]:
+        """x [..., width] times the table transposed: [..., rows]. x is rounded to 8 or 16 bits,
+        with a scale for every 32 inputs. A row of x does not depend on the others, bit for bit."""
+        return _C.linear_rows(x, *self._bytes, self.bits, activation_bits)
 
     @property
     def _bytes(self) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:

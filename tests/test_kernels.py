@@ -244,23 +244,46 @@ def test_gemm_half_is_within_the_chain_bound_and_knows_no_batch(table, guarded, 
         np.testing.assert_array_equal(_C.linear_dense(x, guarded(w[-1:])), whole[:, -1:])
 
 
+@pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", [8, 6, 4])
-@pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 17, 32, 33, 250])
-def test_gemm_rows_is_within_the_chain_bound_and_knows_no_batch(table, guarded, bits, k):
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 250, 545, 2050])
+def test_gemm_rows_equals_twin_bit_for_bit(table, guarded, bits, k, activation_bits):
     rng = np.random.default_rng(k)
-    for n in (1, 3, 4, 9, 35):
-        codes, scales = _C.quantize_rows(rng.standard_normal((n, k)).astype(np.float32), bits)
-        codes, scales = guarded(codes), guarded(scales)
-        x = guarded(rng.standard_normal((8, k)).astype(np.float32))
-        whole = _C.linear_rows(x, codes, scales, bits)
+    for n in (1, 3, 33, 67):
+        given = rng.standard_normal((n, k)).astype(np.float32)
+        codes, scales = map(guarded, _C.quantize_rows(given, bits))
+        x = guarded((rng.standard_normal((14, k)) * np.exp(rng.normal(size=k))).astype(np.float32))
+        expected = reference.linear_rows(x, codes, scales, bits, activation_bits)
+        for m in (1, 2, 3, 7, 14):
+            found = _C.linear_rows(guarded(x[:m]), codes, scales, bits, activation_bits)
+            np.testing.assert_array_equal(found, expected[:m])
+        found = _C.linear_rows(x, guarded(codes[-1:]), guarded(scales[-1:]), bits, activation_bits)
+        np.testing.assert_array_equal(found, expected[:, -1:])
         wide = reference.rows_of_codes(codes, scales, bits, k)
-        bound = (k + 1) * EPS * (np.abs(x) @ np.abs(wide).T)
-        assert (np.abs(whole - reference.linear_rows(x, codes, scales, bits)) <= bound).all()
-        for m in range(1, 8):
-            found = _C.linear_rows(guarded(x[:m]), codes, scales, bits)
-            np.testing.assert_array_equal(found, whole[:m])
-        found = _C.linear_rows(x, guarded(codes[-1:]), guarded(scales[-1:]), bits)
-        np.testing.assert_array_equal(found, whole[:, -1:])
+        bound = reference.linear_rows_bound(x, codes, scales, bits, activation_bits)
+        assert (np.abs(expected - x.astype(float) @ wide.T) <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_gemm_rows_takes_every_byte_and_says_nan(table, bits):
+    """Codes that no writer makes, -128 among them; tokens that are tiny, huge, Inf or NaN."""
+    rng, k = np.random.default_rng(bits), 2080
+    codes = rng.integers(0, 256, (40, k * bits // 8), dtype=np.uint8)
+    codes[:3] = 128
+    scales = rng.integers(0x3000, 0x4000, (40, k // 32)).astype(np.uint16)
+    x = rng.standard_normal((6, k)).astype(np.float32)
+    x[1] *= np.float32(1e-44)
+    x[2, :32] = 1e-40
+    x[3, 5] = 1e30
+    x[4, 7], x[5, 9] = np.inf, np.nan
+    for activation_bits in (8, 16):
+        found = _C.linear_rows(x, codes, scales, bits, activation_bits)
+        expected = reference.linear_rows(x[:4], codes, scales, bits, activation_bits)
+        np.testing.assert_array_equal(found[:4], expected)
+        assert np.isnan(found[4:]).all()
+        for row in range(6):
+            alone = _C.linear_rows(x[row], codes, scales, bits, activation_bits)
+            np.testing.assert_array_equal(alone, found[row])
 
 
 SIZES = [1, 2, 7, 8, 9, 15, 16, 33, 64, 100, 1000, 2049]

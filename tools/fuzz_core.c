@@ -113,7 +113,7 @@ fuzz_code_rows(struct input *in)
     const int64_t rows = number(in, up_to(in, 30)), k = number(in, 1 + up_to(in, 140));
     const int64_t m = number(in, up_to(in, 6));
     const int known = sq_code_row_bits_valid(bits) && k > 0 && k < MOST_BYTES;
-    struct sq_code_rows w = {.bits = bits, .k = k};
+    struct sq_code_rows w = {.bits = bits, .k = k, .rows = rows};
     uint8_t *codes = matrix(in, rows, known ? sq_code_row_bytes(bits, k) : 0, 1);
     uint16_t *scales = matrix(in, rows, known ? sq_code_row_scales(k) : 0, 2);
     int64_t *index = buffer(in, m, sizeof *index), bad_row;
@@ -125,11 +125,11 @@ fuzz_code_rows(struct input *in)
     }
     w.codes = codes;
     w.scales = scales;
-    (void)sq_linear_rows(&w, rows, x, m, y, rows);
+    (void)sq_linear_rows(&w, (int)number(in, rows % 2 ? 8 : 16), x, m, y, rows);
     for (int64_t i = 0; i < m; i++) {
         index[i] = number(in, rows > 0 ? (index[i] & 0xff) % rows : 0);
     }
-    (void)sq_gather_code_rows(&w, rows, index, m, x);
+    (void)sq_gather_code_rows(&w, index, m, x);
     (void)sq_gather_rows(dtype, table, rows, k, index, m, x);
     (void)sq_to_float32(dtype, table, sq_min_i64(rows, m) * k, 1, x);
     (void)sq_quantize_rows(bits, dtype, table, rows, k, codes, scales, &bad_row);

@@ -15,9 +15,22 @@
 #define SQ_ROW_BLOCK 32
 struct sq_code_rows {
     int bits; /* 8, 6 or 4 */
-    int64_t k;
+    int64_t k, rows;
     const uint8_t *codes;   /* [rows][sq_code_row_bytes] */
     const uint16_t *scales; /* [rows][sq_code_row_scales] */
+};
+
+/* Tokens for such rows: their own codes, also in blocks that have a scale each. A token is one row
+ * of codes or the sum of two, the second of what the first leaves. What lies behind its inputs is
+ * code 0. */
+#define SQ_ROW_TOKENS 64 /* rows at once */
+struct sq_token_rows {
+    int parts;              /* rows of a token: 1 or 2 */
+    int64_t blocks, ld;     /* of SQ_ROW_BLOCK inputs; ld: with zeros up to a multiple of 8 */
+    const int8_t *codes;    /* [rows][ld * SQ_ROW_BLOCK], -127 .. 127 */
+    const float *scales;    /* [rows][ld] */
+    const int32_t *offsets; /* [rows][ld]: minus 2^(bits - 1) times the sum of a block's codes, for
+                             * weights of `bits`, to take back what makes theirs unsigned */
 };
 
 static inline int

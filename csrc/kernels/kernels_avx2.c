@@ -4,6 +4,7 @@
 #define TILE_MR 4 /* 4 rows x 16 outputs are 8 accumulators of 16 registers */
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
+#include "kernels/kernels_x86_rows_template.h"
 #include "kernels/panel_dwords.h"
 #include "kernels/thin_panels.h"
 
@@ -102,10 +103,10 @@ sq_gemm_half__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x,
 }
 
 static void
-sq_gemm_rows__avx2(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x, int64_t ld_x,
-                   float *y, int64_t ld_y)
+sq_gemm_rows__avx2(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x,
+                   int64_t m, float *y, int64_t ld_y)
 {
-    gemm_rows(w, m, n, x, ld_x, y, ld_y);
+    gemm_rows(w, n, x, m, y, ld_y);
 }
 
 /* ---- quantizers ------------------------------------------------------------------------- */

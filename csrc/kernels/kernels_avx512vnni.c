@@ -3,8 +3,10 @@
 #define TILE_BITS 512
 #define TILE_MR 12 /* 12 rows x 32 outputs are 24 accumulators of 32 registers */
 #define TILE_DOT _mm512_dpbusd_epi32
+#define TILE_DOT_256 _mm256_dpbusd_epi32
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
+#include "kernels/kernels_x86_rows_template.h"
 #include "kernels/thin_panels.h"
 
 #include "core/sq_cpu.h"
@@ -79,10 +81,10 @@ sq_gemm_half__avx512vnni(int is_bf16, int64_t m, int64_t n, int64_t k, const flo
 }
 
 static void
-sq_gemm_rows__avx512vnni(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x,
-                         int64_t ld_x, float *y, int64_t ld_y)
+sq_gemm_rows__avx512vnni(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x,
+                         int64_t m, float *y, int64_t ld_y)
 {
-    gemm_rows(w, m, n, x, ld_x, y, ld_y);
+    gemm_rows(w, n, x, m, y, ld_y);
 }
 
 /* ---- 16-bit floats ---------------------------------------------------------------------- */

@@ -300,28 +300,19 @@ widened(int is_bf16, uint16_t bits)
     return is_bf16 ? float_of_bits((uint32_t)bits << 16) : float_of_f16(bits);
 }
 
-/* Weights that are widened when they are used: 16-bit floats [n][k], or rows of codes. */
+/* 16-bit floats [n][k] that are widened when they are used. */
 struct narrow {
     int64_t k;
     int is_bf16;
-    const uint16_t *halves; /* or NULL */
-    const struct sq_code_rows *codes;
+    const uint16_t *halves;
 };
 
 /* out [count] <- row j's weights from input p on. */
 static void
 widen_run(const struct narrow *w, int64_t j, int64_t p, int64_t count, float *out)
 {
-    if (w->halves) {
-        for (int64_t i = 0; i < count; i++) {
-            out[i] = widened(w->is_bf16, w->halves[j * w->k + p + i]);
-        }
-        return;
-    }
-    const int bits = w->codes->bits;
-    const uint8_t *row = w->codes->codes + j * sq_code_row_bytes(bits, w->k);
     for (int64_t i = 0; i < count; i++) {
-        out[i] = (float)sq_code_of_row(bits, row, p + i) * sq_scale_of_row(w->codes, j, p + i);
+        out[i] = widened(w->is_bf16, w->halves[j * w->k + p + i]);
     }
 }
 
@@ -414,11 +405,42 @@ sq_gemm_half__generic(int is_bf16, int64_t m, int64_t n, int64_t k, const float 
     gemm_narrow(&(struct narrow){.k = k, .is_bf16 = is_bf16, .halves = w}, m, n, x, ld_x, y, ld_y);
 }
 
+/* The codes of block b of row j, zeros behind its inputs. */
 static void
-sq_gemm_rows__generic(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x,
-                      int64_t ld_x, float *y, int64_t ld_y)
+block_codes(const struct sq_code_rows *w, int64_t j, int64_t b, int32_t codes[SQ_ROW_BLOCK])
 {
-    gemm_narrow(&(struct narrow){.k = w->k, .codes = w}, m, n, x, ld_x, y, ld_y);
+    const uint8_t *row = w->codes + j * sq_code_row_bytes(w->bits, w->k);
+    for (int64_t i = 0; i < SQ_ROW_BLOCK; i++) {
+        const int64_t p = b * SQ_ROW_BLOCK + i;
+        codes[i] = p < w->k ? sq_code_of_row(w->bits, row, p) : 0;
+    }
+}
+
+static void
+sq_gemm_rows__generic(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x,
+                      int64_t m, float *y, int64_t ld_y)
+{
+    for (int64_t j = 0; j < n; j++) {
+        float totals[SQ_ROW_TOKENS] = {0.0f};
+        for (int64_t b = 0; b < x->blocks; b++) {
+            int32_t codes[SQ_ROW_BLOCK];
+            block_codes(w, j, b, codes);
+            const float w_scale = sq_scale_of_row(w, j, b * SQ_ROW_BLOCK);
+            for (int64_t i = 0; i < m * x->parts; i++) {
+                const int64_t block = i * x->ld + b;
+                int32_t sum = 0;
+                for (int64_t p = 0; p < SQ_ROW_BLOCK; p++) {
+                    sum += codes[p] * x->codes[block * SQ_ROW_BLOCK + p];
+                }
+                const float scale = w_scale * x->scales[block];
+                totals[i] += scale * (float)sum;
+            }
+        }
+        for (int64_t i = 0; i < m; i++) {
+            const float *token = totals + i * x->parts;
+            y[i * ld_y + j] = x->parts == 2 ? token[0] + token[1] : token[0];
+        }
+    }
 }
 
 static int

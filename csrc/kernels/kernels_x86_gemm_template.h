@@ -250,9 +250,8 @@ gemm_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const fl
 
 /* ---- float32 x narrow weights ----------------------------------------------------------- */
 
-/* What a weight is widened from. Codes meet their block's scale here. F32: it was widened before.
- */
-enum narrow { NARROW_F32, NARROW_F16, NARROW_BF16, NARROW_INT8, NARROW_INT6, NARROW_INT4 };
+/* What a weight is widened from. F32: it was widened before. */
+enum narrow { NARROW_F32, NARROW_F16, NARROW_BF16 };
 
 /* Of w and of x: 12 or 24 accumulators, and each widened weight meets all tokens of a tile. */
 enum { HALF_ROWS = 4, HALF_TOKENS = TILE_BITS == 256 ? 3 : 6 };
@@ -277,102 +276,6 @@ load_widened_halves(const uint16_t *from, int64_t count, const int is_bf16)
 #endif
 }
 
-/* LANES codes of a byte each, in the low bytes of the vector. */
-static ALWAYS_INLINE vec_f
-floats_of_int8(__m128i bytes)
-{
-#if TILE_BITS == 256
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-#else
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-#endif
-}
-
-/* LANES bytes; a vector of 512 bits takes 16 of them, one of 256 bits 8. */
-static ALWAYS_INLINE __m128i
-load_bytes(const uint8_t *from)
-{
-#if TILE_BITS == 256
-    return _mm_loadl_epi64((const __m128i *)from);
-#else
-    return _mm_loadu_si128((const __m128i *)from);
-#endif
-}
-
-/* A bfloat16 is the upper half of a float32. */
-static ALWAYS_INLINE vec_f
-broadcast_bf16(uint16_t x)
-{
-    const vec_i wide = VEC(slli_epi32)(VEC(set1_epi16)((int16_t)x), 16);
-#if TILE_BITS == 256
-    return _mm256_castsi256_ps(wide);
-#else
-    return _mm512_castsi512_ps(wide);
-#endif
-}
-
-/* LANES codes of 8 bits times their scale, of which count exist; the others are 0. */
-static ALWAYS_INLINE vec_f
-load_int8(const uint8_t *from, uint16_t scale, int64_t count)
-{
-    uint8_t tail[LANES] = {0};
-    if (count < LANES) {
-        memcpy(tail, from, (size_t)count);
-        from = tail;
-    }
-    return VEC(mul_ps)(floats_of_int8(load_bytes(from)), broadcast_bf16(scale));
-}
-
-/* The low four bits of the 32 inputs of a block of 4- or 6-bit codes: the second half of them lies
- * in the upper halves of the bytes. */
-static ALWAYS_INLINE __m256i
-load_nibbles(const uint8_t *block)
-{
-    const __m256i bytes =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)block));
-    return _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_set_epi64x(4, 4, 0, 0)),
-                            _mm256_set1_epi8(15));
-}
-
-/* The upper two bits of the 32 inputs of a block of 6-bit codes, where they belong in a code. */
-static ALWAYS_INLINE __m256i
-load_upper_bits(const uint8_t *block)
-{
-    int64_t bytes;
-    memcpy(&bytes, block + SQ_ROW_BLOCK / 2, sizeof bytes);
-    const __m256i all = _mm256_set1_epi64x(bytes);
-    const __m256i up = _mm256_sllv_epi64(all, _mm256_set_epi64x(64, 0, 2, 4)); /* 64: nothing */
-    const __m256i down = _mm256_srlv_epi64(all, _mm256_set_epi64x(2, 64, 64, 64));
-    return _mm256_and_si256(_mm256_or_si256(up, down), _mm256_set1_epi8(0x30));
-}
-
-/* Inputs first .. first + LANES - 1 of a block's codes as they are stored, code + zero_code, times
- * the block's scale. */
-static ALWAYS_INLINE vec_f
-scale_codes(__m256i codes, const int zero_code, uint16_t scale, const int first)
-{
-    const __m256i centred = _mm256_sub_epi8(codes, _mm256_set1_epi8((char)zero_code));
-    __m128i part = first < SQ_ROW_BLOCK / 2 ? _mm256_castsi256_si128(centred)
-                                            : _mm256_extracti128_si256(centred, 1);
-    if (first % (SQ_ROW_BLOCK / 2)) {
-        part = _mm_unpackhi_epi64(part, part);
-    }
-    return VEC(mul_ps)(floats_of_int8(part), broadcast_bf16(scale));
-}
-
-static ALWAYS_INLINE vec_f
-load_int4(const uint8_t *block, uint16_t scale, const int first)
-{
-    return scale_codes(load_nibbles(block), 8, scale, first);
-}
-
-static ALWAYS_INLINE vec_f
-load_int6(const uint8_t *block, uint16_t scale, const int first)
-{
-    return scale_codes(_mm256_or_si256(load_nibbles(block), load_upper_bits(block)), 32, scale,
-                       first);
-}
-
 /* Lanes in halves, the upper onto the lower: the same order on every call. */
 static ALWAYS_INLINE float
 sum_lanes(vec_f x)
@@ -390,51 +293,36 @@ sum_lanes(vec_f x)
 struct narrow_args {
     int64_t k;
     const float *x;
-    const void *w;          /* [rows][row_bytes] */
-    const uint16_t *scales; /* of codes, [rows][row_scales] */
-    int64_t row_bytes, row_scales;
+    const void *w; /* [rows][row_bytes] */
+    int64_t row_bytes;
     float *y;
     int64_t ld_x, ld_y;
 };
 
-/* Row r's weights from input p + first on, of which count exist. first is 0 but for codes, where p
- * is the first input of a block. */
+/* Row r's weights from input p on, of which count exist. */
 static ALWAYS_INLINE vec_f
-load_widened(const struct narrow_args *s, int r, int64_t p, const int first, int64_t count,
-             const enum narrow kind)
+load_widened(const struct narrow_args *s, int r, int64_t p, int64_t count, const enum narrow kind)
 {
-    const uint8_t *row = (const uint8_t *)s->w + r * s->row_bytes;
-    switch (kind) {
-        case NARROW_F32: /* zeros lie behind the last */
-            return VEC(loadu_ps)((const float *)(const void *)row + p);
-        case NARROW_INT8:
-            return load_int8(row + p + first, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK],
-                             count);
-        case NARROW_INT6:
-            return load_int6(row + p / SQ_ROW_BLOCK * (SQ_ROW_BLOCK * 6 / 8),
-                             s->scales[r * s->row_scales + p / SQ_ROW_BLOCK], first);
-        case NARROW_INT4:
-            return load_int4(row + p / 2, s->scales[r * s->row_scales + p / SQ_ROW_BLOCK], first);
-        default:
-            return load_widened_halves((const uint16_t *)(const void *)row + p, count,
-                                       kind == NARROW_BF16);
+    const void *row = (const uint8_t *)s->w + r * s->row_bytes;
+    if (kind == NARROW_F32) { /* zeros lie behind the last */
+        return VEC(loadu_ps)((const float *)row + p);
     }
+    return load_widened_halves((const uint16_t *)row + p, count, kind == NARROW_BF16);
 }
 
-/* acc += the products of count values from input p + first on, LANES at most. */
+/* acc += the products of count values from input p on, LANES at most. */
 static ALWAYS_INLINE void
-multiply_narrow(const struct narrow_args *s, int64_t p, const int first, int64_t count,
-                const int tokens, const int rows, const enum narrow kind,
-                vec_f acc[HALF_TOKENS][HALF_ROWS])
+multiply_narrow(const struct narrow_args *s, int64_t p, int64_t count, const int tokens,
+                const int rows, const enum narrow kind, vec_f acc[HALF_TOKENS][HALF_ROWS])
 {
     vec_f value[HALF_TOKENS];
     UNROLL
     for (int t = 0; t < tokens; t++) {
-        value[t] = load_lanes(s->x + t * s->ld_x + p + first, lane_mask(count));
+        value[t] = load_lanes(s->x + t * s->ld_x + p, lane_mask(count));
     }
     UNROLL
     for (int r = 0; r < rows; r++) {
-        const vec_f weight = load_widened(s, r, p, first, count, kind);
+        const vec_f weight = load_widened(s, r, p, count, kind);
         UNROLL
         for (int t = 0; t < tokens; t++) {
             acc[t][r] = VEC(fmadd_ps)(value[t], weight, acc[t][r]);
@@ -442,45 +330,14 @@ multiply_narrow(const struct narrow_args *s, int64_t p, const int first, int64_t
     }
 }
 
-/* Bits of a weight. */
-static ALWAYS_INLINE int
-bits_of(const enum narrow kind)
-{
-    return kind == NARROW_F32    ? 32
-           : kind == NARROW_INT8 ? 8
-           : kind == NARROW_INT6 ? 6
-           : kind == NARROW_INT4 ? 4
-                                 : 16;
-}
-
-/* The inputs of one step: a vector, or a block of codes. */
-static ALWAYS_INLINE int
-step_of(const enum narrow kind)
-{
-    return bits_of(kind) < 16 ? SQ_ROW_BLOCK : LANES;
-}
-
-/* The same for one step. count is the step but at the end. */
-static ALWAYS_INLINE void
-multiply_step(const struct narrow_args *s, int64_t p, int64_t count, const int tokens,
-              const int rows, const enum narrow kind, vec_f acc[HALF_TOKENS][HALF_ROWS])
-{
-    UNROLL
-    for (int first = 0; first < step_of(kind); first += LANES) {
-        if (first < count) {
-            multiply_narrow(s, p, first, count - first, tokens, rows, kind, acc);
-        }
-    }
-}
-
 /* Asks for the line of input p in the rows of the tile after the next. HALF_ROWS short streams at
  * once are more than the CPU foresees: from memory, one token took up to 3 times as long. */
 static ALWAYS_INLINE void
-prefetch_rows(const struct narrow_args *s, int64_t p, const int rows, const enum narrow kind)
+prefetch_rows(const struct narrow_args *s, int64_t p, const int rows)
 {
-    enum { LINE_BYTES = 64 };
-    const int64_t byte = p * bits_of(kind) / 8;
-    if (byte % LINE_BYTES < step_of(kind) * bits_of(kind) / 8) { /* the first step of a line */
+    enum { LINE_BYTES = 64, STEP_BYTES = LANES * 2 };
+    const int64_t byte = p * 2;
+    if (byte % LINE_BYTES < STEP_BYTES) { /* the first step of a line */
         const char *next = (const char *)s->w + 2 * rows * s->row_bytes + byte;
         UNROLL
         for (int r = 0; r < rows; r++) {
@@ -493,7 +350,6 @@ prefetch_rows(const struct narrow_args *s, int64_t p, const int rows, const enum
 static ALWAYS_INLINE void
 tile_narrow(const struct narrow_args *s, const int tokens, const int rows, const enum narrow kind)
 {
-    const int step = step_of(kind);
     vec_f acc[HALF_TOKENS][HALF_ROWS];
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -503,14 +359,14 @@ tile_narrow(const struct narrow_args *s, const int tokens, const int rows, const
         }
     }
     int64_t p = 0;
-    for (; p + step <= s->k; p += step) {
+    for (; p + LANES <= s->k; p += LANES) {
         if (kind != NARROW_F32) {
-            prefetch_rows(s, p, rows, kind);
+            prefetch_rows(s, p, rows);
         }
-        multiply_step(s, p, step, tokens, rows, kind, acc);
+        multiply_narrow(s, p, LANES, tokens, rows, kind, acc);
     }
     if (p < s->k) {
-        multiply_step(s, p, s->k - p, tokens, rows, kind, acc);
+        multiply_narrow(s, p, s->k - p, tokens, rows, kind, acc);
     }
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -550,19 +406,14 @@ rows_narrow(struct narrow_args s, int64_t m, const enum narrow kind)
 /* Inputs of rows that are widened before many tokens meet them: 96 KiB of stack. */
 enum { WIDE_K = 6144 };
 
-/* HALF_ROWS rows of s to wide [HALF_ROWS][WIDE_K], zeros up to a whole step behind k. */
+/* HALF_ROWS rows of s to wide [HALF_ROWS][WIDE_K], zeros up to a whole vector behind k. */
 static ALWAYS_INLINE void
 widen_rows(const struct narrow_args *s, float *wide, const enum narrow kind)
 {
     for (int r = 0; r < HALF_ROWS; r++) {
-        for (int64_t p = 0; p < s->k; p += step_of(kind)) {
-            UNROLL
-            for (int first = 0; first < step_of(kind); first += LANES) {
-                const int64_t count = s->k - p - first;
-                VEC(storeu_ps)
-                (wide + r * WIDE_K + p + first,
-                 count > 0 ? load_widened(s, r, p, first, count, kind) : VEC(setzero_ps)());
-            }
+        for (int64_t p = 0; p < s->k; p += LANES) {
+            const int64_t count = sq_min_i64(LANES, s->k - p);
+            VEC(storeu_ps)(wide + r * WIDE_K + p, load_widened(s, r, p, count, kind));
         }
     }
 }
@@ -596,7 +447,6 @@ gemm_narrow(struct narrow_args s, int64_t m, int64_t n, const enum narrow kind)
             }
         }
         s.w = (const uint8_t *)s.w + rows * s.row_bytes;
-        s.scales = s.scales ? s.scales + rows * s.row_scales : NULL;
         s.y += rows;
     }
 }
@@ -695,30 +545,5 @@ gemm_half(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t 
     }
     else {
         gemm_narrow(s, m, n, NARROW_F16);
-    }
-}
-
-static void
-gemm_rows(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x, int64_t ld_x,
-          float *y, int64_t ld_y)
-{
-    const struct narrow_args s = {.k = w->k,
-                                  .x = x,
-                                  .w = w->codes,
-                                  .scales = w->scales,
-                                  .row_bytes = sq_code_row_bytes(w->bits, w->k),
-                                  .row_scales = sq_code_row_scales(w->k),
-                                  .y = y,
-                                  .ld_x = ld_x,
-                                  .ld_y = ld_y};
-    switch (w->bits) {
-        case 8:
-            gemm_narrow(s, m, n, NARROW_INT8);
-            break;
-        case 6:
-            gemm_narrow(s, m, n, NARROW_INT6);
-            break;
-        default:
-            gemm_narrow(s, m, n, NARROW_INT4);
     }
 }

@@ -7,7 +7,8 @@
  *   TILE_MR          rows of a tile; with 2 vectors of sums a row they must fit the registers
  *   TILE_DOT(s,u,a)  s + the dot products of 4 unsigned by 4 signed bytes, 32-bit (vpdpbusd);
  *                    undefined: 16-bit sums of vpmaddubsw, widened before they can overflow
- *   TILE_GEMM        defined: gemm_f32, gemm_half and gemm_rows too
+ *   TILE_DOT_256     the same on 256 bits, where TILE_DOT is
+ *   TILE_GEMM        defined: gemm_f32 and gemm_half too
  * Legal: 256, 4, none (AVX2) | 256, 4 .. 6, VEX vpdpbusd (AVX-VNNI) | 512, 12, EVEX vpdpbusd.
  *
  * A panel of 4 bits is SUBS sub-panels of 16 outputs, each [k / 8][16] dwords; a dword holds 8 k of
@@ -50,6 +51,7 @@ typedef __m256 vec_f;
 #define VEC_XOR _mm256_xor_si256
 #define VEC_ZERO _mm256_setzero_si256
 #define VEC_LOAD(p) _mm256_load_si256((const __m256i *)(p))
+#define VEC_STORE(p, x) _mm256_store_si256((__m256i *)(void *)(p), x)
 /* Integer sums may be reassociated by the compiler, which then keeps products instead of sums in
  * registers and spills (gcc 12: 1.5x slower). An empty instruction that may change x forbids it. */
 #define KEEP_ORDER(x) __asm__("" : "+x"(x))
@@ -62,6 +64,7 @@ typedef __m512 vec_f;
 #define VEC_XOR _mm512_xor_si512
 #define VEC_ZERO _mm512_setzero_si512
 #define VEC_LOAD(p) _mm512_load_si512(p)
+#define VEC_STORE(p, x) _mm512_store_si512(p, x)
 #define KEEP_ORDER(x) __asm__("" : "+v"(x))
 #endif
 
@@ -193,15 +196,21 @@ struct code_rows {
 };
 
 static ALWAYS_INLINE struct code_rows
-code_rows(const struct sq_panel_args *args, int64_t row, const int rows)
+code_rows_at(const int8_t *first, int64_t ld, const int rows)
 {
-    struct code_rows a = {.ld = args->ld_a};
+    struct code_rows a = {.ld = ld};
     UNROLL
     for (int i = 0; i < (rows + 2) / 3; i++) {
-        a.first[i] = (const int8_t *)args->a + (row + 3 * i) * args->ld_a;
+        a.first[i] = first + 3 * i * ld;
         __asm__("" : "+r"(a.first[i])); /* else the optimizer finds a register for every row */
     }
     return a;
+}
+
+static ALWAYS_INLINE struct code_rows
+code_rows(const struct sq_panel_args *args, int64_t row, const int rows)
+{
+    return code_rows_at((const int8_t *)args->a + row * args->ld_a, args->ld_a, rows);
 }
 
 static ALWAYS_INLINE void
@@ -310,8 +319,37 @@ load_thin(const uint8_t *w, int64_t sub_bytes, int v, const int step, const int 
                   VEC_AND(placed, VEC(set1_epi8)((1 << bits) - 16)));
 }
 
-/* acc += 8 k, steps 2 pair and 2 pair + 1 of the thin run at w and of a. Where sums are of 16 bits,
- * they hold two steps of 6 bits: 4 * 63 * 128 < 2^15. */
+/* acc += 8 k, codes of steps first and first + 1 of a. is_narrow: they have 6 bits at most, so that
+ * sums of 16 bits hold two steps: 4 * 63 * 128 < 2^15. */
+static ALWAYS_INLINE void
+multiply_steps(const int rows, const int vecs, const struct code_rows *a, const int first,
+               vec_i codes[2][VECS_MAX], const int is_narrow, vec_i acc[TILE_MR][VECS_MAX])
+{
+#ifdef TILE_DOT8
+    const int in_bytes = 1;
+    (void)is_narrow;
+#else
+    const int in_bytes = !is_narrow;
+#endif
+    UNROLL
+    for (int i = 0; in_bytes && i < 2; i++) {
+        multiply_bytes(rows, vecs, a, first + i, codes[i], acc);
+    }
+#ifndef TILE_DOT8
+    UNROLL
+    for (int r = 0; is_narrow && r < rows; r++) {
+        const vec_i one = broadcast_row(a, r, first), two = broadcast_row(a, r, first + 1);
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            const vec_i sum = VEC(maddubs_epi16)(codes[0][v], one);
+            acc[r][v] = WIDEN(acc[r][v], TILE_DOT(sum, codes[1][v], two));
+            KEEP_ORDER(acc[r][v]);
+        }
+    }
+#endif
+}
+
+/* acc += 8 k, steps 2 pair and 2 pair + 1 of the thin run at w and of a. */
 static ALWAYS_INLINE void
 multiply_thin(const int rows, const int vecs, const struct code_rows *a, const int pair,
               const uint8_t *w, int64_t sub_bytes, const int bits, vec_i acc[TILE_MR][VECS_MAX])
@@ -324,22 +362,7 @@ multiply_thin(const int rows, const int vecs, const struct code_rows *a, const i
             codes[i][v] = load_thin(w, sub_bytes, v, 2 * pair + i, bits);
         }
     }
-#ifdef TILE_DOT8
-    multiply_bytes(rows, vecs, a, 2 * pair, codes[0], acc);
-    multiply_bytes(rows, vecs, a, 2 * pair + 1, codes[1], acc);
-#else
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-        const vec_i first = broadcast_row(a, r, 2 * pair);
-        const vec_i second = broadcast_row(a, r, 2 * pair + 1);
-        UNROLL
-        for (int v = 0; v < vecs; v++) {
-            const vec_i sum = VEC(maddubs_epi16)(codes[0][v], first);
-            acc[r][v] = WIDEN(acc[r][v], TILE_DOT(sum, codes[1][v], second));
-            KEEP_ORDER(acc[r][v]);
-        }
-    }
-#endif
+    multiply_steps(rows, vecs, a, 2 * pair, codes, 1, acc);
 }
 
 /* Blocks that sums take without a branch. Groups, k and pieces are multiples of it. */

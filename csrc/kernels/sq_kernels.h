@@ -108,10 +108,12 @@ struct sq_kernels {
      * are. */
     void (*gemm_half)(int is_bf16, int64_t m, int64_t n, int64_t k, const float *x, int64_t ld_x,
                       const uint16_t *w, float *y, int64_t ld_y);
-    /* y [m][n] = x [m][k] w^T for the first n rows of codes, in the same way: y = sum of
-     * x * (scale * code). */
-    void (*gemm_rows)(const struct sq_code_rows *w, int64_t m, int64_t n, const float *x,
-                      int64_t ld_x, float *y, int64_t ld_y);
+    /* y [m][n] = x w^T for the first n rows of codes w and m tokens, m * parts <= SQ_ROW_TOKENS. A
+     * row of x gives the sum over blocks, ascending, of (w_scale * x_scale) * (float)(exact integer
+     * sum), products and sums rounded one by one; a token of two is the sum of both. Equal bits on
+     * every table, whatever m and n are. */
+    void (*gemm_rows)(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x,
+                      int64_t m, float *y, int64_t ld_y);
 
     /* Smallest and largest of x [k], k >= 1, a zero of either sign where both are there; 1 is
      * returned if all are finite (else ignore them). */

@@ -81,7 +81,6 @@ done:
 struct taken_rows {
     PyArrayObject *codes, *scales; /* owned */
     struct sq_code_rows rows;
-    int64_t n;
 };
 
 static void
@@ -103,37 +102,46 @@ take_rows(PyObject *codes, PyObject *scales, int bits, int64_t k, struct taken_r
     if (!t->scales) {
         return -1;
     }
-    t->n = PyArray_DIM(t->codes, 0);
+    const int64_t n = PyArray_DIM(t->codes, 0);
     if (sq_py_check_dim(t->codes, 1, sq_code_row_bytes(bits, k), "codes") ||
-        sq_py_check_dim(t->scales, 0, t->n, "scales") ||
+        sq_py_check_dim(t->scales, 0, n, "scales") ||
         sq_py_check_dim(t->scales, 1, sq_code_row_scales(k), "scales")) {
         return -1;
     }
-    t->rows = (struct sq_code_rows){
-        .bits = bits, .k = k, .codes = PyArray_DATA(t->codes), .scales = PyArray_DATA(t->scales)};
+    t->rows = (struct sq_code_rows){.bits = bits,
+                                    .k = k,
+                                    .rows = n,
+                                    .codes = PyArray_DATA(t->codes),
+                                    .scales = PyArray_DATA(t->scales)};
     return 0;
 }
 
 PyDoc_STRVAR(linear_rows_doc,
-             "linear_rows(x, codes, scales, bits)\n--\n\n"
+             "linear_rows(x, codes, scales, bits, activation_bits=16)\n--\n\n"
              "y [..., n] = x [..., k] w^T in float32 for w [n, k] in codes and scales as "
              "quantize_rows makes them.\n\n"
-             "codes are read in place when they are contiguous (a read-only memory map is "
-             "welcome). A row of y\ndepends on neither the other rows nor the number of threads. "
-             "ValueError if the shapes disagree.");
+             "x gets codes of activation_bits, 8 or 16, with a scale for every 32 inputs; 16 are "
+             "two codes of 8, one\nof the value and one of what that leaves. codes are read in "
+             "place when they are contiguous (a read-only\nmemory map is welcome). A row of y "
+             "depends on neither the other rows nor the number of threads, and\nhas the same bits "
+             "on every CPU. ValueError if the shapes disagree.");
 
 static PyObject *
 linear_rows(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "codes", "scales", "bits", NULL};
+    static char *names[] = {"x", "codes", "scales", "bits", "activation_bits", NULL};
     PyObject *x_object, *codes, *scales;
     PyArrayObject *x = NULL, *y = NULL;
     struct taken_rows w = {0};
     npy_intp dims[NPY_MAXDIMS];
-    int bits;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOi:linear_rows", names, &x_object, &codes,
-                                     &scales, &bits)) {
+    int bits, activation_bits = 16;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOi|i:linear_rows", names, &x_object, &codes,
+                                     &scales, &bits, &activation_bits)) {
         return NULL;
+    }
+    if (activation_bits != 8 && activation_bits != 16) {
+        return PyErr_Format(PyExc_ValueError, "activation_bits: expected 8 or 16, got %d",
+                            activation_bits);
     }
     x = sq_py_array(x_object, NPY_FLOAT, -1, "x");
     if (!x) {
@@ -153,14 +161,15 @@ linear_rows(PyObject *module, PyObject *args, PyObject *kwargs)
         m *= PyArray_DIM(x, i);
     }
     memcpy(dims, PyArray_DIMS(x), (size_t)ndim * sizeof *dims);
-    dims[ndim - 1] = w.n;
+    dims[ndim - 1] = w.rows.rows;
     y = sq_py_empty(ndim, dims, NPY_FLOAT);
     if (!y) {
         goto done;
     }
     sq_status status;
-    SQ_BEGIN_NOGIL(w.n * k + m * (w.n + k));
-    status = sq_linear_rows(&w.rows, w.n, PyArray_DATA(x), m, PyArray_DATA(y), w.n);
+    SQ_BEGIN_NOGIL(w.rows.rows * k + m * (w.rows.rows + k));
+    status =
+        sq_linear_rows(&w.rows, activation_bits, PyArray_DATA(x), m, PyArray_DATA(y), w.rows.rows);
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(module, status, "linear_rows");
@@ -198,7 +207,7 @@ gather_codes(PyObject *module, PyObject *args, PyObject *kwargs)
     if (take_rows(codes, scales, bits, width, &w)) {
         goto done;
     }
-    index = sq_py_index(index_object, w.n, "index");
+    index = sq_py_index(index_object, w.rows.rows, "index");
     if (!index) {
         goto done;
     }
@@ -209,7 +218,7 @@ gather_codes(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     sq_status status;
     SQ_BEGIN_NOGIL(dims[0] * dims[1]);
-    status = sq_gather_code_rows(&w.rows, w.n, PyArray_DATA(index), dims[0], PyArray_DATA(out));
+    status = sq_gather_code_rows(&w.rows, PyArray_DATA(index), dims[0], PyArray_DATA(out));
     SQ_END_NOGIL;
     if (status != SQ_OK) {
         sq_py_raise(module, status, "gather_codes");

@@ -62,17 +62,19 @@ sq_status
 sq_linear_steady(sq_dtype dtype, const void *w, const float *x, int64_t m, int64_t n, int64_t k,
                  float *y);
 
-/* y [m][ld_y] = x w^T for w [n] rows of codes of k inputs, which are read where they lie. An
- * element depends on neither m nor n nor the number of threads. Parallel over outputs. */
+/* y [m][ld_y] = x w^T for rows of codes of k inputs, which are read where they lie. Tokens
+ * get codes of activation_bits, 8 or 16, with a scale for every SQ_ROW_BLOCK inputs; 16 are two
+ * codes of 8, one of the value and one of what that leaves. A token with NaN or Inf has NaN
+ * everywhere. An element does not depend on m or on the number of threads, and has the same
+ * bits on every table of kernels. Parallel over outputs. */
 struct sq_code_rows;
 sq_status
-sq_linear_rows(const struct sq_code_rows *w, int64_t n, const float *x, int64_t m, float *y,
-               int64_t ld_y);
+sq_linear_rows(const struct sq_code_rows *w, int activation_bits, const float *x, int64_t m,
+               float *y, int64_t ld_y);
 
 /* out [m][k] float32 <- rows index [m] of w [rows], scale * code; SQ_ERR_RANGE outside it. */
 sq_status
-sq_gather_code_rows(const struct sq_code_rows *w, int64_t rows, const int64_t *index, int64_t m,
-                    float *out);
+sq_gather_code_rows(const struct sq_code_rows *w, const int64_t *index, int64_t m, float *out);
 
 /* out [count] float32 <- in [count] of dtype. With reject, NaN and Inf are SQ_ERR_NONFINITE. */
 sq_status

@@ -21,6 +21,7 @@ from .quantize import (
     transform_weight,
     unpack,
 )
+from .rows import gather_codes, linear_rows, linear_rows_bound
 from .runtime import (
     DecoderLayer,
     KVCache,
@@ -28,7 +29,6 @@ from .runtime import (
     attention,
     distribution,
     float16_toward,
-    gather_codes,
     gather_rows,
     gemm_f32,
     kl_divergence,
@@ -36,7 +36,6 @@ from .runtime import (
     kv_quantize,
     kv_round,
     linear_dense,
-    linear_rows,
     log_softmax,
     negative_log_likelihood,
     norm,
@@ -140,6 +139,7 @@ __all__ = [
     "kv_round",
     "linear_dense",
     "linear_rows",
+    "linear_rows_bound",
     "log_softmax",
     "negative_log_likelihood",
     "norm",

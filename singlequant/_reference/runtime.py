@@ -6,7 +6,7 @@ import math
 import numpy as np
 from ml_dtypes import bfloat16
 
-from .quantize import dequantize, quantize, rows_of_codes, sum_of_lanes, unpack
+from .quantize import dequantize, quantize, sum_of_lanes, unpack
 from .transform import hadamard_matrix
 
 F32 = np.float32
@@ -67,15 +67,6 @@ def linear_dense(x, weight):
 
 def gather_rows(table, index):
     return np.asarray(table)[np.asarray(index)].astype(np.float32)
-
-
-def linear_rows(x, codes, scales, bits):
-    x = np.asarray(x, np.float64)
-    return x @ rows_of_codes(codes, scales, bits, x.shape[-1]).T
-
-
-def gather_codes(codes, scales, bits, width, index):
-    return rows_of_codes(codes, scales, bits, width)[np.asarray(index)].astype(F32)
 
 
 def norm(x, rule):

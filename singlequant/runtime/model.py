@@ -53,7 +53,9 @@ class Model:
                              f"found {kv_dtype!r}")
         self._clamp_told = False
         self.spec = checkpoint.spec
-        self.outer = Outer(checkpoint)
+        config = checkpoint.quant_config
+        wide = config is None or config.activation_bits == 16
+        self.outer = Outer(checkpoint, activation_bits=16 if wide else 8)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
         self._decoder = _C.Decoder(self._layers)
 

@@ -34,10 +34,15 @@ class _Norm:
 
 
 class Outer:
-    """Embedding and head of a checkpoint. Weights stay mapped; norms are kept in float32."""
+    """Embedding and head of a checkpoint. Weights stay mapped; norms are kept in float32.
 
-    def __init__(self, checkpoint) -> None:
+    activation_bits: 8 or 16, of what meets a head of 8, 6 or 4 bits, with a scale for every 32
+    inputs of a token.
+    """
+
+    def __init__(self, checkpoint, activation_bits: int = 16) -> None:
         self.spec = spec = checkpoint.spec
+        self._activation_bits = activation_bits
         self._tensors = tensors = checkpoint.outer
         self._embedding = tensors[f"{spec.embed}.weight"]
         self._head = self._embedding if spec.tied else tensors[f"{spec.head}.weight"]
@@ -99,7 +104,9 @@ class Outer:
     def _multiplied(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """rows [..., width] times the head: [..., vocab]."""
         head = self._head
-        return head.linear(rows) if isinstance(head, PackedTable) else _C.linear_dense(rows, head)
+        if isinstance(head, PackedTable):
+            return head.linear(rows, self._activation_bits)
+        return _C.linear_dense(rows, head)
 
     def _shaped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits with their bias, scale and soft cap, in place."""
