@@ -127,11 +127,12 @@ def shown_arguments(argv):
 
 
 def machine_name(values):
-    """A folder's name for this machine: its CPU, its number of CPUs, its best kernels.
+    """A folder's name for this machine: its CPU, its number of CPUs, its kernels beyond AVX2.
 
     Of all its CPUs, so that a run that was held to one lies beside the others.
     """
-    best = values["kernels"]["runnable"][0]
+    runnable = values["kernels"]["runnable"]
+    best = "-".join([t for t in reversed(runnable) if t not in ("generic", "avx2")] or runnable[:1])
     text = f"{values['cpu']}-{os.cpu_count()}cpu-{best}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 

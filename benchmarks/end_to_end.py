@@ -187,7 +187,8 @@ def make_folders(work: Path, a: argparse.Namespace, widths: Widths) -> dict[str,
         else:
             write_checkpoint(folders["16-bit"], a.layers, widths)
     bits = {} if a.bits is None else {"bits": a.bits}
-    made = {} if a.model else {"weights": "rtn", "calibration_tokens": CALIBRATION_TOKENS}
+    made = {} if a.model else {"weights": "rtn", "calibration_tokens": CALIBRATION_TOKENS,
+                               "head_bits": 6}  # as the head has in the peers' files: Q6_K
     for name in a.engines:
         spec = ENGINES[name]
         if spec.ours and spec.variant != "16-bit":
