@@ -22,6 +22,7 @@ from .study.inspect import Inspection, inspect_model
 from .sweep.bits import assign_bits
 from .sweep.calibrate import calibrate, load_statistics, save_statistics
 from .sweep.estimate import Estimate, dry_run
+from .sweep.export import export
 from .sweep.layer import quantize
 from .sweep.run import Summary, quantize_folder, save
 from .sweep.texts import bundled_model, bundled_text, calibration_windows
@@ -57,6 +58,7 @@ __all__ = [
     "compare",
     "dry_run",
     "evaluate",
+    "export",
     "get_num_threads",
     "givens_angle",
     "hadamard",

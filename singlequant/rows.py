@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _C
-from .rotations import BlockRotation, SiteRotation
+from .rotations import BlockRotation, Factor, SiteRotation
 
 ROWS_PER_BLOCK = 1024  # rows of a weight in float32 at a time: the sweep's working memory
 
@@ -51,3 +52,57 @@ def require_finite(array: NDArray, name: str) -> None:
     """ValueError `name, rows a to b: ...` when a weight of any stored type holds NaN or Inf."""
     for _ in float32_blocks(array, name):
         pass
+
+
+class TurnBack:
+    """Rows that meet a site's rotated inputs x' become rows that meet its inputs x.
+
+    x' = x A, so that x' W'^T = x (W' A^T)^T: a row w' becomes w' A^T. The product stays whether A
+    is orthogonal or not.
+    """
+
+    def __init__(self, rotation: _C.Rotation) -> None:
+        self._k = rotation.k
+        self._axes: tuple[NDArray[np.float32] | None, ...] = ()  # of factors that are no matrices
+        if rotation.kind == "blocks":  # of x first, then permuted, then second
+            first, permutation, second = rotation.parts
+            order = np.argsort(permutation).astype(np.int32)
+            self._steps = [_C.Rotation.blocks(_transposed(second), order, _transposed(first))]
+            return
+        left, right, *align = rotation.parts
+        self._steps = []
+        if isinstance(left, tuple) or isinstance(right, tuple):
+            self._axes = _matrix(left), _matrix(right)
+        elif left is not None or right is not None:
+            sides = (None if side is None else _transposed(side) for side in (left, right))
+            self._steps.append(_C.Rotation(rotation.k, *sides))
+        self._steps += [_C.Rotation(rotation.k, align=_transposed(blocks)) for blocks in align]
+
+    def __call__(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """w' A^T of each row w' [n, k]."""
+        if self._axes:
+            rows = self._by_axes(rows)
+        for step in self._steps:
+            rows = _C.rotate(rows, step)
+        return rows
+
+    def _by_axes(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """L^T X R of each row as X [k1, k2], whose A makes L X R^T of it."""
+        left, right = self._axes
+        k1 = self._k // len(right) if left is None else len(left)
+        x = rows.reshape(len(rows), k1, -1)
+        x = x if right is None else x @ right
+        x = x if left is None else left.T @ x
+        return np.ascontiguousarray(x).reshape(rows.shape)
+
+
+def _matrix(part: NDArray[np.float32] | tuple[Any, ...] | None) -> NDArray[np.float32] | None:
+    """A factor as _C.Rotation holds it, as a matrix; None for the identity."""
+    if isinstance(part, tuple):
+        return Factor(*part).matrix().astype(np.float32)
+    return part
+
+
+def _transposed(part: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A matrix, or each of a row of blocks, transposed."""
+    return np.ascontiguousarray(part.swapaxes(-1, -2))

@@ -15,14 +15,15 @@ from collections.abc import Iterator, Sequence
 from .. import _C, startup
 from ..info import __version__, show_runtime
 from ..sweep.measure import one_line, reason
-from . import bench, compare, demo, evaluate, generate, inspect, quantize
+from . import bench, compare, demo, evaluate, export, generate, inspect, quantize
 
 
 class Terminated(BaseException):
     """SIGTERM as an exception: what is finished stays, as after an interrupt."""
 
 
-COMMANDS = (quantize, evaluate, compare, generate, inspect, demo, bench)  # in the order of --help
+# In the order of --help.
+COMMANDS = (quantize, evaluate, compare, generate, inspect, export, demo, bench)
 EXIT_BAD_INPUT = 2
 
 

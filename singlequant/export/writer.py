@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
-import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
@@ -18,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..config import QuantConfig
-from ..files import MAX_LISTING_BYTES, is_present, read_json, whole_file, write_file
+from ..files import MAX_LISTING_BYTES, read_json
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
-from ..tensors import write_safetensors
+from ..tensors import INDEX_FILE, write_safetensors
 from ..weights import (
     WEIGHT_BITS,
     PackedLinear,
@@ -29,6 +26,18 @@ from ..weights import (
     int8_problem,
     packing_problem,
     table_shapes,
+)
+from .folder import (
+    CONFIG_FILE,
+    check_out,
+    copied_files,
+    copy_files,
+    json_bytes,
+    refuse_existing,
+    shard_index,
+    shard_name,
+    shard_names,
+    write_json,
 )
 from .packed import FORMAT_VERSION, layer_tensors, outer_tensors, quantization_json
 from .partial import OUTER, PartialFolder, add_advice, content_digest
@@ -43,44 +52,6 @@ RECIPE_FILE = "recipe.json"
 # beyond half of that, the cache takes bfloat16.
 KV_FLOAT16_LARGEST = 65504 / 2
 WIDE_CACHE = "kv_bfloat16"  # in the journal: a layer had such keys or values
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-
-
-COPIED_FOLDERS = {"additional_chat_templates": "*.jinja"}  # and which of their files
-
-
-def copied_files(folder: Path) -> list[str]:
-    """Files beside the weights that a packed folder keeps, relative to the folder."""
-    names = [name for name in COPIED_FILES if is_present(folder / name)]
-    for name, pattern in COPIED_FOLDERS.items():
-        found = sorted((folder / name).glob(pattern))
-        names += [f"{name}/{file.name}" for file in found if is_present(file)]
-    return names
-
-
-# ---- files that are whole or not there ----------------------------------------------------------
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with whole_file(path) as file:
-        file.write(_json_bytes(values))
-
-
-def _json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any]:
@@ -90,11 +61,6 @@ def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any
 
 
 # ---- the folder ---------------------------------------------------------------------------------
-
-
-def shard_name(number: int, total: int) -> str:
-    """File of shard `number`, from 1; 1 holds what is outside the layers, i + 2 holds layer i."""
-    return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 class ModelWriter:
@@ -126,9 +92,9 @@ class ModelWriter:
         check_run(self._out, checkpoint, config)
         self._total = checkpoint.spec.layers + 1
         self._copies = copied_files(checkpoint.path)
-        shards = [shard_name(number + 1, self._total) for number in range(self._total)]
         self._folder = PartialFolder(
-            self._out, [RECIPE_FILE, *shards, INDEX_FILE, CONFIG_FILE, *self._copies])
+            self._out, [RECIPE_FILE, *shard_names(checkpoint.spec.layers), INDEX_FILE,
+                        CONFIG_FILE, *self._copies])
         self._partial = self._folder.path
         self._finished: set[int] = set()
         self._recipe = {
@@ -141,7 +107,7 @@ class ModelWriter:
         }
 
     def __enter__(self) -> ModelWriter:
-        self._refuse_existing()
+        refuse_existing(self._out)
         going_on = self._folder.open() and self._resume and (self._partial / RECIPE_FILE).is_file()
         try:
             if going_on:
@@ -153,17 +119,13 @@ class ModelWriter:
             if not going_on:
                 self._folder.empty()
                 self._folder.write_journal()
-                _write_json(self._partial / RECIPE_FILE, self._recipe)
+                write_json(self._partial / RECIPE_FILE, self._recipe)
             if OUTER not in self._folder.layers or not _is_whole(self._shard(1)):
                 self._write_outer()
             return self
         except BaseException as error:
             self._leave(error)
             raise
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self._out):  # a symbolic link to nothing is there as well
-            raise FileExistsError(f"{self._out} already exists")
 
     def _go_on(self) -> None:
         """Take over the finished layers. ValueError if this run would make other ones."""
@@ -219,29 +181,16 @@ class ModelWriter:
                 f"finish: layers not written: {', '.join(map(str, missing[:8]))} (a generator "
                 f"gives its layers only once)"
             )
-        _write_json(self._partial / INDEX_FILE, self._index())
+        shards = [self._partial / name for name in shard_names(self._total - 1)]
+        write_json(self._partial / INDEX_FILE, shard_index(shards))
         config = self._config
         if any(entry.get(WIDE_CACHE) for entry in self._folder.layers.values()):
             config = replace(config, kv_dtype="bfloat16")
-        _write_json(self._partial / CONFIG_FILE, _packed_config(self._checkpoint, config))
-        for name in self._copies:
-            (self._partial / name).parent.mkdir(exist_ok=True)
-            write_file(self._partial / name, (self._checkpoint.path / name).read_bytes())
-        self._refuse_existing()
+        write_json(self._partial / CONFIG_FILE, _packed_config(self._checkpoint, config))
+        copy_files(self._checkpoint.path, self._partial, self._copies)
+        refuse_existing(self._out)
         self._folder.rename()
         return self._out
-
-    def _index(self) -> dict[str, Any]:
-        """model.safetensors.index.json: which shard has which tensor."""
-        weight_map: dict[str, str] = {}
-        total_size = 0
-        for number in range(1, self._total + 1):
-            path = self._shard(number)
-            with safe_open(path, "np") as file:
-                weight_map |= dict.fromkeys(sorted(file.keys()), path.name)
-            with path.open("rb") as file:
-                total_size += path.stat().st_size - 8 - struct.unpack("<Q", file.read(8))[0]
-        return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
     def __exit__(
         self,
@@ -299,11 +248,7 @@ def check_run(out: Path | None, checkpoint: Checkpoint, config: QuantConfig) -> 
     """ValueError unless config can be made of checkpoint in out (None: nowhere). Reads nothing."""
     checkpoint.require_unquantized()
     if out is not None:
-        if out.name in ("", ".."):
-            raise ValueError(f"OUT: expected the name of a new folder, found {str(out)!r}")
-        inside = out.parent.resolve().is_relative_to(checkpoint.path.resolve())
-        if inside and (checkpoint.path / "config.json").is_file():  # not beside a GGUF file
-            raise ValueError(f"OUT: expected a folder outside of {checkpoint.path}, found {out}")
+        check_out(out, checkpoint.path)
     config.settled(checkpoint.spec.tied)
     names = [name for name, _ in _linears(checkpoint)]
     last = names[-1]
@@ -394,7 +339,7 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
     """Bytes of the folder that config would make of checkpoint, within a few percent."""
     spec, packed = checkpoint.spec.separate(), packed_linears(checkpoint, config)
     total = sum((checkpoint.path / n).stat().st_size for n in copied_files(checkpoint.path))
-    total += len(_json_bytes(_packed_config(checkpoint, config)))
+    total += len(json_bytes(_packed_config(checkpoint, config)))
     folded, method = _folded_tensors(checkpoint, config), METHODS[config.method]
     usual, tables = checkpoint.tensors[f"{spec.embed}.weight"], config.table_bits(spec)
     for name, shape in spec.tensors():

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of formats for other programs: one row each, and the module that writes it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+DTYPES = ("bfloat16", "float16", "float32")  # of the weights; the first is the default
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the rest of the package must know of a format without importing it.
+
+    The module has write(checkpoint, out, dtype, progress): write an unquantized checkpoint, or a
+    view of one, to `out`, whole or not at all. progress(layers done, layers) is called after each.
+    """
+
+    name: str
+    summary: str  # one line of the formats table
+    module: str  # "singlequant.export.hf"
+    rotated: bool = False  # whether the residual stream is rotated inside the weights
+
+    def write(self, *arguments: Any) -> None:
+        """Call the module's write; the module is imported at the first call."""
+        importlib.import_module(self.module).write(*arguments)
+
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format("hf", "a `save_pretrained` folder of 16- or 32-bit weights, with no rotation that "
+               "runs beside them", "singlequant.export.hf"),
+    )
+}
+
+
+def find_format(name: Any) -> Format:
+    """The row of that name. ValueError lists the names."""
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, found {name!r}")
+    return FORMATS[name]
+
+
+def check_dtype(name: Any) -> None:
+    """ValueError unless weights can be written in that type."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}")

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in the formats of other programs: `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import Checkpoint, open_model
+from ..checkpoint.unpacked import UnpackedCheckpoint
+from ..export.folder import check_out
+from ..export.formats import DTYPES, check_dtype, find_format
+
+
+def export(
+    folder: str | Path | Checkpoint,
+    to: str,
+    output: str | Path,
+    *,
+    dtype: str = DTYPES[0],
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a model in a format that other programs open, and return its path.
+
+    folder: a packed folder, whose weights are dequantized and turned back, or a model that is not
+    quantized. to: a format of docs/exports.md. output: the new folder. dtype: of its weights,
+    "bfloat16", "float16" or "float32". Activations are not quantized there.
+
+    One layer is in memory at a time. `output` appears only when it is whole. ValueError for a
+    format or a type that there is none of, and for a model that the format cannot hold.
+    FileExistsError if `output` exists.
+    """
+    row = find_format(to)
+    check_dtype(dtype)
+    checkpoint, out = open_model(folder), Path(output)
+    check_out(out, checkpoint.path)
+    plain: Any = UnpackedCheckpoint(checkpoint) if checkpoint.quantized else checkpoint
+    row.write(plain, out, dtype, progress)
+    return out

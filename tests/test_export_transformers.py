@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers opens what `export` writes, and gives the logits of the packed folder."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+transformers = pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
+
+import family_models as zoo  # noqa: E402
+from conftest import SENTENCES  # noqa: E402
+
+import singlequant as sq  # noqa: E402
+
+FAMILIES = Path(__file__).resolve().parent / "data" / "families"
+GOLDEN = [f"{name}-{variant}" for name, variant in zoo.variants(golden=True)]
+TOLERANCE = 1e-4  # absolute, of logits of order 1 in float32
+BFLOAT16_SHARE = 0.1  # of the logits' norm: what rounding weights to 8 bits of mantissa moves
+
+
+def opened(folder, attention="eager"):
+    """transformers' model of a folder. Warnings about tensors fail the test."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation=attention,
+        experts_implementation="eager")  # grouped products want sizes that are multiples of 4
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def theirs(model, tokens):
+    with torch.no_grad():
+        return model.float()(torch.from_numpy(tokens)).logits.numpy()
+
+
+@pytest.fixture(params=GOLDEN)
+def packed(request, tmp_path):
+    """(packed folder of a family, tokens, transformers' implementation of attention)."""
+    folder = tmp_path / request.param
+    shutil.copytree(FAMILIES / request.param, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(FAMILIES / name, folder / name)
+    (tmp_path / "text.txt").write_text(SENTENCES[:600])
+    config = sq.QuantConfig("w4a16", weights="rtn", bits=4, calibration_tokens=128, head_bits=16,
+                            embedding_bits=16)  # a head of codes rounds what it multiplies
+    out = sq.quantize_folder(folder, tmp_path / "packed", config, tmp_path / "text.txt").out
+    family = zoo.FAMILIES[next(name for name, variant in zoo.variants(golden=True)
+                               if f"{name}-{variant}" == request.param)]
+    return out, np.load(folder / "tokens.npy")[None], family.attention
+
+
+def test_logits_of_the_plain_folder_are_those_of_the_packed_one(packed, tmp_path):
+    folder, tokens, attention = packed
+    plain = sq.export(folder, "hf", tmp_path / "plain", dtype="float32")
+    expected = sq.load(folder, kv_bits=32).forward(tokens)
+    np.testing.assert_allclose(theirs(opened(plain, attention), tokens), expected, atol=TOLERANCE,
+                               rtol=0)
+
+
+@pytest.mark.parametrize("packed", ["llama-tied", "qwen3-moe-tied", "gpt2-tied"], indirect=True)
+def test_bfloat16_is_the_default_and_what_transformers_loads(packed, tmp_path):
+    folder, tokens, attention = packed
+    model = opened(sq.export(folder, "hf", tmp_path / "plain"), attention)
+    assert model.dtype == torch.bfloat16
+    expected = sq.load(folder, kv_bits=32).forward(tokens)
+    error = np.linalg.norm(theirs(model, tokens) - expected) / np.linalg.norm(expected)
+    assert 0 < error < BFLOAT16_SHARE
+
+
+@pytest.mark.parametrize("packed", ["llama-tied"], indirect=True)
+def test_tokenizer_opens(packed, tmp_path):
+    plain = sq.export(packed[0], "hf", tmp_path / "plain")
+    found = transformers.AutoTokenizer.from_pretrained(plain)("the quick")["input_ids"]
+    np.testing.assert_array_equal(found, sq.load_checkpoint(packed[0]).encode("the quick"))
