@@ -2,7 +2,7 @@
 
     python -m benchmarks.formats_side_by_side MODEL --peer-python VENV/bin/python --work DIR \\
         [--ours OUT...] [--formats Q4_0,Q4_K_M] [--against Q4_0] [--importance FILE] \\
-        [--text FILE] [--windows N] [--out DIR]
+        [--original FOLDER] [--text FILE] [--windows N] [--out DIR]
 
 MODEL is a LLaMA folder in 16 bits. llama.cpp's own quantizer makes its formats of the same weights,
 and llama.cpp runs them: VENV has llama-cpp-python (README.md). Every row is judged by the same code
@@ -18,6 +18,9 @@ row of the unquantized file shows what llama.cpp's own arithmetic and cache in 1
 weight error is |file's weights - MODEL's| / |MODEL's| over all matrices. A format that says
 a model's weights nearly exactly, because they came out of such a format, says nothing about
 quantizing: --against leaves it out when ours are compared.
+
+With --original the rows are judged by that folder, and MODEL is what `singlequant export` made of
+it, such as its rotated-hf. Weight errors are still of MODEL's weights.
 
 Each of ours is compared with the format of least divergence among those that take no more bytes.
 """
@@ -172,13 +175,14 @@ def weight_error(original: Checkpoint, other: Checkpoint) -> float:
     return (error / whole) ** 0.5
 
 
-def their_row(peer: LlamaCpp, kind: str, judge: Judge, alone: bool,
+def their_row(peer: LlamaCpp, kind: str, judge: Judge, source: Checkpoint, alone: bool,
               importance: Path | None = None) -> Row:
-    """A format of llama.cpp, run by llama.cpp. alone: its weights in our decoder, too."""
+    """A format of llama.cpp, run by llama.cpp. source: what its files are made of. alone: its
+    weights in our decoder, too."""
     checkpoint = load_checkpoint(peer.open(kind, importance))
     return row_of(THEIRS, kind, checkpoint.bytes_on_disk, judge.weights, judge(peer),
                   kl_weights_alone=judge(Model(checkpoint)).kl_mean if alone else None,
-                  weight_error=weight_error(judge.original, checkpoint))
+                  weight_error=weight_error(source, checkpoint))
 
 
 def our_row(folder: Path, judge: Judge) -> Row:
@@ -265,6 +269,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="give the quantizer an importance matrix of this text")
     parser.add_argument("--importance-tokens", type=options.positive, default=16384, metavar="N",
                         help="(default %(default)s)")
+    parser.add_argument("--original", type=Path, metavar="FOLDER",
+                        help="what all rows are judged by (default: MODEL)")
     parser.add_argument("--text", type=Path, metavar="FILE",
                         help="to evaluate on (default: the bundled held-out text)")
     parser.add_argument("--seq-len", type=options.positive, default=512,
@@ -298,7 +304,8 @@ def run(arguments: argparse.Namespace) -> Report:
     """All rows of the command as its report."""
     exact = source_type(arguments.model)  # refuses at once what cannot be written as GGUF
     sq.set_num_threads(arguments.threads)
-    original = sq.load(arguments.model)
+    source = load_checkpoint(arguments.model)
+    original = Model(load_checkpoint(arguments.original) if arguments.original else source)
     tokens = original.encode(options.evaluation_text(arguments.text))
     judge = Judge(original.checkpoint, first_windows(tokens, arguments), arguments.seq_len)
     itself = evaluate(judge.reference, judge.tokens, judge.seq_len)
@@ -308,7 +315,7 @@ def run(arguments: argparse.Namespace) -> Report:
     if arguments.importance is not None:
         config = sq.QuantConfig(calibration_tokens=arguments.importance_tokens)
         windows = calibration_windows(judge.original, config, arguments.importance)
-        matrix = importance_file(judge.original, windows, arguments.work)
+        matrix = importance_file(source, windows, arguments.work)
         given = f"the importance matrix of {windows.size} tokens of {arguments.importance.name}"
     cpus = sorted(os.sched_getaffinity(0))[: arguments.threads]
     try:
@@ -320,10 +327,10 @@ def run(arguments: argparse.Namespace) -> Report:
         with contextlib.ExitStack() as stack:
             stack.callback(peer.end)
             for kind in [exact, *arguments.formats]:
-                rows.append(their_row(peer, kind, judge, arguments.weights_alone,
+                rows.append(their_row(peer, kind, judge, source, arguments.weights_alone,
                                       None if kind == exact else matrix))
                 print(f"{kind:<8} KL {rows[-1]['kl_mean']:.5f}", flush=True)
-    name = original.checkpoint.name
+    name = source.name
     notes = notes_of(rows, itself, arguments.against, version, given)
     stem = f"formats-{name}" if given is None else f"formats-{name}-importance"
     return Report(stem, f"Beside llama.cpp's formats, {name}", COLUMNS,

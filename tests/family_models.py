@@ -390,6 +390,14 @@ EXPERTS = {
 
 FAMILIES: dict[str, ModelFamily] = {**DENSE, **EXPERTS}
 
+# Golden models of RMSNorms with a weight in front of attention and MLP, and no others.
+COMMUTING = {
+    "gemma-tied", "glm-biases", "gpt-oss-tied", "granite-factors", "granitemoe-factors",
+    "granitemoeshared-shared", "llama-llama3", "llama-tied", "ministral-kinds", "ministral3-beyond",
+    "mistral-window", "mixtral-tied", "olmoe-tied", "phi3-longrope", "qwen2-moe-shared",
+    "qwen2-tied", "qwen3-moe-tied", "qwen3-tied", "smollm3-no-rope",
+}  # fmt: skip
+
 
 def variants(golden: bool = False) -> list[tuple[str, str]]:
     """(family, variant) of all; only of the golden ones if told."""

@@ -166,6 +166,48 @@ def test_mixed_bits_and_dense_linears_are_read(model, tmp_path):
     assert sq.load(plain).forward(zoo.random_tokens(8)[None]).shape == (1, 8, 320)
 
 
+# ---- rotated ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("golden", GOLDEN, indirect=True)
+def test_rotated_family_computes_the_same_or_is_refused(golden, tmp_path):
+    out, tokens = tmp_path / "rotated", np.load(golden / "tokens.npy")[None]
+    if golden.name not in zoo.COMMUTING:
+        with pytest.raises(ValueError, match="expected RMSNorms in front"):
+            sq.export(golden, "rotated-hf", out)
+        assert not list(tmp_path.glob("rotated*"))
+        return
+    sq.export(golden, "rotated-hf", out, dtype="float32")
+    np.testing.assert_allclose(logits(out, tokens), logits(golden, tokens), atol=TOLERANCE, rtol=0)
+    found, spec = load_checkpoint(out), load_checkpoint(golden).spec
+    assert {name for name, _ in found.spec.tensors()} == (
+        {name for name, _ in spec.tensors()} | {f"{spec.head}.weight"})
+    for place, norm in [*found.layer(1).norms.items(), ("final", found.final_norm)]:
+        if place in ("before_attention", "before_mlp", "final"):
+            assert (norm.weight + spec.final_norm.offset == 1).all(), place
+
+
+@pytest.mark.parametrize("method", ["aligned", "quarot"])
+def test_packed_folder_is_rotated_once(method, model, tmp_path):
+    config = sq.QuantConfig("w4a16", method, "rtn", bits=4, calibration_tokens=128, **WHOLE_TABLES)
+    packed = quantized(model, tmp_path / "packed", config)
+    plain = sq.export(packed, "hf", tmp_path / "plain", dtype="float32")
+    rotated = sq.export(packed, "rotated-hf", tmp_path / "rotated", dtype="float32")
+    tokens = zoo.random_tokens(40)[None]
+    np.testing.assert_allclose(logits(rotated, tokens), logits(packed, tokens), atol=TOLERANCE,
+                               rtol=0)
+    name = "model.layers.1.mlp.up_proj.weight"
+    same = np.array_equal(*(load_checkpoint(f).tensor(name) for f in (plain, rotated)))
+    assert same == (method == "quarot")
+
+
+def test_seed_gives_the_rotation(model, tmp_path):
+    seeds = {"a": 0, "b": 0, "c": 1}
+    found = {name: load_checkpoint(sq.export(model, "rotated-hf", tmp_path / name, seed=seed))
+             .fingerprint for name, seed in seeds.items()}
+    assert found["a"] == found["b"] != found["c"]
+
+
 # ---- the folder ---------------------------------------------------------------------------------
 
 

@@ -165,20 +165,11 @@ def test_rotated_model_gives_the_logits_of_transformers(golden, method):
     agree(turned_logits(checkpoint, rotations, tokens)[variant.positions], expected)
 
 
-# Golden models of RMSNorms with a weight in front of attention and MLP, and no others.
-COMMUTING = {
-    "gemma-tied", "glm-biases", "gpt-oss-tied", "granite-factors", "granitemoe-factors",
-    "granitemoeshared-shared", "llama-llama3", "llama-tied", "ministral-kinds", "ministral3-beyond",
-    "mistral-window", "mixtral-tied", "olmoe-tied", "phi3-longrope", "qwen2-moe-shared",
-    "qwen2-tied", "qwen3-moe-tied", "qwen3-tied", "smollm3-no-rope",
-}  # fmt: skip
-
-
 def test_rotated_residual_stream_gives_the_logits_or_is_refused(golden):
     folder, tokens, expected, variant = golden
     checkpoint = sq.load_checkpoint(folder)
     rotation = RandomizedHadamard(checkpoint.spec.hidden, seed=1)
-    if folder.name not in COMMUTING:
+    if folder.name not in zoo.COMMUTING:
         with pytest.raises(ValueError, match="expected RMSNorms in front"):
             ResidualCheckpoint(checkpoint, rotation)
         return

@@ -158,6 +158,19 @@ def test_rows_of_ours_stand_alone_without_llama_cpp(model, packed, text, tmp_pat
     assert "| singlequant | ours |" in results.section(found, tmp_path / "images")
 
 
+def test_original_judges_what_was_exported_of_it(model, packed, text, tmp_path):
+    rotated = sq.export(model, "rotated-hf", tmp_path / "rotated", dtype="float16")
+    given = ["--ours", str(packed), "--work", str(tmp_path / "work"), "--text", str(text),
+             "--seq-len", "32", "--windows", "2"]
+    by_itself = script.run(script.parse([str(model), *given]))
+    exported = script.run(script.parse([str(rotated), "--original", str(model), *given]))
+    assert exported.name == "formats-rotated"
+    assert by_itself.notes == exported.notes
+    ours = [next(r for r in report.rows if r["by"] == "singlequant")
+            for report in (by_itself, exported)]
+    assert ours[0] == ours[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--formats", "Q4_0,Q9_9"], "expected some of Q4_0.* found Q9_9"),
@@ -198,3 +211,17 @@ def test_llama_cpp_makes_and_runs_its_formats(model, packed, text, tmp_path):
     again = {r["format"]: r for r in weighted.rows}
     assert again["Q4_0"]["weight_error"] != rows["Q4_0"]["weight_error"]
     assert again["F16"]["kl_mean"] == rows["F16"]["kl_mean"]
+
+
+@pytest.mark.slow
+def test_llama_cpp_quantizes_a_rotated_export(model, text, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    rotated = sq.export(model, "rotated-hf", tmp_path / "rotated", dtype="float16")
+    arguments = script.parse([
+        str(rotated), "--original", str(model), "--work", str(tmp_path / "work"), "--text",
+        str(text), "--seq-len", "64", "--windows", "2", "--formats", "Q4_0", "--peer-python",
+        sys.executable])
+    rows = {r["format"]: r for r in script.run(arguments).rows}
+    assert rows["F16"]["kl_mean"] < 1e-4 < rows["Q4_0"]["kl_mean"]
+    assert rows["F16"]["weight_error"] == 0 < rows["Q4_0"]["weight_error"] < 0.2

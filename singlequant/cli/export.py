@@ -20,6 +20,8 @@ def add(commands) -> None:
     c.add_argument("--output", metavar="DIR", type=Path, required=True, help="the new folder")
     c.add_argument("--dtype", choices=DTYPES, default=DTYPES[0],
                    help=f"of the weights (default {DTYPES[0]})")
+    c.add_argument("--seed", type=int, default=0, metavar="N",
+                   help="of the rotation of rotated-hf (default 0)")
     add_dequantize(c)
 
 
@@ -31,7 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     model = load_checkpoint(arguments.model, arguments.dequantize)
     with progress_bar("exporting", "layer") as update:
-        out = export(model, arguments.to, arguments.output, dtype=arguments.dtype, progress=update)
+        out = export(model, arguments.to, arguments.output, dtype=arguments.dtype,
+                     seed=arguments.seed, progress=update)
     print(f"{out}: {arguments.to}, {arguments.dtype}")
     print(f"size        {model.bytes_with_tokenizer / 1e6:.1f} -> {folder_bytes(out) / 1e6:.1f} MB")
     if model.quantized and model.quant_config.activation_bits < 16:

@@ -21,7 +21,7 @@ class Format:
     name: str
     summary: str  # one line of the formats table
     module: str  # "singlequant.export.hf"
-    rotated: bool = False  # whether the residual stream is rotated inside the weights
+    rotated: bool = False  # whether residual stream and value heads are rotated in the weights
 
     def write(self, *arguments: Any) -> None:
         """Call the module's write; the module is imported at the first call."""
@@ -33,6 +33,9 @@ FORMATS: dict[str, Format] = {
     for row in (
         Format("hf", "a `save_pretrained` folder of 16- or 32-bit weights, with no rotation that "
                "runs beside them", "singlequant.export.hf"),
+        Format("rotated-hf", "hf, with residual stream and value heads rotated inside the weights "
+               "and norms folded: input for other quantizers", "singlequant.export.hf",
+               rotated=True),
     )
 }
 

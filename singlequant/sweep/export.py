@@ -11,6 +11,8 @@ from ..checkpoint.folder import Checkpoint, open_model
 from ..checkpoint.unpacked import UnpackedCheckpoint
 from ..export.folder import check_out
 from ..export.formats import DTYPES, check_dtype, find_format
+from ..methods.quarot import quarot_checkpoint
+from ..methods.registry import METHODS
 
 
 def export(
@@ -19,13 +21,15 @@ def export(
     output: str | Path,
     *,
     dtype: str = DTYPES[0],
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a model in a format that other programs open, and return its path.
 
     folder: a packed folder, whose weights are dequantized and turned back, or a model that is not
     quantized. to: a format of docs/exports.md. output: the new folder. dtype: of its weights,
-    "bfloat16", "float16" or "float32". Activations are not quantized there.
+    "bfloat16", "float16" or "float32". Activations are not quantized there. seed: of the signs of
+    the Hadamard that `rotated-hf` rotates with.
 
     One layer is in memory at a time. `output` appears only when it is whole. ValueError for a
     format or a type that there is none of, and for a model that the format cannot hold.
@@ -36,5 +40,13 @@ def export(
     checkpoint, out = open_model(folder), Path(output)
     check_out(out, checkpoint.path)
     plain: Any = UnpackedCheckpoint(checkpoint) if checkpoint.quantized else checkpoint
+    if row.rotated and not _is_rotated(checkpoint):
+        plain = quarot_checkpoint(plain, seed)
     row.write(plain, out, dtype, progress)
     return out
+
+
+def _is_rotated(checkpoint: Checkpoint) -> bool:
+    """Whether the method of a packed folder has rotated the residual stream already."""
+    config = checkpoint.quant_config
+    return config is not None and METHODS[config.method].residual
