@@ -164,6 +164,7 @@ def linear(
     bits: int = 4,
     clip: float = 1.0,
     rotation: Rotation | None = None,
+    bias: ArrayLike | None = None,
 ) -> Float32: ...
 
 # runtime
@@ -275,6 +276,7 @@ def measure_linear(
     bits: int = 4,
     clip: float = 1.0,
     rotation: Rotation | None = None,
+    bias: ArrayLike | None = None,
 ) -> tuple[float, float]: ...
 
 # kernels of the active table, outputs written in place (test hooks)

@@ -89,4 +89,8 @@ if not _typing.TYPE_CHECKING:  # a type checker would take every misspelled name
             _warnings.warn("singlequant.calibration_tokens is now singlequant.calibration_windows",
                            DeprecationWarning, stacklevel=2)
             return calibration_windows
+        if name == "torch":  # of the extra, hence imported when it is asked for
+            from .integrations import torch
+
+            return torch
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

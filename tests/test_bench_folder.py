@@ -49,3 +49,24 @@ def test_ratios_of_sharing_are_those_of_the_medians():
     rounds = [{"alone": took(1, 2), "together": [took(2, 2), took(4, 3)]}] * 3
     assert bench_sharing.summary(rounds, 100) == {
         "alone": 100, "together": 75, "sum_over_alone": 0.75, "cpu_time": 1.25}
+
+
+def test_torch_dynamic_puts_our_linears_beside_torchs(tmp_path, capsys):
+    pytest.importorskip("torch", reason="needs the torch extra")
+    pytest.importorskip("transformers", reason="needs the torch extra")
+    from benchmarks import torch_dynamic
+
+    path = tmp_path / "dynamic.json"
+    torch_dynamic.main(["--models", "bert,llama", "--width", "64", "--layers", "1", "--tokens",
+                        "16", "--seconds", "0.1", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    shown = capsys.readouterr().out
+    for model in ("bert", "llama"):
+        found = {row["variant"]: row for row in rows if row["model"] == model}
+        assert [*found] == ["float32", "torch int8", "w4a16", "w4a8", "w4a4"]
+        assert found["float32"]["error"] == 0 < found["torch int8"]["error"]
+        assert found["torch int8"]["error"] < found["w4a8"]["error"] < 0.5
+        assert found["w4a8"]["bytes"] < 0.7 * found["torch int8"]["bytes"]
+        ratio = found["torch int8"]["median"] / found["w4a8"]["median"]
+        assert found["w4a8"]["speed_of_int8"] == ratio
+        assert f"{model}, " in shown

@@ -80,7 +80,7 @@ CALLS = {
     "pack": (CODES,),
     "unpack": (WORDS, 40),
     "PackedWeight": (WORDS, f32(6, 1), 40, 0, 32),
-    "linear": (f32(3, 40), _C.PackedWeight(WORDS, f32(6, 1), 40), 4, 0.9),
+    "linear": (f32(3, 40), _C.PackedWeight(WORDS, f32(6, 1), 40), 4, 0.9, None, f32(6)),
     "linear_dense": (f32(3, 40), f32(6, 40).astype(np.float16)),
     "to_float32": (f32(3, 40).astype(np.float16), True),
     "gather_rows": (f32(9, 5).astype(np.float16), np.array([3, 0, 8])),

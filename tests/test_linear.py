@@ -272,3 +272,22 @@ def test_linear_rotated_does_not_depend_on_threads(table, m):
     _C.set_num_threads(before)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("m", [0, 1, 33, 700])  # 700 rows are several chunks
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_linear_adds_a_bias_last(bits, m):
+    x, words, scales = problem(m, 65, 129)
+    weight = _C.PackedWeight(words, scales, 129)
+    bias = np.linspace(-3, 5, 65, dtype=np.float32)
+    expected = _C.linear(x, weight, bits) + bias
+    for given in (bias, bias.astype(np.float64), bias.tolist()):
+        np.testing.assert_array_equal(_C.linear(x, weight, bits, bias=given), expected)
+
+
+@pytest.mark.parametrize(("bias", "message"), [
+    (np.zeros(64), r"bias: expected .*65"), (np.zeros((1, 65)), "bias: expected 1 dimension")])
+def test_linear_bias_of_another_shape_is_refused(bias, message):
+    x, words, scales = problem(3, 65, 129)
+    with pytest.raises(ValueError, match=message):
+        _C.linear(x, _C.PackedWeight(words, scales, 129), bias=bias)

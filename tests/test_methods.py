@@ -4,6 +4,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import singlequant as sq
@@ -11,7 +12,9 @@ from singlequant import QuantConfig
 from singlequant.cli.main import parser
 from singlequant.export.writer import estimate_size
 from singlequant.methods.registry import METHODS, Method, find_method, methods_table
+from singlequant.methods.solve import solve_site
 from singlequant.study.compare import default_methods
+from singlequant.sweep.calibrate import site_statistics
 from singlequant.sweep.run import folder_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,3 +100,14 @@ def test_made_up_method_is_inspected(made_up, model, text):
              for row in found.rows}
     assert steps["o"] == ["original", "Hadamard, axis 2"]
     assert steps["qkv"] == ["original", "balance", "Hadamard, axis 2"]
+
+
+@pytest.mark.parametrize("row", [m for m in METHODS.values() if not m.looks], ids=lambda m: m.name)
+def test_methods_that_do_not_look_solve_the_same_from_zeros(row):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((40, 96)).astype(np.float32)
+    weight = rng.standard_normal((8, 96)).astype(np.float32)
+    found = [solve_site(site_statistics(x, [w], foldable=False), row.name)
+             for x, w in ((inputs, weight), (np.zeros_like(inputs[:1]), np.zeros_like(weight)))]
+    for part in ("left", "right"):
+        np.testing.assert_array_equal(*(getattr(r, part).matrix() for r in found))

@@ -123,8 +123,8 @@ extern PyMethodDef sq_py_bench_methods[];
 extern PyMethodDef sq_py_kernels_methods[]; /* test hooks */
 extern PyMethodDef sq_py_mapped_methods[];
 
-/* linear(x, weight, bits=4, clip=1.0, rotation=None): y, and in seconds, unless NULL, what
- * preparing the activations and multiplying took. format ends in the function's name. */
+/* linear(x, weight, bits=4, clip=1.0, rotation=None, bias=None): y, and in seconds, unless NULL,
+ * what preparing the activations and multiplying took. format ends in the function's name. */
 PyObject *
 sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
              double seconds[2]);

@@ -107,7 +107,7 @@ done:
 }
 
 PyDoc_STRVAR(measure_linear_doc,
-             "measure_linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
+             "measure_linear(x, weight, bits=4, clip=1.0, rotation=None, bias=None)\n--\n\n"
              "What linear does for x [..., k], timed in its two parts: (seconds of rotating and "
              "quantizing the activations,\nseconds of multiplying). Errors as linear's.");
 
@@ -115,7 +115,7 @@ static PyObject *
 measure_linear(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     double seconds[2];
-    PyObject *y = sq_py_linear(module, args, kwargs, "OO|ifO:measure_linear", seconds);
+    PyObject *y = sq_py_linear(module, args, kwargs, "OO|ifOO:measure_linear", seconds);
     if (!y) {
         return NULL;
     }

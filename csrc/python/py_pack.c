@@ -404,7 +404,7 @@ sq_py_packed(PyObject *module, PyObject *o, const char *name)
 
 PyDoc_STRVAR(
     linear_doc,
-    "linear(x, weight, bits=4, clip=1.0, rotation=None)\n--\n\n"
+    "linear(x, weight, bits=4, clip=1.0, rotation=None, bias=None)\n--\n\n"
     "x [..., k] float32 times a PackedWeight [n, k] transposed: [..., n] float32. bits 4 or 8 "
     "quantizes each\ntoken of x first (symmetric, its maximum times clip is the range; the "
     "weight's 8-bit "
@@ -441,92 +441,120 @@ check_linear(PyArrayObject *x, int64_t k, int64_t int8_inputs, int bits, float c
     return 0;
 }
 
-/* The product without the GIL; seconds, unless NULL, of preparing x and of multiplying. */
+struct linear_call {
+    const sq_packed_t *weight;
+    const struct sq_rotation *rotation;
+    int bits;
+    float clip;
+    int64_t m, n, k;
+    const float *x, *bias; /* [m][k]; [n] or NULL */
+    float *y;              /* [m][n] */
+    void *rotation_workspace, *workspace;
+    double *seconds; /* [2] of preparing x and of multiplying, or NULL */
+};
+
+/* The product without the GIL. */
 static sq_status
-multiply(const sq_packed_t *weight, const struct sq_rotation *rotation, int bits, float clip,
-         const float *x, int64_t m, float *y, void *rotation_workspace, void *workspace,
-         double seconds[2])
+multiply(const struct linear_call *c)
 {
     struct sq_activations a;
     sq_status status;
-    int64_t n, k, g;
-    sq_packed_shape(weight, &n, &k, &g);
-    SQ_BEGIN_NOGIL(m * k + n * k);
-    const double begin = seconds ? sq_clock() : 0;
-    status =
-        sq_activations_prepare(sq_packed_kernels(weight), bits, clip, sq_packed_int8_inputs(weight),
-                               rotation, x, m, k, rotation_workspace, workspace, &a);
-    const double prepared = seconds ? sq_clock() : 0;
+    SQ_BEGIN_NOGIL(c->m * c->k + c->n * c->k);
+    const double begin = c->seconds ? sq_clock() : 0;
+    status = sq_activations_prepare(sq_packed_kernels(c->weight), c->bits, c->clip,
+                                    sq_packed_int8_inputs(c->weight), c->rotation, c->x, c->m, c->k,
+                                    c->rotation_workspace, c->workspace, &a);
+    const double prepared = c->seconds ? sq_clock() : 0;
     if (status == SQ_OK) {
-        status = sq_linear_packed(weight, &a, y, n);
+        status = sq_linear_packed(c->weight, &a, c->y, c->n);
     }
-    if (seconds) {
-        seconds[0] = prepared - begin;
-        seconds[1] = sq_clock() - prepared;
+    if (status == SQ_OK) {
+        sq_add_bias(c->bias, c->m, c->n, c->y);
+    }
+    if (c->seconds) {
+        c->seconds[0] = prepared - begin;
+        c->seconds[1] = sq_clock() - prepared;
     }
     SQ_END_NOGIL;
     return status;
 }
 
-PyObject *
-sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
-             double seconds[2])
+/* y [..., n] of x [..., k], with memory of its own; NULL with an error. */
+static PyObject *
+run_linear(PyObject *module, struct linear_call *c, PyArrayObject *x)
 {
-    static char *names[] = {"x", "weight", "bits", "clip", "rotation", NULL};
-    PyObject *x_object, *weight_object, *rotation_object = Py_None, *result = NULL;
-    const struct sq_rotation *rotation;
-    PyArrayObject *x = NULL, *y = NULL;
-    void *workspace = NULL, *rotation_workspace = NULL;
-    int bits = 4;
-    float clip = 1.0f;
-    int64_t n, k, g;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &x_object, &weight_object, &bits,
-                                     &clip, &rotation_object)) {
-        return NULL;
-    }
-    const sq_packed_t *weight = sq_py_packed(module, weight_object, "weight");
-    x = weight ? sq_py_array(x_object, NPY_FLOAT32, -1, "x") : NULL;
-    if (!x) {
-        goto done;
-    }
-    sq_packed_shape(weight, &n, &k, &g);
-    if (check_linear(x, k, sq_packed_int8_inputs(weight), bits, clip) ||
-        !(rotation = sq_py_rotation(module, rotation_object, k, "rotation"))) {
-        goto done;
-    }
     const int ndim = PyArray_NDIM(x);
-    const int64_t m = PyArray_SIZE(x) / k;
+    PyObject *result = NULL;
     npy_intp dims[NPY_MAXDIMS];
     memcpy(dims, PyArray_DIMS(x), (size_t)ndim * sizeof *dims);
-    dims[ndim - 1] = n;
-    y = sq_py_empty(ndim, dims, NPY_FLOAT32);
-    workspace = sq_alloc(sq_activations_workspace_bytes(bits, m, k));
-    rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(rotation, m));
-    if (!workspace || !rotation_workspace) {
+    dims[ndim - 1] = c->n;
+    PyArrayObject *y = sq_py_empty(ndim, dims, NPY_FLOAT32);
+    c->workspace = sq_alloc(sq_activations_workspace_bytes(c->bits, c->m, c->k));
+    c->rotation_workspace = sq_alloc(sq_rotation_workspace_bytes(c->rotation, c->m));
+    if (!c->workspace || !c->rotation_workspace) {
         PyErr_NoMemory();
     }
-    if (!y || !workspace || !rotation_workspace) {
+    if (!y || !c->workspace || !c->rotation_workspace) {
         goto done;
     }
-    const sq_status status = multiply(weight, rotation, bits, clip, PyArray_DATA(x), m,
-                                      PyArray_DATA(y), rotation_workspace, workspace, seconds);
+    c->y = PyArray_DATA(y);
+    const sq_status status = multiply(c);
     if (status != SQ_OK) {
         sq_py_raise(module, status, "x");
         goto done;
     }
     result = Py_NewRef((PyObject *)y);
 done:
-    free(workspace);
-    free(rotation_workspace);
-    Py_XDECREF(x);
+    free(c->workspace);
+    free(c->rotation_workspace);
     Py_XDECREF(y);
+    return result;
+}
+
+PyObject *
+sq_py_linear(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
+             double seconds[2])
+{
+    static char *names[] = {"x", "weight", "bits", "clip", "rotation", "bias", NULL};
+    PyObject *x_object, *weight_object, *rotation_object = Py_None, *bias_object = Py_None;
+    PyObject *result = NULL;
+    PyArrayObject *x = NULL, *bias = NULL;
+    struct linear_call c = {.bits = 4, .clip = 1.0f, .seconds = seconds};
+    int64_t g;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &x_object, &weight_object,
+                                     &c.bits, &c.clip, &rotation_object, &bias_object)) {
+        return NULL;
+    }
+    c.weight = sq_py_packed(module, weight_object, "weight");
+    x = c.weight ? sq_py_array(x_object, NPY_FLOAT32, -1, "x") : NULL;
+    if (!x) {
+        goto done;
+    }
+    sq_packed_shape(c.weight, &c.n, &c.k, &g);
+    if (check_linear(x, c.k, sq_packed_int8_inputs(c.weight), c.bits, c.clip) ||
+        !(c.rotation = sq_py_rotation(module, rotation_object, c.k, "rotation"))) {
+        goto done;
+    }
+    if (bias_object != Py_None) {
+        bias = sq_py_array(bias_object, NPY_FLOAT32, 1, "bias");
+        if (!bias || sq_py_check_dim(bias, 0, c.n, "bias")) {
+            goto done;
+        }
+        c.bias = PyArray_DATA(bias);
+    }
+    c.m = PyArray_SIZE(x) / c.k;
+    c.x = PyArray_DATA(x);
+    result = run_linear(module, &c, x);
+done:
+    Py_XDECREF(x);
+    Py_XDECREF(bias);
     return result;
 }
 
 static PyObject *
 linear(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    return sq_py_linear(module, args, kwargs, "OO|ifO:linear", NULL);
+    return sq_py_linear(module, args, kwargs, "OO|ifOO:linear", NULL);
 }
 
 PyMethodDef sq_py_pack_methods[] = {

@@ -9,6 +9,7 @@
 #include "core/sq_threads.h"
 #include "kernels/sq_kernels.h"
 #include "kernels/thin_panels.h"
+#include "runtime/sq_rows.h"
 
 /* ---- activations ------------------------------------------------------------------------ */
 
@@ -392,4 +393,31 @@ sq_status
 sq_linear_packed(const sq_packed_t *w, const struct sq_activations *a, float *y, int64_t ld_y)
 {
     return sq_linears_packed(&w, 1, a, &y, &ld_y);
+}
+
+struct bias_job {
+    const float *bias;
+    float *y;
+    int64_t n;
+};
+
+static void
+add_bias_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    const struct bias_job *j = context;
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        for (int64_t i = 0; i < j->n; i++) {
+            j->y[t * j->n + i] += j->bias[i];
+        }
+    }
+}
+
+void
+sq_add_bias(const float *bias, int64_t m, int64_t n, float *y)
+{
+    if (bias) {
+        struct bias_job j = {.bias = bias, .y = y, .n = n};
+        sq_parallel_for(m, sq_row_grain(n), add_bias_rows, &j);
+    }
 }

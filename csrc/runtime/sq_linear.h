@@ -47,6 +47,10 @@ sq_status
 sq_linears_packed(const sq_packed_t *const w[], int count, const struct sq_activations *a,
                   float *const y[], const int64_t ld_y[]);
 
+/* y [m][n] += bias [n], or nothing for NULL. Parallel over tokens. */
+void
+sq_add_bias(const float *bias, int64_t m, int64_t n, float *y);
+
 /* y [m][ld_y] = x w^T for w [n][k] in 32 or 16 bits, in fixed blocks so that results do not depend
  * on the number of threads. 16-bit weights and at most SQ_DENSE_FEW tokens: w is widened in
  * registers, and a token's results do not depend on m either. All else goes through BLAS, whose

@@ -198,33 +198,6 @@ enter_site(struct sq_reader *r, int site, const float *x)
                                   &r->activations);
 }
 
-struct bias_job {
-    const float *bias;
-    float *y;
-    int64_t n;
-};
-
-static void
-add_bias_rows(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct bias_job *j = context;
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        for (int64_t i = 0; i < j->n; i++) {
-            j->y[t * j->n + i] += j->bias[i];
-        }
-    }
-}
-
-static void
-add_bias(const struct sq_linear *l, int64_t m, float *y)
-{
-    if (l->bias) {
-        struct bias_job j = {.bias = l->bias, .y = y, .n = l->n};
-        sq_parallel_for(m, sq_row_grain(l->n), add_bias_rows, &j);
-    }
-}
-
 sq_status
 sq_linear_apply(struct sq_reader *reader, const struct sq_linear *l, const float *x, float *y)
 {
@@ -237,7 +210,7 @@ sq_linear_apply(struct sq_reader *reader, const struct sq_linear *l, const float
     else {
         SQ_TRY(sq_linear_dense(l->dtype, l->dense, x, reader->m, l->n, l->k, y, l->n));
     }
-    add_bias(l, reader->m, y);
+    sq_add_bias(l->bias, reader->m, l->n, y);
     return SQ_OK;
 }
 
@@ -264,7 +237,7 @@ sq_linears_apply(struct sq_reader *reader, const struct sq_linear *const linears
     }
     SQ_TRY(sq_linears_packed(packed, count, &reader->activations, y, n));
     for (int i = 0; i < count; i++) {
-        add_bias(linears[i], reader->m, y[i]);
+        sq_add_bias(linears[i]->bias, reader->m, n[i], y[i]);
     }
     return SQ_OK;
 }

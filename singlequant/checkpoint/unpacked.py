@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
+from ..export.packed import ADDED_KEYS
 from ..models.spec import ModelSpec
 from ..rows import ROWS_PER_BLOCK, TurnBack
 from ..tensors import TensorInfo
@@ -44,8 +45,7 @@ class UnpackedCheckpoint(View):
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the model that was quantized."""
-        return {key: value for key, value in self.source.config.items()
-                if key != "quantization_config"}
+        return {key: value for key, value in self.source.config.items() if key not in ADDED_KEYS}
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -33,6 +33,11 @@ from ..weights import (
 )
 
 QUANT_METHOD = "singlequant"  # quantization_config.quant_method
+# What config.json says to transformers: without our quantizer it would only warn of a quant_method
+# that it does not know, and start from random weights. As this names no file it stops instead.
+GUARD_KEY = "transformers_weights"
+GUARD = "none; `import singlequant.integrations.transformers` first, then load the folder again"
+ADDED_KEYS = (GUARD_KEY, "quantization_config")  # what config.json has more than the source's
 FORMAT_VERSION = 2  # quantization_config.format_version of what is written
 READABLE_VERSIONS = (1, 2)
 

@@ -39,7 +39,14 @@ from .folder import (
     shard_names,
     write_json,
 )
-from .packed import FORMAT_VERSION, layer_tensors, outer_tensors, quantization_json
+from .packed import (
+    FORMAT_VERSION,
+    GUARD,
+    GUARD_KEY,
+    layer_tensors,
+    outer_tensors,
+    quantization_json,
+)
 from .partial import OUTER, PartialFolder, add_advice, content_digest
 
 if TYPE_CHECKING:
@@ -57,7 +64,7 @@ WIDE_CACHE = "kv_bfloat16"  # in the journal: a layer had such keys or values
 def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any]:
     """config.json of the folder that config makes of checkpoint."""
     quantization = quantization_json(config, checkpoint.spec)
-    return {**checkpoint.config, "quantization_config": quantization}
+    return {**checkpoint.config, GUARD_KEY: GUARD, "quantization_config": quantization}
 
 
 # ---- the folder ---------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Method:
     samples: bool = False  # whether it finds that rotation from recorded activations
     trains: bool = False  # whether it trains weights and scales
     int8_inputs: bool = False  # whether it keeps some inputs at 8 bits where others get 4
+    looks: bool = True  # whether it looks at the inputs or the weights
     extra: str | None = None  # the optional dependency that it needs: "torch"
 
     @property
@@ -92,9 +93,9 @@ METHODS: dict[str, Method] = {
                "singlequant.methods.paper"),
         Method("art", "`paper` without URT", "singlequant.methods.paper", {"urt": False}),
         Method("urt", "`paper` without ART", "singlequant.methods.paper", {"art": False}),
-        Method("hadamard", "H on both axes", "singlequant.methods.hadamard"),
+        Method("hadamard", "H on both axes", "singlequant.methods.hadamard", looks=False),
         Method("random", "a random orthogonal matrix on each axis, of the seed",
-               "singlequant.methods.random"),
+               "singlequant.methods.random", looks=False),
         Method("quarot", "a randomized H of the residual stream and H of each value head in the "
                "weights; online H", "singlequant.methods.quarot",
                rotates=("latent", "attention", "mlp"), residual=True),
@@ -117,7 +118,7 @@ METHODS: dict[str, Method] = {
                rotates=(), balances=("residual",)),
         Method("efficientqat", "weights and scales trained block by block, no rotation",
                "singlequant.methods.efficientqat", rotates=(), trains=True, extra="torch"),
-        Method("none", "nothing: plain rounding", None, rotates=()),
+        Method("none", "nothing: plain rounding", None, rotates=(), looks=False),
     )
 }
 

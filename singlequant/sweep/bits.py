@@ -194,18 +194,22 @@ def layer_shares(view: View, layer: NoiseLayer) -> Iterator[tuple[str, Share]]:
     added = _added(spec, weights, layer)
     for site in spec.sites.values():
         x = layer.samples[site.name]
-        size = energy(x)
         for role in site.roles:
             w = weights.linears[role].weight
-            square = float(_C.column_moments(w)[1].sum())
-            own = energy(_C.linear_dense(x, w))
-            relative = square / w.shape[1] * size / np.maximum(own, _tiny(own))
+            relative = relative_noise(x, w)
             out = _at(added[_writer(spec, role)], len(x))
             between = role_row(role).block == "attention" and not spec.parallel
             stream = _at(layer.entry, len(x)) + out if between else _at(layer.stream, len(x))
             noise = float(np.mean(relative * out / stream))
             yield weights.linears[role].name, Share(noise * _visited(spec, site.expert),
                                                     w.shape[0] * w.shape[1])
+
+
+def relative_noise(x: NDArray[np.float32], w: NDArray) -> NDArray[np.float64]:
+    """[tokens] |W|^2 |x|^2 / k  /  |W x|^2: times e(b), the relative error of W's own output."""
+    square = float(_C.column_moments(w)[1].sum())
+    own = energy(_C.linear_dense(x, w))
+    return square / w.shape[1] * energy(x) / np.maximum(own, _tiny(own))
 
 
 def spend(shares: Mapping[str, Share], budget: float) -> dict[str, int]:
