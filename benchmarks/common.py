@@ -116,12 +116,13 @@ def print_environment(values):
 
 
 def shown_arguments(argv):
-    """A command's arguments without those that say where files of this machine are."""
+    """A command's arguments without those that say where files of this machine are. Of a model's
+    folder its name is left."""
     shown, skip = [], False
     for text in argv:
         name, equals, _ = text.partition("=")
         if not skip and name not in (*PATH_OPTIONS, "--keep"):
-            shown.append(text)
+            shown.append(Path(text).name if text.startswith("/") else text)
         skip = not skip and name in PATH_OPTIONS and not equals
     return shown
 
