@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     values = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", values)
+
+
+def copy_golden(name: str, target: Path) -> Path:
+    """A family's golden folder with a tokenizer, copied into `target`; its path."""
+    families = Path(__file__).resolve().parent / "data" / "families"
+    folder = target / name
+    shutil.copytree(families / name, folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(families / file, folder / file)
+    return folder
 
 
 def write_json(path: Path, values: Any) -> None:

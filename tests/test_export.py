@@ -4,14 +4,13 @@
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import family_models as zoo
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SENTENCES, write_json
+from conftest import SENTENCES, copy_golden, write_json
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
@@ -108,11 +107,7 @@ def test_turned_back_rows_give_the_product_of_turned_ones(name):
 @pytest.fixture
 def golden(request, tmp_path):
     """A family's folder with a tokenizer."""
-    folder = tmp_path / request.param
-    shutil.copytree(FAMILIES / request.param, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(FAMILIES / name, folder / name)
-    return folder
+    return copy_golden(request.param, tmp_path)
 
 
 @pytest.mark.parametrize("golden", GOLDEN, indirect=True)

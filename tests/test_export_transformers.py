@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers opens what `export` writes, and gives the logits of the packed folder."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ torch = pytest.importorskip("torch", reason="needs the torch extra")
 transformers = pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
 
 import family_models as zoo  # noqa: E402
-from conftest import SENTENCES  # noqa: E402
+from conftest import SENTENCES, copy_golden  # noqa: E402
 
 import singlequant as sq  # noqa: E402
 
@@ -46,10 +45,7 @@ def attention_of(golden):
 @pytest.fixture(params=GOLDEN)
 def packed(request, tmp_path):
     """(packed folder of a family, tokens, transformers' implementation of attention)."""
-    folder = tmp_path / request.param
-    shutil.copytree(FAMILIES / request.param, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(FAMILIES / name, folder / name)
+    folder = copy_golden(request.param, tmp_path)
     (tmp_path / "text.txt").write_text(SENTENCES[:600])
     config = sq.QuantConfig("w4a16", weights="rtn", bits=4, calibration_tokens=128, head_bits=16,
                             embedding_bits=16)  # a head of codes rounds what it multiplies

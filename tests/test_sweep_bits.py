@@ -3,11 +3,10 @@
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
-from test_sweep_experts import FAMILIES
+from conftest import copy_golden
 
 import singlequant as sq
 from singlequant import _C
@@ -152,10 +151,7 @@ def test_bits_of_the_bundled_model():
 @pytest.mark.parametrize("name", ["granitemoeshared-shared", "gemma2-tied", "phi-phi-2"])
 def test_other_layers_are_quantized_within_their_budget(tmp_path, text, name):
     """Experts, norms behind the branches, attention and MLP side by side."""
-    folder = tmp_path / name
-    shutil.copytree(FAMILIES / name, folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(FAMILIES / file, folder / file)
+    folder = copy_golden(name, tmp_path)
     given = config(bits=4.6, head_bits=8)
     sq.quantize_folder(folder, tmp_path / "out", given, text)
     packed, weights, bits = load_checkpoint(tmp_path / "out"), 0, 0

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps over models with experts: size, time, `ignore`, resuming, saved statistics."""
 
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import copy_golden
 
 import singlequant as sq
 from singlequant.checkpoint.folder import load_checkpoint
@@ -13,18 +12,13 @@ from singlequant.sweep import estimate
 from singlequant.sweep.calibrate import calibrate, load_statistics, save_statistics
 from singlequant.sweep.estimate import dry_run
 
-FAMILIES = Path(__file__).resolve().parent / "data" / "families"
 MODELS = ["qwen2-moe-shared", "deepseek-v3-latent", "gpt-oss-tied", "granitemoeshared-shared"]
 TOKENS = np.arange(12).reshape(1, 12)
 
 
 @pytest.fixture
 def folder(request, tmp_path):
-    made = tmp_path / request.param
-    shutil.copytree(FAMILIES / request.param, made)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(FAMILIES / name, made / name)
-    return made
+    return copy_golden(request.param, tmp_path)
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
  *
  * NR rows lie apart in memory. A piece of them, PIECE_BLOCKS blocks long, is turned into the order
  * of a panel of 8 bits in the first-level cache: vectors of 4 k of LANES outputs, unsigned. Then it
- * meets all tokens. Turning costs about two instructions per 16 codes, so that one token, which
- * uses the piece once, is bound by reading memory. */
+ * meets all tokens. One token with long rows needs no pieces: it goes along the rows, at the speed
+ * of memory.
+ */
 #include "kernels/code_rows.h"
 
 enum {
@@ -14,8 +15,7 @@ enum {
     UNIT_BYTES = UNIT_DWORDS * 4,
     TILE_VECS = 2,
     VEC_BYTES = TILE_BITS / 8,
-    ROW_VECS_ALL = NR / LANES,
-    AHEAD = NR
+    ROW_VECS_ALL = NR / LANES
 };
 
 struct row_piece {
@@ -135,11 +135,7 @@ spread_block(const vec_i *raw, const int bits, uint8_t *to)
         vec_i codes = VEC_AND(low, VEC(set1_epi8)(15));
         if (bits == 6) { /* bits 2 (q / 2) and above of dword q % 2, to bit 4 */
             const vec_i high = raw[LOW + q % 2];
-            const int up = 4 - q / 2 * 2;
-            const vec_i placed = up > 0   ? VEC(slli_epi16)(high, up > 0 ? up : 0)
-                                 : up < 0 ? VEC(srli_epi16)(high, up < 0 ? -up : 0)
-                                          : high;
-            codes = VEC_OR(codes, VEC_AND(placed, VEC(set1_epi8)(0x30)));
+            codes = VEC_OR(codes, VEC_AND(shifted(high, 4 - q / 2 * 2), VEC(set1_epi8)(0x30)));
         }
         VEC_STORE(to + q * NR * 4, codes);
     }
@@ -318,7 +314,7 @@ gemm_rows_of(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows
     for (int64_t j = 0; j < n; j += NR) {
         const int is_inside = (rest.rows - NR) * row_bytes >= UNIT_BYTES &&
                               (rest.rows - NR) * row_scales >= UNIT_DWORDS;
-        const uint8_t *ahead = rest.codes + AHEAD * row_bytes;
+        const uint8_t *ahead = rest.codes + NR * row_bytes;
         memset(totals, 0, (size_t)args.m * sizeof *totals);
         for (args.first = 0; args.first < x->blocks; args.first += PIECE_BLOCKS) {
             args.blocks = sq_min_i64(PIECE_BLOCKS, x->blocks - args.first);
@@ -393,7 +389,7 @@ multiply_one_block(const uint8_t *w, const int8_t *x, const int bits)
     const __m256i a = _mm256_load_si256((const __m256i *)(const void *)x);
     __m256i codes;
     if (bits == 8) {
-        codes = _mm256_loadu_si256((const __m256i *)(const void *)w);
+        codes = load_eight(w);
     }
     else {
         codes = load_nibbles(w);

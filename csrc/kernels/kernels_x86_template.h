@@ -303,6 +303,15 @@ multiply_block(const int rows, const int vecs, const struct code_rows *a, const 
     }
 }
 
+/* The 16-bit lanes of x, `up` bits higher, or lower where it is below 0. */
+static ALWAYS_INLINE vec_i
+shifted(vec_i x, const int up)
+{
+    return up > 0   ? VEC(slli_epi16)(x, up > 0 ? up : 0)
+           : up < 0 ? VEC(srli_epi16)(x, up < 0 ? -up : 0)
+                    : x;
+}
+
 /* Bytes of 4 k, number step of the run at w of a thin panel: vector `step` of the block that
  * thin_panels.h describes. */
 static ALWAYS_INLINE vec_i
@@ -312,11 +321,8 @@ load_thin(const uint8_t *w, int64_t sub_bytes, int v, const int step, const int 
     const int lines = bits - 4, shift = 4 - step / lines * lines; /* of the upper bits */
     const vec_i low = load_block(w + step % LOW_LINES * LINE, sub_bytes, v);
     const vec_i high = load_block(w + (LOW_LINES + step % lines) * LINE, sub_bytes, v);
-    const vec_i placed = shift > 0   ? VEC(slli_epi16)(high, shift > 0 ? shift : 0)
-                         : shift < 0 ? VEC(srli_epi16)(high, shift < 0 ? -shift : 0)
-                                     : high;
     return VEC_OR(VEC_AND(step / LOW_LINES ? VEC(srli_epi16)(low, 4) : low, VEC(set1_epi8)(15)),
-                  VEC_AND(placed, VEC(set1_epi8)((1 << bits) - 16)));
+                  VEC_AND(shifted(high, shift), VEC(set1_epi8)((1 << bits) - 16)));
 }
 
 /* acc += 8 k, codes of steps first and first + 1 of a. is_narrow: they have 6 bits at most, so that

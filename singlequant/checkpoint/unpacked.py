@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..export.packed import ADDED_KEYS
+from ..export.packed import source_config
 from ..models.spec import ModelSpec
 from ..rows import ROWS_PER_BLOCK, TurnBack
 from ..tensors import TensorInfo
@@ -45,7 +45,7 @@ class UnpackedCheckpoint(View):
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the model that was quantized."""
-        return {key: value for key, value in self.source.config.items() if key not in ADDED_KEYS}
+        return source_config(self.source.config)
 
     @cached_property
     def spec(self) -> ModelSpec:

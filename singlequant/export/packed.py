@@ -37,7 +37,6 @@ QUANT_METHOD = "singlequant"  # quantization_config.quant_method
 # that it does not know, and start from random weights. As this names no file it stops instead.
 GUARD_KEY = "transformers_weights"
 GUARD = "none; `import singlequant.integrations.transformers` first, then load the folder again"
-ADDED_KEYS = (GUARD_KEY, "quantization_config")  # what config.json has more than the source's
 FORMAT_VERSION = 2  # quantization_config.format_version of what is written
 READABLE_VERSIONS = (1, 2)
 
@@ -48,6 +47,12 @@ CHAIN_PARTS = {"chain": "I64", "pairs": "I32", "angles": "F64"}
 FACTOR_PARTS = ("left", "right")
 ALIGN = "align"  # blocks in front of the factors; the right one may be absent then
 BLOCK_PARTS = {"first": "F32", "permutation": "I32", "second": "F32"}
+
+
+def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a packed folder without what its writer added to the source's."""
+    added = (GUARD_KEY, "quantization_config")
+    return {key: value for key, value in config.items() if key not in added}
 
 
 def rotation_name(layer: int, site: str, part: str) -> str:

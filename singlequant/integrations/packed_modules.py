@@ -12,7 +12,7 @@ import torch
 
 from .. import _C
 from ..checkpoint.folder import Checkpoint
-from ..export.packed import ADDED_KEYS
+from ..export.packed import source_config
 from ..models.families import find_family
 from ..models.spec import LinearSpec, ModelSpec
 from ..weights import PackedLinear, PackedTable
@@ -87,8 +87,7 @@ def find_places(model: Any, checkpoint: Checkpoint) -> dict[str, Place]:
 
 def _source_spec(checkpoint: Checkpoint) -> ModelSpec:
     """How the source stores the model: which linears share a tensor, and transformers a module."""
-    config = {key: value for key, value in checkpoint.config.items()
-              if key not in ADDED_KEYS}
+    config = source_config(checkpoint.config)
     return find_family(config).spec(config, str(checkpoint.path / "config.json"))
 
 
