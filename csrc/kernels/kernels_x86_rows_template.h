@@ -111,16 +111,23 @@ turn_unit(const struct row_group *group, int64_t byte, const int scales, vec_i v
     turn_dwords(v);
 }
 
+/* Asks for all lines of `bytes` bytes; where there is no memory nothing happens. */
+static ALWAYS_INLINE void
+prefetch_lines(const uint8_t *from, int64_t bytes)
+{
+    enum { LINE_BYTES = 64 };
+    UNROLL
+    for (int64_t i = 0; i < bytes; i += LINE_BYTES) {
+        _mm_prefetch((const char *)from + i, _MM_HINT_T1);
+    }
+}
+
 /* Asks for as many lines as a unit has, one behind the other: what the NR rows after these have
  * comes in the order of memory, whatever the order of their use is. */
 static ALWAYS_INLINE void
 prefetch_unit(const uint8_t **ahead)
 {
-    enum { LINE_BYTES = 64 };
-    UNROLL
-    for (int i = 0; i < LANES * UNIT_BYTES; i += LINE_BYTES) {
-        _mm_prefetch((const char *)*ahead + i, _MM_HINT_T1);
-    }
+    prefetch_lines(*ahead, LANES * UNIT_BYTES);
     *ahead += LANES * UNIT_BYTES;
 }
 
@@ -350,9 +357,73 @@ enum {
     ALONG_LEAST = 64 /* blocks */,
     ALONG_ROWS = 8,
     ALONG_BLOCKS = 128,
+    ALONG_AHEAD = 4096 /* bytes */,
     EIGHT = 8
 };
 
+/* The codes are unsigned, those of 8 bits too where the CPU multiplies them; else these have their
+ * sign, and IS_SIGNED says so. */
+#ifdef TILE_DOT8
+#define IS_SIGNED(bits) 0
+#else
+#define IS_SIGNED(bits) ((bits) == 8)
+#endif
+
+#if TILE_BITS == 512
+/* Two blocks of codes, the first in the lower half. Those of 4 and 6 bits have 16 bytes of nibbles
+ * a block, the inputs of its second half in the upper ones. Behind them a block of 6 bits has eight
+ * bytes of upper bits, two of which belong to each quarter of its inputs. */
+static ALWAYS_INLINE __m512i
+load_two_blocks(const uint8_t *w, const int bits)
+{
+    if (bits == 8) {
+        return _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80));
+    }
+    const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+    const __m512i nibble = _mm512_set1_epi8(15);
+    if (bits == 4) {
+        const __m512i all = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3),
+                                                     _mm512_castsi256_si512(load_eight(w)));
+        return _mm512_and_si512(_mm512_srlv_epi64(all, shifts), nibble);
+    }
+    const __m512i all = _mm512_inserti32x4(
+        _mm512_castsi256_si512(load_eight(w)), /* a masked load is many times slower */
+        _mm_loadu_si128((const __m128i *)(const void *)(w + UNIT_BYTES)), 2);
+    const __m512i bytes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 3, 4, 3, 4), all);
+    const __m512i low = _mm512_and_si512(_mm512_srlv_epi64(bytes, shifts), nibble);
+    const __m512i upper = _mm512_permutexvar_epi64(_mm512_setr_epi64(2, 2, 2, 2, 5, 5, 5, 5), all);
+    const __m512i turned = _mm512_rolv_epi64(upper, _mm512_setr_epi64(4, 2, 0, 62, 4, 2, 0, 62));
+    return _mm512_or_si512(low, _mm512_and_si512(turned, _mm512_set1_epi8(0x30)));
+}
+
+/* For every pair of lanes of a and b, the sums of neighbours: those of a, then those of b. */
+static ALWAYS_INLINE __m512i
+add_neighbours(__m512i a, __m512i b)
+{
+    const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)),
+                            _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+}
+
+/* The products of eight blocks of codes at w with x, summed block by block. */
+static ALWAYS_INLINE __m256i
+multiply_eight_blocks(const uint8_t *w, const int8_t *x, const int bits)
+{
+    enum { PAIRS = EIGHT / 2, PAIR_CODES = 2 * SQ_ROW_BLOCK };
+    __m512i dots[PAIRS];
+    UNROLL
+    for (int i = 0; i < PAIRS; i++) {
+        const __m512i codes = load_two_blocks(w + i * PAIR_CODES * bits / 8, bits);
+        dots[i] = TILE_DOT(_mm512_setzero_si512(), codes, _mm512_load_si512(x + i * PAIR_CODES));
+    }
+    const __m512i fours =
+        add_neighbours(add_neighbours(dots[0], dots[1]), add_neighbours(dots[2], dots[3]));
+    const __m512i sums =
+        _mm512_add_epi32(fours, _mm512_shuffle_i32x4(fours, fours, _MM_SHUFFLE(2, 3, 0, 1)));
+    const __m512i order = _mm512_castsi256_si512(_mm256_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, sums));
+}
+#else
 /* The low four bits of the 32 inputs of a block of 4- or 6-bit codes: the second half of them lies
  * in the upper halves of the bytes. */
 static ALWAYS_INLINE __m256i
@@ -376,13 +447,7 @@ load_upper_bits(const uint8_t *block)
     return _mm256_and_si256(_mm256_or_si256(up, down), _mm256_set1_epi8(0x30));
 }
 
-/* Sums of four products of a block of codes at w and of x. The codes are unsigned, those of 8 bits
- * too where the CPU multiplies them; else these have their sign, and IS_SIGNED says so. */
-#ifdef TILE_DOT8
-#define IS_SIGNED(bits) 0
-#else
-#define IS_SIGNED(bits) ((bits) == 8)
-#endif
+/* Sums of four products of a block of codes at w and of x. */
 static ALWAYS_INLINE __m256i
 multiply_one_block(const uint8_t *w, const int8_t *x, const int bits)
 {
@@ -421,6 +486,19 @@ sum_eight(const __m256i v[EIGHT])
                             _mm256_permute2x128_si256(a, b, 0x31));
 }
 
+/* The products of eight blocks of codes at w with x, summed block by block. */
+static ALWAYS_INLINE __m256i
+multiply_eight_blocks(const uint8_t *w, const int8_t *x, const int bits)
+{
+    __m256i dots[EIGHT];
+    UNROLL
+    for (int i = 0; i < EIGHT; i++) {
+        dots[i] = multiply_one_block(w + i * SQ_ROW_BLOCK * bits / 8, x + i * SQ_ROW_BLOCK, bits);
+    }
+    return sum_eight(dots);
+}
+#endif
+
 /* Codes and scales of `count` blocks, fewer than eight, with zeros up to eight. */
 struct row_tail {
     uint8_t codes[EIGHT * SQ_ROW_BLOCK];
@@ -450,17 +528,13 @@ multiply_row(const struct sq_code_rows *w, int64_t r, const struct sq_token_rows
     struct row_tail tail;
     for (int64_t b = 0; b < blocks; b += EIGHT) {
         const int8_t *a = x->codes + (at + b) * SQ_ROW_BLOCK;
+        prefetch_lines(codes + ALONG_AHEAD, EIGHT * block_bytes);
         if (bytes < EIGHT * block_bytes) {
             copy_tail(codes, bytes, w_scales, blocks - b, &tail);
             codes = tail.codes;
             w_scales = tail.scales;
         }
-        __m256i dots[EIGHT];
-        UNROLL
-        for (int i = 0; i < EIGHT; i++) {
-            dots[i] = multiply_one_block(codes + i * block_bytes, a + i * SQ_ROW_BLOCK, bits);
-        }
-        __m256i sums = sum_eight(dots);
+        __m256i sums = multiply_eight_blocks(codes, a, bits);
         if (!IS_SIGNED(bits)) {
             sums = _mm256_add_epi32(
                 sums, _mm256_load_si256((const __m256i *)(const void *)(x->offsets + at + b)));
