@@ -208,7 +208,9 @@ def _profile_factor(
         gram = _C.gram(statistics.inputs, None, config.calibration_bits, rotation.of_inputs,
                        columns)
     with add_cost(prices, "Cholesky factor"):
-        return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True))
+        factor = _C.gptq_factor(gram, config.gptq_damping, config.gptq_order, True)
+    with add_cost(prices, "factor in 8 bits"):
+        return GptqFactor(*factor, _C.gptq_feedback(factor[0]))
 
 
 def _profile_rows(
@@ -223,7 +225,8 @@ def _profile_rows(
         with add_cost(prices, "read, widen, balance, rotate"):
             rows = _C.transform_weight(block, transform, columns)
         with add_cost(prices, "GPTQ rounding"):
-            codes, _ = _C.gptq_round(rows, *gptq, 4, group, True)
+            codes, _ = _C.gptq_round(rows, gptq.factor, gptq.permutation, 4, group, True,
+                                     feedback=gptq.feedback)
         with add_cost(prices, "pack"):
             _C.pack(codes)
         return

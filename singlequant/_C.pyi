@@ -123,6 +123,7 @@ def gram(
 def gptq_factor(
     gram: ArrayLike, damping: float = 0.01, order: bool = False, overwrite: bool = False
 ) -> tuple[Float32, Int32]: ...
+def gptq_feedback(factor: ArrayLike, /) -> object: ...
 def gptq_round(
     weights: ArrayLike,
     factor: ArrayLike,
@@ -131,6 +132,7 @@ def gptq_round(
     group: int = 0,
     search: bool = False,
     bfloat16: bool = False,
+    feedback: object | None = None,
 ) -> tuple[Int8, Float32]: ...
 def decode_fp8(
     codes: ArrayLike, scales: ArrayLike, block_rows: int, block_columns: int

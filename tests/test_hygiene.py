@@ -72,6 +72,7 @@ CALLS = {
     "transform_weight": (f32(5, 16), TURN, f32(16), f32(5)),
     "gram": (f32(9, 5),),
     "gptq_factor": (np.cov(f32(5, 40)).astype(np.float32), 0.1, True),
+    "gptq_feedback": (np.eye(300, dtype=np.float32) + np.tril(f32(300, 300) / 20, -1),),
     "gptq_round": (f32(3, 6), np.eye(6, dtype=np.float32) + np.tril(f32(6, 6), -1),
                    np.arange(6, dtype=np.int32)[::-1].copy(), 4, 3, True),
     "decode_fp8": (RNG.integers(0, 256, (2, 5, 70)).astype(np.uint8), f32(2, 2, 3), 3, 32),
@@ -172,6 +173,9 @@ def fresh(name, how=np.copy):
 def outcome(name, arguments):
     """Every byte that a call produces."""
     result = getattr(_C, name)(*arguments)
+    if name == "gptq_feedback":
+        weights, order = np.arange(600, dtype=np.float32).reshape(2, 300) % 17, np.arange(300)[::-1]
+        result = _C.gptq_round(weights, CALLS[name][0], order, feedback=result)
     if name == "PackedWeight":
         result = _C.linear(CALLS["linear"][0], result)
     if name == "Rotation":

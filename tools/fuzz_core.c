@@ -258,7 +258,12 @@ fuzz_gptq(struct input *in)
     if (up_to(in, 3) && sq_gptq_factor(gram, k, damping, by_diagonal, permutation) != SQ_OK) {
         return;
     }
-    (void)sq_gptq_round(&q, gram, permutation, weights, n, k, codes, scales);
+    struct sq_gptq_feedback *feedback = NULL;
+    if (up_to(in, 1) && sq_gptq_feedback_make(gram, k, &feedback) != SQ_OK) {
+        return;
+    }
+    (void)sq_gptq_round(&q, gram, permutation, feedback, weights, n, k, codes, scales);
+    sq_gptq_feedback_free(feedback);
 }
 
 /* ---- the KV cache ----------------------------------------------------------------------- */

@@ -45,6 +45,12 @@ sq_pack_panel_w8_4x32__avx2(const int8_t *codes, int64_t k, uint8_t *panel)
 }
 
 static void
+sq_gptq_columns__avx2(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
+{
+    round_gptq_columns(columns, lanes);
+}
+
+static void
 sq_widen_panel__avx2(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
     widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
@@ -649,6 +655,7 @@ const struct sq_kernels sq_kernels_avx2 = {
     .w8_zero = 128,
     .thin_block = THIN_BLOCK,
     .widen_panel = sq_widen_panel__avx2,
+    .gptq_columns = sq_gptq_columns__avx2,
     .thin_rows = INT64_MAX,
     .gemm_a8w5 = sq_gemm_a8w5_f32_4x32__avx2,
     .gemm_a8w6 = sq_gemm_a8w6_f32_4x32__avx2,

@@ -49,6 +49,12 @@ sq_gemm_a16w8_f32_12x32__avx512vnni(const struct sq_panel_args *args)
 }
 
 static void
+sq_gptq_columns__avx512vnni(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
+{
+    round_gptq_columns(columns, lanes);
+}
+
+static void
 sq_widen_panel__avx512vnni(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
     widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
@@ -130,6 +136,7 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a8w8 = sq_gemm_a8w8_f32_12x32__avx512vnni,
     .gemm_a16w8 = sq_gemm_a16w8_f32_12x32__avx512vnni,
     .widen_panel = sq_widen_panel__avx512vnni,
+    .gptq_columns = sq_gptq_columns__avx512vnni,
     .thin_rows = TILE_MR,
     .gemm_a8w5 = sq_gemm_a8w5_f32_12x32__avx512vnni,
     .gemm_a8w6 = sq_gemm_a8w6_f32_12x32__avx512vnni,

@@ -28,6 +28,12 @@ sq_pack_panel_w8_4x8__generic(const int8_t *codes, int64_t k, uint8_t *panel)
 }
 
 static void
+sq_gptq_columns__generic(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
+{
+    round_gptq_columns(columns, lanes);
+}
+
+static void
 sq_widen_panel__generic(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
     widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
@@ -542,6 +548,7 @@ const struct sq_kernels sq_kernels_generic = {
     .gemm_a16w8 = sq_gemm_a16w8_f32_4x8__generic,
     .thin_block = THIN_BLOCK,
     .widen_panel = sq_widen_panel__generic,
+    .gptq_columns = sq_gptq_columns__generic,
     .gemm_f32 = sq_gemm_f32__generic,
     .gemm_half = sq_gemm_half__generic,
     .gemm_rows = sq_gemm_rows__generic,

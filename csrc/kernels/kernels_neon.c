@@ -72,6 +72,12 @@ sq_pack_panel_8x16__neon(const int32_t *words, int64_t k, uint8_t *panel)
 }
 
 static void
+sq_gptq_columns__neon(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
+{
+    round_gptq_columns(columns, lanes);
+}
+
+static void
 sq_widen_panel__neon(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
     widen_panel(bits, thin, bytes, zero, panel, THIN_BLOCK);
@@ -643,6 +649,7 @@ const struct sq_kernels sq_kernels_neon = {
     .gemm_a16w8 = sq_gemm_a16w8_f32_8x16__neon,
     .thin_block = THIN_BLOCK,
     .widen_panel = sq_widen_panel__neon,
+    .gptq_columns = sq_gptq_columns__neon,
     .gemm_f32 = sq_gemm_f32_8x16__neon,
     .extremes = sq_extremes__neon,
     .quantize_codes = sq_quantize_codes__neon,

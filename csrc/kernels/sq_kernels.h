@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "kernels/code_rows.h"
+#include "kernels/gptq_lanes.h"
 
 /* Arguments of the packed microkernels: rows of activations against one panel of nr outputs. */
 struct sq_panel_args {
@@ -114,6 +115,9 @@ struct sq_kernels {
      * every table, whatever m and n are. */
     void (*gemm_rows)(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x,
                       int64_t m, float *y, int64_t ld_y);
+
+    /* round_gptq_columns of gptq_lanes.h. Equal bytes on every table. */
+    void (*gptq_columns)(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes);
 
     /* Smallest and largest of x [k], k >= 1, a zero of either sign where both are there; 1 is
      * returned if all are finite (else ignore them). */

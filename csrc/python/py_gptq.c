@@ -205,17 +205,82 @@ done:
 }
 
 PyDoc_STRVAR(
+    gptq_feedback_doc,
+    "gptq_feedback(factor)\n--\n\n"
+    "gptq_factor's factor [k, k] as gptq_round's error feedback in 8 bits takes it: codes, "
+    "a scale for\n128 rows of a column, in the order of the kernel table that is active. "
+    "An opaque object of about\nk^2 / 2 bytes. ValueError for NaN and Inf on and below "
+    "the diagonal, and for bad shapes.");
+
+static const char feedback_name[] = "singlequant.gptq_feedback";
+
+static void
+free_feedback(PyObject *capsule)
+{
+    sq_gptq_feedback_free(PyCapsule_GetPointer(capsule, feedback_name));
+}
+
+static PyObject *
+gptq_feedback(PyObject *module, PyObject *object)
+{
+    PyArrayObject *factor = sq_py_array(object, NPY_FLOAT32, 2, "factor");
+    PyObject *result = NULL;
+    if (!factor || check_k(PyArray_DIM(factor, 0), "factor") ||
+        sq_py_check_dim(factor, 1, PyArray_DIM(factor, 0), "factor")) {
+        goto done;
+    }
+    struct sq_gptq_feedback *feedback = NULL;
+    const int64_t k = PyArray_DIM(factor, 0);
+    sq_status status;
+    SQ_BEGIN_NOGIL(k * k);
+    status = sq_gptq_feedback_make(PyArray_DATA(factor), k, &feedback);
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "factor");
+        goto done;
+    }
+    result = PyCapsule_New(feedback, feedback_name, free_feedback);
+    if (!result) {
+        sq_gptq_feedback_free(feedback);
+    }
+done:
+    Py_XDECREF(factor);
+    return result;
+}
+
+/* 0 and *feedback, NULL for None; -1 with TypeError. */
+static int
+take_feedback(PyObject *object, const struct sq_gptq_feedback **feedback)
+{
+    *feedback = NULL;
+    if (object == Py_None) {
+        return 0;
+    }
+    if (!PyCapsule_IsValid(object, feedback_name)) {
+        PyErr_Format(PyExc_TypeError,
+                     "feedback: expected None or what gptq_feedback returns, got "
+                     "%.100s",
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    *feedback = PyCapsule_GetPointer(object, feedback_name);
+    return 0;
+}
+
+PyDoc_STRVAR(
     gptq_round_doc,
     "gptq_round(weights, factor, permutation, bits=4, group=0, search=False, "
-    "bfloat16=False)\n--\n\n"
+    "bfloat16=False,\nfeedback=None)\n--\n\n"
     "Round weights [n, k] to (codes [n, k] int8, scales [n, k / g] float32) with error feedback "
     "through\ngptq_factor's factor [k, k] and permutation [k]. Symmetric grid; bits, search and "
     "bfloat16 as "
     "in quantize. group = g\ninputs share a scale, taken when their first column is reached, of "
     "the "
     "updated weights; with act\norder of the weights as given (static groups), as are those of "
-    "whole rows (group 0). The same bytes\nat any thread count; rows do not depend on each other. "
-    "ValueError for NaN, Inf, bad shapes, a\npermutation or a factor that is none. Source: GPTQ, "
+    "whole rows (group 0). feedback:\nwhat gptq_feedback makes of the factor; errors reach other "
+    "blocks of 128 columns in 8 bits then,\nunless groups neither hold whole blocks nor divide "
+    "one. None: in float32. The same bytes at any\nthread count; rows do not depend on each other. "
+    "ValueError for NaN, Inf, bad shapes, a permutation\nor a factor that is none. Source: GPTQ, "
     "arXiv 2210.17323.");
 
 /* 0 if the core will take bits and group, otherwise -1 with ValueError. */
@@ -236,16 +301,19 @@ check_grid(const struct sq_quantizer *q, int64_t k)
 static PyObject *
 gptq_round(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"weights", "factor", "permutation", "bits",
-                            "group",   "search", "bfloat16",    NULL};
+    static char *names[] = {"weights", "factor",   "permutation", "bits", "group",
+                            "search",  "bfloat16", "feedback",    NULL};
     PyObject *weights_object, *factor_object, *permutation_object, *result = NULL;
+    PyObject *feedback_object = Py_None;
+    const struct sq_gptq_feedback *feedback;
     PyArrayObject *weights = NULL, *factor = NULL, *permutation = NULL, *codes = NULL,
                   *scales = NULL;
     struct sq_quantizer q = {.bits = 4, .symmetric = 1, .clip = 1.0f};
     long long group = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|iLpp:gptq_round", names, &weights_object,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|iLppO:gptq_round", names, &weights_object,
                                      &factor_object, &permutation_object, &q.bits, &group,
-                                     &q.search, &q.bfloat16_scales)) {
+                                     &q.search, &q.bfloat16_scales, &feedback_object) ||
+        take_feedback(feedback_object, &feedback)) {
         return NULL;
     }
     q.group = group;
@@ -261,6 +329,13 @@ gptq_round(PyObject *module, PyObject *args, PyObject *kwargs)
         sq_py_check_dim(permutation, 0, k, "permutation") || check_grid(&q, k)) {
         goto done;
     }
+    if (feedback && sq_gptq_feedback_k(feedback) != k) {
+        PyErr_Format(PyExc_ValueError,
+                     "feedback: expected that of a factor with k = %lld, got "
+                     "k = %lld",
+                     (long long)k, (long long)sq_gptq_feedback_k(feedback));
+        goto done;
+    }
     npy_intp dims[2] = {n, group ? k / group : 1};
     codes = sq_py_empty(2, PyArray_DIMS(weights), NPY_INT8);
     scales = sq_py_empty(2, dims, NPY_FLOAT32);
@@ -269,7 +344,7 @@ gptq_round(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     sq_status status;
     SQ_BEGIN_NOGIL(n * k + k * k);
-    status = sq_gptq_round(&q, PyArray_DATA(factor), PyArray_DATA(permutation),
+    status = sq_gptq_round(&q, PyArray_DATA(factor), PyArray_DATA(permutation), feedback,
                            PyArray_DATA(weights), n, k, PyArray_DATA(codes), PyArray_DATA(scales));
     SQ_END_NOGIL;
     if (status == SQ_ERR_RANGE) { /* bits were checked above */
@@ -296,6 +371,7 @@ PyMethodDef sq_py_gptq_methods[] = {
     {"gram", (PyCFunction)(void (*)(void))gram, METH_VARARGS | METH_KEYWORDS, gram_doc},
     {"gptq_factor", (PyCFunction)(void (*)(void))gptq_factor, METH_VARARGS | METH_KEYWORDS,
      gptq_factor_doc},
+    {"gptq_feedback", gptq_feedback, METH_O, gptq_feedback_doc},
     {"gptq_round", (PyCFunction)(void (*)(void))gptq_round, METH_VARARGS | METH_KEYWORDS,
      gptq_round_doc},
     {NULL, NULL, 0, NULL},

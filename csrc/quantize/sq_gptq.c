@@ -17,10 +17,17 @@
 #include <stdatomic.h>
 
 #include "core/sq_blas.h"
+#include "core/sq_scratch.h"
 #include "core/sq_threads.h"
+#include "kernels/sq_kernels.h"
 #include "quantize/sq_tiles.h"
 
-enum { TILE = 256 };
+enum {
+    TILE = 256,
+    DEPTH = 512, /* columns of a panel of the factor */
+    SQUARE = 16,
+    LD_PANEL = DEPTH + SQUARE /* or rows would share cache sets */
+};
 
 /* ---- order ------------------------------------------------------------------------------ */
 
@@ -115,11 +122,16 @@ permute(float *gram, int64_t k, const int32_t *permutation)
 /* ---- factor ----------------------------------------------------------------------------- */
 
 struct factor_job {
+    const struct sq_kernels *kernels;
     float *a;
-    int64_t k, pivot; /* first row of the tile that was just factored */
+    int64_t k, pivot; /* first row of the square that was just factored */
+    /* The panel's tiles below it, and the same turned: rows as columns. */
+    float *panel;  /* [tiles][TILE][LD_PANEL] */
+    float *turned; /* [tiles][DEPTH][TILE] */
+    atomic_int no_memory;
 };
 
-/* Rows of the panel below the pivot tile: A_i,p <- A_i,p L_pp^-T. */
+/* Rows of the panel below the square: A_i,p <- A_i,p L_pp^-T, and copies. */
 static void
 solve_panel(void *context, int64_t begin, int64_t end, int thread)
 {
@@ -127,9 +139,20 @@ solve_panel(void *context, int64_t begin, int64_t end, int thread)
     const int64_t k = job->k, p = job->pivot;
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
-        const int64_t i = p + (t + 1) * TILE;
-        sq_blas_trsm(1, sq_min_i64(TILE, k - i), TILE, job->a + p * k + p, k, job->a + i * k + p,
-                     k);
+        const int64_t i = p + DEPTH + t * TILE, rows = sq_min_i64(TILE, k - i);
+        float *tile = job->a + i * k + p, *turned = job->turned + t * DEPTH * TILE;
+        sq_blas_trsm(1, rows, DEPTH, job->a + p * k + p, k, tile, k);
+        for (int64_t r0 = 0; r0 < rows; r0 += SQUARE) {
+            const int64_t r1 = sq_min_i64(rows, r0 + SQUARE);
+            for (int64_t c = 0; c < DEPTH; c++) {
+                for (int64_t r = r0; r < r1; r++) {
+                    turned[c * TILE + r] = tile[r * k + c];
+                }
+            }
+            for (int64_t r = r0; r < r1; r++) {
+                memcpy(job->panel + (t * TILE + r) * LD_PANEL, tile + r * k, DEPTH * sizeof *tile);
+            }
+        }
     }
 }
 
@@ -137,43 +160,56 @@ solve_panel(void *context, int64_t begin, int64_t end, int thread)
 static void
 update_trailing(void *context, int64_t begin, int64_t end, int thread)
 {
-    const struct factor_job *job = context;
+    struct factor_job *job = context;
     const int64_t k = job->k, p = job->pivot;
     (void)thread;
+    float *product = sq_thread_scratch(TILE * TILE * sizeof *product);
+    if (!product) {
+        atomic_store(&job->no_memory, 1);
+        return;
+    }
     for (int64_t t = begin; t < end; t++) {
-        int64_t i, j;
-        sq_tile_place(t, &i, &j);
-        i = p + (i + 1) * TILE;
-        j = p + (j + 1) * TILE;
-        const int64_t ni = sq_min_i64(TILE, k - i);
-        const float *left = job->a + i * k + p, *right = job->a + j * k + p;
-        if (i == j) {
-            sq_blas_syrk_sub(ni, TILE, left, k, job->a + i * k + i, k);
-        }
-        else {
-            sq_blas_gemm(0, 1, ni, TILE, TILE, -1.0f, left, k, right, k, 1.0f, job->a + i * k + j,
-                         k);
+        int64_t row, column;
+        sq_tile_place(t, &row, &column);
+        const int64_t i = p + DEPTH + row * TILE, j = p + DEPTH + column * TILE;
+        const int64_t ni = sq_min_i64(TILE, k - i), nj = sq_min_i64(TILE, k - j);
+        job->kernels->gemm_f32(ni, nj, DEPTH, job->panel + row * TILE * LD_PANEL, LD_PANEL,
+                               job->turned + column * DEPTH * TILE, TILE, product, TILE);
+        for (int64_t r = 0; r < ni; r++) {
+            float *to = job->a + (i + r) * k + j;
+            const float *from = product + r * TILE;
+            for (int64_t c = 0; c < (i == j ? r + 1 : nj); c++) {
+                to[c] -= from[c];
+            }
         }
     }
 }
 
-/* Lower triangle of a [k][k] <- its Cholesky factor, tile by tile, the trailing tiles updated after
- * each. The upper triangle stays. 0, also where the call is stopped, or 1 when a is not positive
- * definite. */
-static int
+/* Lower triangle of a [k][k] <- its Cholesky factor, panel by panel, the trailing tiles updated
+ * after each. The upper triangle stays. SQ_OK, also where the call is stopped, SQ_ERR_RANGE when a
+ * is not positive definite, or SQ_ERR_NOMEM. */
+static sq_status
 cholesky(float *a, int64_t k)
 {
-    struct factor_job job = {a, k, 0};
-    for (; job.pivot < k && !sq_stopped(); job.pivot += TILE) {
-        const int64_t size = sq_min_i64(TILE, k - job.pivot);
+    const int64_t tiles = sq_ceil_div(k, TILE);
+    struct factor_job job = {.kernels = sq_kernels_active(), .a = a, .k = k};
+    job.panel = sq_alloc((size_t)(tiles * TILE * LD_PANEL) * sizeof *job.panel);
+    job.turned = sq_alloc((size_t)(tiles * TILE * DEPTH) * sizeof *job.turned);
+    sq_status status = job.panel && job.turned ? SQ_OK : SQ_ERR_NOMEM;
+    for (; job.pivot < k && status == SQ_OK && !sq_stopped(); job.pivot += DEPTH) {
+        const int64_t size = sq_min_i64(DEPTH, k - job.pivot);
         if (sq_blas_potrf(size, a + job.pivot * (k + 1), k)) {
-            return 1;
+            status = SQ_ERR_RANGE;
+            break;
         }
         const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
         sq_parallel_for(below, 1, solve_panel, &job);
         sq_parallel_for(sq_tiles(below), 1, update_trailing, &job);
+        status = atomic_load(&job.no_memory) ? SQ_ERR_NOMEM : SQ_OK;
     }
-    return 0;
+    free(job.panel);
+    free(job.turned);
+    return status;
 }
 
 struct double_job {
@@ -290,8 +326,9 @@ factor_in_place(float *a, int64_t k, float damping)
         return SQ_ERR_NOMEM;
     }
     sq_status status = damp(a, k, damping, diagonal);
-    if (status == SQ_OK && cholesky(a, k)) {
-        status = cholesky_double(a, k, diagonal);
+    if (status == SQ_OK) {
+        status = cholesky(a, k);
+        status = status == SQ_ERR_RANGE ? cholesky_double(a, k, diagonal) : status;
     }
     free(diagonal);
     SQ_TRY(sq_stop_status());

@@ -7,19 +7,18 @@
 
 #include "core/sq_blas.h"
 #include "core/sq_threads.h"
+#include "kernels/sq_kernels.h"
+#include "quantize/sq_gptq_feedback.h"
 
-enum {
-    BLOCK = 128, /* columns between two products with all that was rounded before */
-    ROWS = 256,  /* rows of weights that go through all columns together */
-    LANES = 32,  /* of these, rows whose columns are rounded side by side: their sums fit 16 KiB */
-    DELAY = 4    /* columns whose errors reach the block's other columns together */
-};
+enum { BLOCK = SQ_GPTQ_BLOCK, LANES = SQ_GPTQ_LANES };
 
 /* ---- rounding --------------------------------------------------------------------------- */
 
 struct round_job {
+    const struct sq_kernels *kernels;
     struct sq_quantizer q; /* group is a length, never 0 */
     const float *factor, *inv_diagonal;
+    const struct sq_gptq_feedback *feedback; /* NULL: in float32 */
     const int32_t *permutation;
     const float *weights;
     int64_t n, k;
@@ -29,14 +28,7 @@ struct round_job {
     atomic_int status;
 };
 
-/* LANES rows side by side: a column's rounding, and what its errors do, are vectors over rows. */
-struct lanes {
-    float sums[BLOCK][LANES];   /* T of the block's columns */
-    float values[BLOCK][LANES]; /* weights, and errors e where a column is rounded */
-    int8_t codes[BLOCK][LANES];
-};
-
-/* What ROWS rows of weights need. Columns are in the factor's order. */
+/* What SQ_GPTQ_ROWS rows of weights need. Columns are in the factor's order. */
 struct round_state {
     const struct round_job *job;
     int64_t first, rows;
@@ -45,7 +37,8 @@ struct round_state {
     float *updated;        /* [rows][group]: a group's weights as they have become */
     int8_t *scratch_codes; /* [rows][max(group, k if static)] */
     float *group_scales;   /* [rows] */
-    struct lanes *lanes;
+    struct sq_gptq_lanes *lanes;
+    struct sq_gptq_errors errors; /* with feedback */
 };
 
 /* Scales of the state's rows, as sq_quantize finds them for x [rows][length]. */
@@ -60,6 +53,10 @@ static void
 sum_errors(const struct round_state *s, int64_t begin, int64_t end, float *sums, int64_t ld)
 {
     const int64_t k = s->job->k, width = end - begin;
+    if (s->job->feedback) {
+        sq_gptq_sum_errors(s->job->feedback, &s->errors, (k - end) / BLOCK, begin, width, sums, ld);
+        return;
+    }
     if (end == k) {
         for (int64_t r = 0; r < s->rows; r++) {
             memset(sums + r * ld, 0, (size_t)width * sizeof *sums);
@@ -107,55 +104,25 @@ scale_group(const struct round_state *s, int64_t begin, int64_t end, int64_t blo
     return SQ_OK;
 }
 
-/* Rounds column j, number i of its block, of LANES rows from r0 on (count of them exist) and leaves
- * its errors in place of the weights. A NaN, possible where sums overflow, becomes the lowest code.
- */
+/* The scales of columns begin .. end - 1 of count rows from r0 on, 0 where there are no rows. */
 static void
-round_column(const struct round_state *s, int64_t r0, int64_t count, int64_t j, int64_t i,
-             struct lanes *lanes)
+load_scales(const struct round_state *s, int64_t r0, int64_t count, int64_t block, int64_t begin,
+            int64_t end, struct sq_gptq_lanes *lanes)
 {
     const struct round_job *job = s->job;
-    const int64_t groups = job->k / job->q.group, input = job->permutation[j];
-    const float high = (float)((1 << (job->q.bits - 1)) - 1), low = -high - 1.0f;
-    const float rounder = 0x1.8p23f; /* added and taken away, it rounds half to even */
-    const float inv_diagonal = job->inv_diagonal[j];
-    const float *scales = job->scales + (s->first + r0) * groups + input / job->q.group;
-    float scale[LANES] = {0}, *restrict value = lanes->values[i];
-    const float *restrict sums = lanes->sums[i];
-    for (int64_t r = 0; r < count; r++) {
-        scale[r] = scales[r * groups];
-    }
-    for (int64_t r = 0; r < LANES; r++) {
-        const float inv_scale = scale[r] > 0.0f ? 1.0f / scale[r] : 0.0f;
-        float code = (value[r] + sums[r] * inv_diagonal) * inv_scale;
-        code = code > low ? code : low;
-        code = code < high ? code : high;
-        code = (code + rounder) - rounder;
-        code = scale[r] > 0.0f ? code : 0.0f;
-        lanes->codes[i][r] = (int8_t)code;
-        value[r] -= scale[r] * code;
-    }
-}
-
-/* sums [LANES] += errors times l of columns first .. last, the last one first. errors [count]
- * [LANES] go down from the last column, and so does l in steps of ld. */
-static void
-feed_back(int64_t count, const float *restrict errors, const float *l, int64_t ld,
-          float *restrict sums)
-{
-    if (count == DELAY) {
-        for (int64_t r = 0; r < LANES; r++) {
-            float sum = sums[r];
-            for (int64_t d = 0; d < DELAY; d++) {
-                sum += errors[r - d * LANES] * l[-d * ld];
-            }
-            sums[r] = sum;
+    const int64_t groups = job->k / job->q.group;
+    int64_t last = -1;
+    for (int64_t i = begin - block; i < end - block; i++) {
+        const int64_t group = job->permutation[block + i] / job->q.group;
+        const float *scales = job->scales + (s->first + r0) * groups + group;
+        float *to = lanes->scales[i];
+        if (group == last) {
+            memcpy(to, lanes->scales[i - 1], sizeof lanes->scales[i]);
+            continue;
         }
-        return;
-    }
-    for (int64_t d = 0; d < count; d++) {
+        last = group;
         for (int64_t r = 0; r < LANES; r++) {
-            sums[r] += errors[r - d * LANES] * l[-d * ld];
+            to[r] = r < count ? scales[r * groups] : 0.0f;
         }
     }
 }
@@ -163,7 +130,7 @@ feed_back(int64_t count, const float *restrict errors, const float *l, int64_t l
 /* Columns block .. end - 1 of count rows from r0 on, turned: rows become lanes. */
 static void
 load_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t block, int64_t end,
-           struct lanes *lanes)
+           struct sq_gptq_lanes *lanes)
 {
     memset(lanes, 0, sizeof *lanes);
     for (int64_t r = 0; r < count; r++) {
@@ -179,7 +146,7 @@ load_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t block
 /* What round_lanes changed: sums of columns block .. begin - 1, values and codes of the others. */
 static void
 store_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t block, int64_t begin,
-            int64_t end, const struct lanes *lanes)
+            int64_t end, const struct sq_gptq_lanes *lanes)
 {
     const int64_t k = s->job->k;
     const int32_t *permutation = s->job->permutation;
@@ -197,29 +164,21 @@ store_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t bloc
 }
 
 /* Rounds columns end - 1 down to begin of count rows from r0 on and feeds the errors back into
- * their sums, which reach down to column block: at once into the DELAY columns that come next, into
- * the others together. Every sum gets its terms in the order of the columns all the same. */
+ * their sums, which reach down to column block. */
 static void
 round_lanes(const struct round_state *s, int64_t r0, int64_t count, int64_t begin, int64_t end,
-            int64_t block, struct lanes *lanes)
+            int64_t block, struct sq_gptq_lanes *lanes)
 {
-    const int64_t k = s->job->k;
-    const float *factor = s->job->factor;
+    const struct round_job *job = s->job;
+    const struct sq_gptq_columns columns = {.bits = job->q.bits,
+                                            .begin = begin - block,
+                                            .end = end - block,
+                                            .factor = job->factor + block * (job->k + 1),
+                                            .ld = job->k,
+                                            .inv_diagonal = job->inv_diagonal + block};
     load_lanes(s, r0, count, block, end, lanes);
-    for (int64_t stop = end, first; stop > begin; stop = first) {
-        first = sq_max_i64(begin, stop - DELAY);
-        for (int64_t j = stop - 1; j >= first; j--) {
-            round_column(s, r0, count, j, j - block, lanes);
-            for (int64_t i = first; i < j; i++) {
-                feed_back(1, lanes->values[j - block], factor + j * k + i, k,
-                          lanes->sums[i - block]);
-            }
-        }
-        for (int64_t i = block; i < first; i++) {
-            feed_back(stop - first, lanes->values[stop - 1 - block], factor + (stop - 1) * k + i, k,
-                      lanes->sums[i - block]);
-        }
-    }
+    load_scales(s, r0, count, block, begin, end, lanes);
+    job->kernels->gptq_columns(&columns, lanes);
     store_lanes(s, r0, count, block, begin, end, lanes);
 }
 
@@ -238,7 +197,7 @@ block_begin(const struct round_job *job, int64_t end)
 }
 
 static sq_status
-round_columns(const struct round_state *s)
+round_columns(struct round_state *s)
 {
     const struct round_job *job = s->job;
     for (int64_t end = job->k, block; end > 0; end = block) {
@@ -257,6 +216,9 @@ round_columns(const struct round_state *s)
             for (int64_t r = 0; r < s->rows; r += LANES) {
                 round_lanes(s, r, sq_min_i64(LANES, s->rows - r), begin, stop, block, s->lanes);
             }
+        }
+        if (job->feedback && block > 0) {
+            sq_gptq_code_errors(job->feedback, s->values, (job->k - end) / BLOCK, &s->errors);
         }
     }
     return SQ_OK;
@@ -292,8 +254,9 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     s.scratch_codes = sq_alloc((size_t)(rows * length));
     s.group_scales = sq_alloc((size_t)rows * sizeof(float));
     s.lanes = sq_alloc(sizeof *s.lanes);
+    const int errors = !job->feedback || sq_gptq_make_errors(job->k, rows, &s.errors);
     sq_status status = SQ_ERR_NOMEM;
-    if (s.values && s.sums && s.updated && s.scratch_codes && s.group_scales && s.lanes) {
+    if (errors && s.values && s.sums && s.updated && s.scratch_codes && s.group_scales && s.lanes) {
         status = round_rows(&s);
     }
     if (status != SQ_OK) {
@@ -305,6 +268,7 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     free(s.scratch_codes);
     free(s.group_scales);
     free(s.lanes);
+    sq_gptq_free_errors(&s.errors);
 }
 
 /* 1 if permutation holds each of 0 .. k - 1 once, 0 if not, -1 without memory; *reversed tells the
@@ -330,16 +294,26 @@ check_permutation(const int32_t *permutation, int64_t k, int *reversed)
     return valid;
 }
 
+/* Whether all blocks are whole but for the last one. */
+static int
+has_whole_blocks(const struct round_job *job)
+{
+    const int64_t group = job->q.group;
+    return job->static_scales || group % BLOCK == 0 || BLOCK % group == 0;
+}
+
 sq_status
 sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *permutation,
-              const float *weights, int64_t n, int64_t k, int8_t *codes, float *scales)
+              const struct sq_gptq_feedback *feedback, const float *weights, int64_t n, int64_t k,
+              int8_t *codes, float *scales)
 {
     if (!q || !factor || !permutation || (n > 0 && (!weights || !codes || !scales))) {
         return SQ_ERR_NULL;
     }
     int64_t count;
     const int64_t group = q->group ? q->group : k;
-    if (k < 1 || k > SQ_GPTQ_K_MAX || group < 1 || k % group || !sq_product(n, k, &count)) {
+    if (k < 1 || k > SQ_GPTQ_K_MAX || group < 1 || k % group || !sq_product(n, k, &count) ||
+        (feedback && sq_gptq_feedback_k(feedback) != k)) {
         return SQ_ERR_SHAPE;
     }
     int own_order;
@@ -351,7 +325,7 @@ sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *
         !sq_gptq_factor_usable(factor, k)) {
         return SQ_ERR_RANGE;
     }
-    if (!sq_all_finite(weights, count) || !sq_all_finite(factor, k * k)) {
+    if (!sq_all_finite(weights, count) || (!feedback && !sq_all_finite(factor, k * k))) {
         return SQ_ERR_NONFINITE;
     }
     float *inv_diagonal = sq_alloc((size_t)k * sizeof *inv_diagonal);
@@ -361,7 +335,8 @@ sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *
     for (int64_t i = 0; i < k; i++) {
         inv_diagonal[i] = 1.0f / factor[i * (k + 1)];
     }
-    struct round_job job = {.q = *q,
+    struct round_job job = {.kernels = sq_kernels_active(),
+                            .q = *q,
                             .factor = factor,
                             .inv_diagonal = inv_diagonal,
                             .permutation = permutation,
@@ -372,7 +347,8 @@ sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *
                             .codes = codes,
                             .scales = scales};
     job.q.group = group;
-    sq_parallel_for(n, ROWS, round_chunk, &job);
+    job.feedback = has_whole_blocks(&job) ? feedback : NULL;
+    sq_parallel_for(n, SQ_GPTQ_ROWS, round_chunk, &job);
     free(inv_diagonal);
     return (sq_status)atomic_load(&job.status);
 }

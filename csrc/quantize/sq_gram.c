@@ -83,19 +83,19 @@ struct codes_job {
     atomic_int no_memory;
 };
 
-/* Inputs of panel p: their columns of x as rows, zeros where there is none. rows [nr][length]. */
+/* Inputs of panel p: their columns of x as rows, zeros where there is none. rows [nr][ld]. */
 static void
-turn_columns(const struct codes_job *job, int64_t p, float *rows)
+turn_columns(const struct codes_job *job, int64_t p, float *rows, int64_t ld)
 {
-    const int64_t nr = job->kernels->nr, k = job->gram.k, length = job->length;
+    const int64_t nr = job->kernels->nr, k = job->gram.k;
     const int64_t columns = sq_min_i64(nr, k - p * nr);
-    memset(rows, 0, (size_t)(nr * length) * sizeof *rows);
+    memset(rows, 0, (size_t)(nr * ld) * sizeof *rows);
     for (int64_t t0 = 0; t0 < job->count; t0 += SQUARE) {
         const int64_t t1 = sq_min_i64(job->count, t0 + SQUARE);
         for (int64_t t = t0; t < t1; t++) {
             const float *x = job->gram.x + job->tokens[t] * k + p * nr;
             for (int64_t j = 0; j < columns; j++) {
-                rows[j * length + t] = x[j];
+                rows[j * ld + t] = x[j];
             }
         }
     }
@@ -108,18 +108,19 @@ code_panels(void *context, int64_t begin, int64_t end, int thread)
     struct codes_job *job = context;
     const int64_t nr = job->kernels->nr, length = job->length, sums = length / SQ_K_ALIGN + 1;
     (void)thread;
-    float *rows = sq_thread_scratch((size_t)(nr * length) * (sizeof *rows + 1));
+    const int64_t ld = length + SQUARE; /* else rows share cache sets */
+    float *rows = sq_thread_scratch((size_t)(nr * ld) * (sizeof *rows + 1));
     if (!rows) {
         atomic_store(&job->no_memory, 1);
         return;
     }
-    int8_t *codes = (int8_t *)(rows + nr * length);
+    int8_t *codes = (int8_t *)(rows + nr * ld);
     for (int64_t p = begin; p < end; p++) {
-        turn_columns(job, p, rows);
+        turn_columns(job, p, rows, ld);
         for (int64_t j = 0; j < nr; j++) {
             const int64_t input = p * nr + j;
             int8_t *own = codes + j * length;
-            (void)sq_quantize_row(job->kernels, 8, 1.0f, rows + j * length, length, own,
+            (void)sq_quantize_row(job->kernels, 8, 1.0f, rows + j * ld, length, own,
                                   job->scales + input);
             memcpy(job->codes + input * job->ld, own, (size_t)length);
             sq_running_sums(own, length, job->sums + input * sums);

@@ -116,16 +116,33 @@ sq_gram_update(int bits, const struct sq_weight_transform *transform, const floa
 sq_status
 sq_gptq_factor(float *gram, int64_t k, float damping, int by_diagonal, int32_t *permutation);
 
+/* The factor [k][k] as error feedback in 8 bits takes it, in the order of the kernel table that is
+ * active now, which multiplies it later too. Values that are not finite: SQ_ERR_NONFINITE. *out is
+ * freed by the caller. Parallel over columns. */
+struct sq_gptq_feedback;
+sq_status
+sq_gptq_feedback_make(const float *factor, int64_t k, struct sq_gptq_feedback **out);
+
+int64_t
+sq_gptq_feedback_k(const struct sq_gptq_feedback *feedback);
+
+/* NULL is fine. */
+void
+sq_gptq_feedback_free(struct sq_gptq_feedback *feedback);
+
 /* weights [n][k] -> codes [n][k], scales [n][k / g] (q->group = g, or 0 for whole rows) on the
  * symmetric grid of sq_quantize with q's bits, clip and search. factor [k][k] and permutation [k]
  * are sq_gptq_factor's. Scales of whole rows are of the weights as given. Those of groups are taken
  * when their first column is reached, of the weights as they have become by then, unless the
  * order is by diagonal: then of the weights as given, in their stored places ("static groups").
+ * With feedback, which was made of this factor, errors reach other blocks of columns in 8 bits:
+ * unless groups neither hold whole blocks nor divide one. NULL: in float32.
  * SQ_ERR_RANGE also when permutation is none or factor's diagonal not positive. Parallel over
  * rows; a row's result does not depend on the other rows. */
 sq_status
 sq_gptq_round(const struct sq_quantizer *q, const float *factor, const int32_t *permutation,
-              const float *weights, int64_t n, int64_t k, int8_t *codes, float *scales);
+              const struct sq_gptq_feedback *feedback, const float *weights, int64_t n, int64_t k,
+              int8_t *codes, float *scales);
 
 /* 1 if the diagonal of a factor [k][k] is finite and above the smallest normal number, so that it
  * can be divided by. */

@@ -247,6 +247,54 @@ def gptq_round(weights, factor, permutation, bits=4, group=0, search=False, bflo
     return codes, scales
 
 
+def _rounded(x):
+    """Rows of x with codes of 8 bits, a scale for each, as what they stand for."""
+    return dequantize(*quantize(np.ascontiguousarray(x, F32), 8)[:2]).astype(np.float64)
+
+
+def gptq_round_in_codes(weights, factor, permutation, bits=4, group=0, search=False):
+    """`gptq_round` in the form of LDL feedback (QuIP, theorem 6), columns in the factor's order.
+
+    What errors do in other blocks of 128 columns comes of errors and a factor in codes of 8 bits.
+    """
+    weights, lower = np.asarray(weights, F32), np.asarray(factor, np.float64)
+    k = len(lower)
+    order = np.asarray(permutation)
+    static = not group or not np.array_equal(order, np.arange(k)[::-1])
+    group = group or k
+    codes = np.zeros(weights.shape, np.int8)
+    scales = quantize(weights, bits, group, search=search)[1]
+    values, errors = weights[:, order].astype(np.float64), np.zeros(weights.shape)
+    half = 2 ** (bits - 1)
+
+    def sums_of(begin, end):
+        total = np.zeros((len(weights), end - begin))
+        for stop in range(k, end, -512):  # a run of blocks has one scale
+            run = [column for b in range(stop, max(stop - 512, end), -128)
+                   for column in range(b - 128, b)]
+            total += _rounded(errors[:, run]) @ _rounded(lower[run, begin:end].T).T
+        return total
+
+    for end in range(k, 0, -128):
+        block = max(0, end - 128)
+        sums = sums_of(block, end)
+        for j in range(end - 1, block - 1, -1):
+            if not static and (j + 1) % group == 0:  # a group's first column
+                first = j + 1 - group
+                known = sums[:, first - block :][:, :group] if first >= block else sums_of(
+                    first, j + 1)
+                turned = np.linalg.solve(lower[first : j + 1, first : j + 1].T, known.T).T
+                now = (values[:, first : j + 1] + turned)[:, ::-1]
+                scales[:, [order[j] // group]] = quantize(now.astype(F32), bits, search=search)[1]
+            scale = scales[:, order[j] // group].astype(np.float64)
+            code = values[:, j] + sums[:, j - block] / lower[j, j]
+            code = code / np.where(scale, scale, np.inf)
+            codes[:, order[j]] = code = np.clip(np.rint(code), -half, half - 1)
+            errors[:, j] = values[:, j] - scale * code
+            sums[:, : j - block] += np.outer(errors[:, j], lower[j, block:j])
+    return codes, scales
+
+
 def transform_weight(weight, rotation=None, columns=None, rows=None):
     """Like the core, in float32; the rotation in float64."""
     x = to_float32(weight, reject=True)

@@ -36,10 +36,11 @@ Rotation = SiteRotation | BlockRotation
 
 
 class GptqFactor(NamedTuple):
-    """What `_C.gptq_factor` makes of a site's rotated inputs; all linears of the site share it."""
+    """What `_C` makes of a site's rotated inputs; all linears of the site share it."""
 
     factor: NDArray[np.float32]  # [k, k]
     permutation: NDArray[np.int32]  # [k]
+    feedback: object | None = None  # the factor as `_C.gptq_feedback` has it
 
 
 def transform_inputs(x: NDArray[np.float32], rotation: Rotation | None) -> NDArray[np.float32]:
@@ -83,7 +84,8 @@ def gptq_factor(
 ) -> GptqFactor:
     """The factor of the Gram matrix of a site's rotated calibration inputs.
 
-    Sums of products are of inputs with config.calibration_bits, the rest is float32.
+    Sums of products are of inputs with config.calibration_bits, and so is the error feedback from
+    one block of columns to the others. The rest is float32.
 
     With config.gptq_inputs "quantized", of the inputs after their own rounding and clip. Where
     fewer tokens than inputs were seen, the matrix has not the rank to say how all inputs go
@@ -108,7 +110,8 @@ def gptq_factor(
         columns = None if rotation.balance is None else 1 / rotation.balance
         gram = _C.gram(inputs, None, bits, rotation.of_inputs, columns)
     missing = max(1.0, gram.shape[0] / len(inputs))
-    return GptqFactor(*_C.gptq_factor(gram, config.gptq_damping * missing, config.gptq_order, True))
+    factor = _C.gptq_factor(gram, config.gptq_damping * missing, config.gptq_order, True)
+    return GptqFactor(*factor, _C.gptq_feedback(factor[0]) if bits == 8 else None)
 
 
 # ---- linears and layers -------------------------------------------------------------------------
@@ -152,7 +155,8 @@ def quantize_linear(
             rows = slice(first, min(first + ROWS_PER_BLOCK, n))
             scale = None if rows_scale is None else rows_scale[rows]
             block = _C.transform_weight(weight[rows], turn, columns, scale)
-            codes, scales[rows] = _C.gptq_round(block, *gptq, bits, group, True, group > 0)
+            codes, scales[rows] = _C.gptq_round(block, gptq.factor, gptq.permutation, bits, group,
+                                                True, group > 0, gptq.feedback)
             words[rows] = _C.pack(codes, bits)
     except ValueError as error:
         require_finite(weight, name)  # names its rows as everywhere else
