@@ -12,7 +12,7 @@
 #include "core/sq_threads.h"
 
 /* Elements of one chunk of the parallel loops. */
-enum { CHUNK_ELEMENTS = 1 << 16 };
+enum { CHUNK_ELEMENTS = 1 << 16, SEARCH_BATCH = 4 /* ratios that are tried together */ };
 
 /* A grid: x = scale * (code - zero), code - zero in [low, high]. scale 0: all codes are zero. */
 struct grid {
@@ -136,6 +136,17 @@ search_fixed(const struct sq_kernels *kernels, const float *x, int64_t k, float 
     return count;
 }
 
+/* Squared error of the smallest or the largest value, where the grid clips it. All smaller ratios
+ * of a symmetric grid clip more. */
+static double
+clipped_error(const struct grid *grid, float min, float max)
+{
+    const double below = (double)grid->scale * grid->low - min;
+    const double above = max - (double)grid->scale * grid->high;
+    const double most = fmax(0.0, fmax(below, above));
+    return most * most;
+}
+
 /* The grid of least squared error among the ratios, summed in float64; the largest ratio wins ties.
  * With four bits and no clip of their own, sums of integers leave one ratio or a few near ties. */
 static struct grid
@@ -155,27 +166,35 @@ search_grid(const struct sq_kernels *kernels, const struct sq_quantizer *q, cons
             indices[i] = i;
         }
     }
-    struct grid grids[SQ_CLIP_RATIOS];
-    struct sq_step steps[SQ_CLIP_RATIOS];
-    double errors[SQ_CLIP_RATIOS];
-    int count = 0;
-    while (count < candidates) {
-        const struct grid grid = make_grid(q, min, max, q->clip * SQ_CLIP_RATIO(indices[count]));
-        if (grid.scale == 0.0f) { /* and so are all that follow */
+    struct grid best = make_grid(q, min, max, q->clip);
+    double least = INFINITY;
+    for (int first = 0; first < candidates; first += SEARCH_BATCH) {
+        const int count = (int)sq_min_i64(SEARCH_BATCH, candidates - first);
+        struct grid grids[SEARCH_BATCH];
+        struct sq_step steps[SEARCH_BATCH];
+        double errors[SEARCH_BATCH];
+        int usable = 0;
+        for (; usable < count; usable++) {
+            const float clip = q->clip * SQ_CLIP_RATIO(indices[first + usable]);
+            const struct grid grid = make_grid(q, min, max, clip);
+            if (grid.scale == 0.0f) { /* and so are all that follow */
+                break;
+            }
+            grids[usable] = grid;
+            steps[usable] = (struct sq_step){grid.scale, (float)grid.low, (float)grid.high};
+        }
+        if (usable == 0 || (q->symmetric && 0.999 * clipped_error(&grids[0], min, max) > least)) {
             break;
         }
-        grids[count] = grid;
-        steps[count++] = (struct sq_step){grid.scale, (float)grid.low, (float)grid.high};
+        kernels->quantize_errors(x, k, steps, usable, errors);
+        for (int i = 0; i < usable; i++) {
+            if (errors[i] < least) {
+                least = errors[i];
+                best = grids[i];
+            }
+        }
     }
-    if (count == 0) {
-        return make_grid(q, min, max, q->clip);
-    }
-    kernels->quantize_errors(x, k, steps, count, errors);
-    int best = 0;
-    for (int i = 1; i < count; i++) {
-        best = errors[i] < errors[best] ? i : best;
-    }
-    return grids[best];
+    return best;
 }
 
 static void
