@@ -354,7 +354,7 @@ gemm_rows_of(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows
  * are read a fifth faster than by pieces, for which NR rows are as many streams at once. */
 enum {
     ALONG_TOKENS = 2,
-    ALONG_LEAST = 64 /* blocks */,
+    ALONG_LEAST = 32 /* blocks */,
     ALONG_ROWS = 8,
     ALONG_BLOCKS = 128,
     ALONG_AHEAD = 4096 /* bytes */,
