@@ -173,15 +173,19 @@ class QuantConfig:
         return cls(**values)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> QuantConfig:
-        """The recipe in a JSON file, or in a result's recipe.json; errors name the file."""
+    def from_file(cls, path: str | Path, given: Mapping[str, Any] | None = None) -> QuantConfig:
+        """The recipe in a JSON file, or in a result's recipe.json; errors name the file.
+
+        Values that are given besides win, and defaults that hang on others follow them.
+        """
         values = read_json(Path(path), MAX_LISTING_BYTES)
         if isinstance(values.get("config"), dict):  # recipe.json also says what it was made from
             values = values["config"]
         try:
-            return cls.from_json(values)
+            own = cls.from_json(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        return cls.from_json({**values, **given}) if given else own
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

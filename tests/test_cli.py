@@ -11,7 +11,8 @@ from blocks import SITES
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
-from singlequant.cli.main import main
+from singlequant.cli.main import main, parser
+from singlequant.cli.quantize import config_from
 
 
 def quantize(model, out, text, *options):
@@ -151,6 +152,18 @@ def test_dry_run_prints_size_and_time(model, tmp_path, text, capsys):
     assert "size" in printed
     assert "time" in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", [None, {"scheme": "w4a4"}])
+@pytest.mark.parametrize(("weights", "tokens"), [("rtn", 2048), ("mse", 2048), ("gptq", 8192)])
+def test_default_tokens_follow_the_rounding_that_is_asked_for(tmp_path, recipe, weights, tokens):
+    options = ["quantize", "MODEL", "OUT", "--weights", weights]
+    if recipe is not None:
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        options += ["--recipe", str(tmp_path / "recipe.json")]
+    assert config_from(parser().parse_args(options)).calibration_tokens == tokens
+    options += ["--calibration-tokens", "300"]
+    assert config_from(parser().parse_args(options)).calibration_tokens == 300
 
 
 def test_recipe_is_overridden_by_options(model, tmp_path, text, capsys):

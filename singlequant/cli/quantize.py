@@ -95,10 +95,11 @@ def add(commands) -> None:
 
 def config_from(arguments: argparse.Namespace) -> QuantConfig:
     """The recipe file's values, overwritten by the options given."""
-    recipe = QuantConfig.from_file(arguments.recipe) if arguments.recipe else QuantConfig()
     names = [field.name for field in fields(QuantConfig)]
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n, None) is not None}
-    return QuantConfig.from_json({**recipe.to_json(), **given})
+    if arguments.recipe:
+        return QuantConfig.from_file(arguments.recipe, given)
+    return QuantConfig.from_json(given)
 
 
 def run(arguments: argparse.Namespace) -> None:
