@@ -191,12 +191,14 @@ def _head_noise(view: View, hidden: NDArray[np.float32]) -> tuple[float, float]:
 def layer_shares(view: View, layer: NoiseLayer) -> Iterator[tuple[str, Share]]:
     """(name, share) of each linear of a layer."""
     spec, weights = view.spec.layer(layer.index), view.layer(layer.index)
-    added = _added(spec, weights, layer)
+    own = {role: energy(_C.linear_dense(layer.samples[site.name], weights.linears[role].weight))
+           for site in spec.sites.values() for role in site.roles}
+    added = _added(spec, own, layer)
     for site in spec.sites.values():
         x = layer.samples[site.name]
         for role in site.roles:
             w = weights.linears[role].weight
-            relative = relative_noise(x, w)
+            relative = relative_noise(x, w, own[role])
             out = _at(added[_writer(spec, role)], len(x))
             between = role_row(role).block == "attention" and not spec.parallel
             stream = _at(layer.entry, len(x)) + out if between else _at(layer.stream, len(x))
@@ -205,10 +207,15 @@ def layer_shares(view: View, layer: NoiseLayer) -> Iterator[tuple[str, Share]]:
                                                     w.shape[0] * w.shape[1])
 
 
-def relative_noise(x: NDArray[np.float32], w: NDArray) -> NDArray[np.float64]:
-    """[tokens] |W|^2 |x|^2 / k  /  |W x|^2: times e(b), the relative error of W's own output."""
+def relative_noise(
+    x: NDArray[np.float32], w: NDArray, own: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """[tokens] |W|^2 |x|^2 / k  /  |W x|^2: times e(b), the relative error of W's own output.
+
+    own: |W x|^2 [tokens], where it is known.
+    """
+    own = energy(_C.linear_dense(x, w)) if own is None else own
     square = float(_C.column_moments(w)[1].sum())
-    own = energy(_C.linear_dense(x, w))
     return square / w.shape[1] * energy(x) / np.maximum(own, _tiny(own))
 
 
@@ -267,11 +274,13 @@ def _writer(spec: LayerSpec, role: str) -> str:
                 and expert_of(r) == expert)
 
 
-def _added(spec: LayerSpec, weights, layer: NoiseLayer) -> dict[str, NDArray[np.float64]]:
+def _added(
+    spec: LayerSpec, own: Mapping[str, NDArray[np.float64]], layer: NoiseLayer
+) -> dict[str, NDArray[np.float64]]:
     """By role that writes the stream, the energy of what its block adds, [tokens] or [1].
 
-    A norm behind the branch sets that energy, whatever the linear's own is: it is then taken to be
-    half of the layer's change of the stream.
+    own: the energy of each role's outputs. A norm behind the branch sets what it adds, whatever the
+    linear's own energy is: it is then taken to be half of the layer's change of the stream.
     """
     found = {}
     for site in spec.sites.values():
@@ -280,9 +289,7 @@ def _added(spec: LayerSpec, weights, layer: NoiseLayer) -> dict[str, NDArray[np.
             if norm in spec.norms and not spec.norm_sums:
                 found[role] = layer.change / 2
             else:
-                x = layer.samples[site.name]
-                out = energy(_C.linear_dense(x, weights.linears[role].weight))
-                found[role] = out * spec.residual_scale**2
+                found[role] = own[role] * spec.residual_scale**2
     return found
 
 
