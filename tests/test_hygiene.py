@@ -82,6 +82,7 @@ CALLS = {
     "unpack": (WORDS, 40),
     "PackedWeight": (WORDS, f32(6, 1), 40, 0, 32),
     "linear": (f32(3, 40), _C.PackedWeight(WORDS, f32(6, 1), 40), 4, 0.9, None, f32(6)),
+    "Activations": (f32(3, 40), 4, 0.9, None, 32),
     "linear_dense": (f32(3, 40), f32(6, 40).astype(np.float16)),
     "to_float32": (f32(3, 40).astype(np.float16), True),
     "gather_rows": (f32(9, 5).astype(np.float16), np.array([3, 0, 8])),
@@ -178,6 +179,8 @@ def outcome(name, arguments):
         result = _C.gptq_round(weights, CALLS[name][0], order, feedback=result)
     if name == "PackedWeight":
         result = _C.linear(CALLS["linear"][0], result)
+    if name == "Activations":
+        result = result.linear(_C.PackedWeight(WORDS, np.ones((6, 1), np.float32), 40, 0, 32))
     if name == "Rotation":
         result = _C.rotate(CALLS["rotate"][0], result)
     if name == "DecoderLayer":

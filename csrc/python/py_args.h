@@ -102,6 +102,8 @@ sq_py_add_rotation_type(PyObject *module);
 int
 sq_py_add_pack_types(PyObject *module);
 int
+sq_py_add_activations_type(PyObject *module);
+int
 sq_py_add_runtime_types(PyObject *module);
 
 /* Each binding file's functions; {NULL}-terminated. */

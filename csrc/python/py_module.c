@@ -284,7 +284,7 @@ module_exec(PyObject *module)
         }
     }
     if (add_constants(module) || sq_py_add_rotation_type(module) || sq_py_add_pack_types(module) ||
-        sq_py_add_runtime_types(module)) {
+        sq_py_add_activations_type(module) || sq_py_add_runtime_types(module)) {
         return -1;
     }
     return 0;

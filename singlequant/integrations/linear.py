@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from .. import _C
 from ..weights import PackedLinear
-from .rotation_state import NAMES as ROTATION_NAMES, rotation_arrays, rotation_of
+from .rotation_state import NAMES as ROTATION_NAMES, rotation_arrays
+from .shared_input import Turn, prepare, turn_of
 
 REQUIRED = ("weight_packed", "weight_scale", "weight_layout", "activation_layout",
             "activation_clip")
@@ -33,7 +34,7 @@ class Linear(torch.nn.Module):
         self._has_bias = bias
         self._arrays: dict[str, NDArray[Any]] = {}  # all there is to it, as state_dict has it
         self._panels: _C.PackedWeight | None = None  # made of the arrays, as is the rest
-        self._rotation: _C.Rotation | None = None
+        self._turn: Turn | None = None
         self._bits, self._clip = 16, 1.0
 
     @classmethod
@@ -83,7 +84,7 @@ class Linear(torch.nn.Module):
                               layout[2])
         panels = _C.PackedWeight(packed.words, packed.scales, k, packed.group, activations[1],
                                  packed.bits)
-        self._rotation = rotation_of(k, arrays)
+        self._turn = turn_of(k, arrays, self)
         self._arrays, self._panels, self._bits = arrays, panels, activations[0]
         self._clip = clip[0]
 
@@ -109,8 +110,8 @@ class Linear(torch.nn.Module):
         packed = self.packed
         codes = _C.unpack(packed.words, self.in_features, packed.bits)
         weight = _C.dequantize(codes, packed.scales)
-        if self._rotation is not None:  # y = x T W'^T
-            turn = _C.rotate(np.eye(self.in_features, dtype=np.float32), self._rotation)
+        if self._turn is not None:  # y = x T W'^T
+            turn = _C.rotate(np.eye(self.in_features, dtype=np.float32), self._turn.core)
             weight = _C.linear_dense(weight, turn)
         return torch.from_numpy(weight)
 
@@ -127,8 +128,14 @@ class Linear(torch.nn.Module):
         if x.device.type != "cpu" or not x.is_floating_point():
             raise TypeError(f"singlequant Linear: expected floats on the CPU, found {x.dtype} on "
                             f"{x.device}")
-        y = _C.linear(x.detach().float().numpy(), self._panels, self._bits, self._clip,
-                      self._rotation, self._arrays.get("bias"))
+        values, bias = x.detach().float().numpy(), self._arrays.get("bias")
+        if self._turn is not None and len(self._turn.users) > 1:
+            shared = prepare(x, values, self._turn, self._bits, self._clip,
+                             self._panels.int8_inputs)
+            y = shared.linear(self._panels, bias)
+        else:
+            y = _C.linear(values, self._panels, self._bits, self._clip,
+                          None if self._turn is None else self._turn.core, bias)
         return torch.from_numpy(y).to(x.dtype)
 
     def _require_weight(self) -> None:
@@ -143,7 +150,7 @@ class Linear(torch.nn.Module):
         if self._panels is None:
             return f"{text}, no weight"
         n, k, bits, group = self._arrays["weight_layout"].tolist()
-        rotated = "" if self._rotation is None else ", rotated"
+        rotated = "" if self._turn is None else ", rotated"
         return f"{text}, weight_bits={bits}, group={group}, activation_bits={self._bits}{rotated}"
 
     # ---- state: arrays, which no `half` or `to` converts ----------------------------------------
@@ -179,7 +186,7 @@ class Linear(torch.nn.Module):
             error_msgs.append(f"{prefix.rstrip('.') or 'Linear'}: {error}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_panels": None, "_rotation": None}
+        return {**self.__dict__, "_panels": None, "_turn": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
