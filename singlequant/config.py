@@ -106,6 +106,14 @@ class QuantConfig:
         return SCHEMES[self.scheme]
 
     @property
+    def head_input_bits(self) -> int:
+        """Of what meets a head of 8, 6 or 4 bits, with a scale for every 32 inputs of a token.
+
+        24 are as good as float32. 16 add errors of 2e-3 to logits of 40.
+        """
+        return 24 if self.activation_bits == 16 else 8
+
+    @property
     def activation_clip(self) -> float:
         """The clip that holds: the given one, or the scheme's default."""
         return DEFAULT_CLIP[self.scheme] if self.clip is None else self.clip

@@ -116,7 +116,7 @@ class PackedTable:
         return _C.gather_codes(*self._bytes, self.bits, self.shape[1], index)
 
     def linear(self, x: NDArray[np.float32], activation_bits: int = 16) -> NDArray[np.float32]:
-        """x [..., width] times the table transposed: [..., rows]. x is rounded to 8 or 16 bits,
+        """x [..., width] times the table transposed: [..., rows]. x is rounded to 8, 16 or 24 bits,
         with a scale for every 32 inputs. A row of x does not depend on the others, bit for bit."""
         return _C.linear_rows(x, *self._bytes, self.bits, activation_bits)
 

@@ -244,7 +244,7 @@ def test_gemm_half_is_within_the_chain_bound_and_knows_no_batch(table, guarded, 
         np.testing.assert_array_equal(_C.linear_dense(x, guarded(w[-1:])), whole[:, -1:])
 
 
-@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("activation_bits", [8, 16, 24])
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 250, 545, 2050])
 def test_gemm_rows_equals_twin_bit_for_bit(table, guarded, bits, k, activation_bits):
@@ -276,7 +276,7 @@ def test_gemm_rows_takes_every_byte_and_says_nan(table, bits):
     x[2, :32] = 1e-40
     x[3, 5] = 1e30
     x[4, 7], x[5, 9] = np.inf, np.nan
-    for activation_bits in (8, 16):
+    for activation_bits in (8, 16, 24):
         found = _C.linear_rows(x, codes, scales, bits, activation_bits)
         expected = reference.linear_rows(x[:4], codes, scales, bits, activation_bits)
         np.testing.assert_array_equal(found[:4], expected)

@@ -110,7 +110,7 @@ def test_rows_errors_name_the_argument(rng):
         ((x, codes[:, :32], scales[:, :1], 4), r"scales: expected shape\[1\] = 2, got 1"),
         ((x, codes, scales, 7), "bits: expected 8, 6 or 4, got 7"),
         ((np.float32(0), codes, scales, 8), "x: expected at least 1 dimension"),
-        ((x, codes, scales, 8, 4), "activation_bits: expected 8 or 16, got 4"),
+        ((x, codes, scales, 8, 4), "activation_bits: expected 8, 16 or 24, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             _C.linear_rows(*arguments)

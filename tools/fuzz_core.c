@@ -125,7 +125,7 @@ fuzz_code_rows(struct input *in)
     }
     w.codes = codes;
     w.scales = scales;
-    (void)sq_linear_rows(&w, (int)number(in, rows % 2 ? 8 : 16), x, m, y, rows);
+    (void)sq_linear_rows(&w, (int)number(in, 8 * (1 + rows % 3)), x, m, y, rows);
     for (int64_t i = 0; i < m; i++) {
         index[i] = number(in, rows > 0 ? (index[i] & 0xff) % rows : 0);
     }

@@ -20,12 +20,13 @@ struct sq_code_rows {
     const uint16_t *scales; /* [rows][sq_code_row_scales] */
 };
 
-/* Tokens for such rows: their own codes, also in blocks that have a scale each. A token is one row
- * of codes or the sum of two, the second of what the first leaves. What lies behind its inputs is
- * code 0. */
+/* Tokens for such rows: their own codes, also in blocks that have a scale each. A token is the sum
+ * of one, two or three rows of codes, each of what those before it leave. What lies behind its
+ * inputs is code 0. */
 #define SQ_ROW_TOKENS 64 /* rows at once */
+#define SQ_ROW_PARTS 3   /* rows of a token, at most */
 struct sq_token_rows {
-    int parts;              /* rows of a token: 1 or 2 */
+    int parts;              /* rows of a token */
     int64_t blocks, ld;     /* of SQ_ROW_BLOCK inputs; ld: with zeros up to a multiple of 8 */
     const int8_t *codes;    /* [rows][ld * SQ_ROW_BLOCK], -127 .. 127 */
     const float *scales;    /* [rows][ld] */

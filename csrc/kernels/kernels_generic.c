@@ -444,7 +444,10 @@ sq_gemm_rows__generic(const struct sq_code_rows *w, int64_t n, const struct sq_t
         }
         for (int64_t i = 0; i < m; i++) {
             const float *token = totals + i * x->parts;
-            y[i * ld_y + j] = x->parts == 2 ? token[0] + token[1] : token[0];
+            y[i * ld_y + j] = token[0];
+            for (int part = 1; part < x->parts; part++) {
+                y[i * ld_y + j] += token[part];
+            }
         }
     }
 }

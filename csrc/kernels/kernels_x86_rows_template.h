@@ -337,8 +337,10 @@ gemm_rows_of(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows
         const int64_t columns = sq_min_i64(NR, n - j);
         for (int64_t i = 0; i < m; i++) {
             float *token = totals[i * x->parts];
-            for (int c = 0; x->parts == 2 && c < NR; c++) {
-                token[c] += token[NR + c];
+            for (int part = 1; part < x->parts; part++) {
+                for (int c = 0; c < NR; c++) {
+                    token[c] += totals[i * x->parts + part][c];
+                }
             }
             memcpy(y + i * ld_y + j, token, (size_t)columns * sizeof *y);
         }
@@ -570,7 +572,7 @@ along_rows(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *
     _Alignas(SQ_ALIGN_BYTES) float products[ALONG_ROWS][ALONG_BLOCKS];
     for (int64_t j = 0; j < n; j += ALONG_ROWS) {
         const int64_t rows = sq_min_i64(ALONG_ROWS, n - j);
-        float totals[ALONG_TOKENS][ALONG_ROWS] = {{0.0f}};
+        float totals[SQ_ROW_PARTS][ALONG_ROWS] = {{0.0f}};
         for (int64_t first = 0; first < x->blocks; first += ALONG_BLOCKS) {
             const int64_t blocks = sq_min_i64(ALONG_BLOCKS, x->blocks - first);
             for (int64_t row = 0; row < m * x->parts; row++) {
@@ -582,8 +584,10 @@ along_rows(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *
         }
         for (int64_t i = 0; i < m; i++) {
             for (int64_t r = 0; r < rows; r++) {
-                const float *first = totals[i * x->parts] + r;
-                y[i * ld_y + j + r] = x->parts == 2 ? first[0] + first[ALONG_ROWS] : first[0];
+                y[i * ld_y + j + r] = totals[i * x->parts][r];
+                for (int part = 1; part < x->parts; part++) {
+                    y[i * ld_y + j + r] += totals[i * x->parts + part][r];
+                }
             }
         }
     }
@@ -593,7 +597,7 @@ static ALWAYS_INLINE void
 rows_of_bits(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x, int64_t m,
              float *y, int64_t ld_y, const int bits)
 {
-    if (m * x->parts <= ALONG_TOKENS && x->blocks >= ALONG_LEAST) {
+    if ((m == 1 || m * x->parts <= ALONG_TOKENS) && x->blocks >= ALONG_LEAST) {
         along_rows(w, n, x, m, y, ld_y, bits);
     }
     else {

@@ -111,8 +111,8 @@ struct sq_kernels {
                       const uint16_t *w, float *y, int64_t ld_y);
     /* y [m][n] = x w^T for the first n rows of codes w and m tokens, m * parts <= SQ_ROW_TOKENS. A
      * row of x gives the sum over blocks, ascending, of (w_scale * x_scale) * (float)(exact integer
-     * sum), products and sums rounded one by one; a token of two is the sum of both. Equal bits on
-     * every table, whatever m and n are. */
+     * sum), products and sums rounded one by one; a token is the sum of its rows in their order.
+     * Equal bits on every table, whatever m and n are. */
     void (*gemm_rows)(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows *x,
                       int64_t m, float *y, int64_t ld_y);
 

@@ -120,8 +120,9 @@ PyDoc_STRVAR(linear_rows_doc,
              "linear_rows(x, codes, scales, bits, activation_bits=16)\n--\n\n"
              "y [..., n] = x [..., k] w^T in float32 for w [n, k] in codes and scales as "
              "quantize_rows makes them.\n\n"
-             "x gets codes of activation_bits, 8 or 16, with a scale for every 32 inputs; 16 are "
-             "two codes of 8, one\nof the value and one of what that leaves. codes are read in "
+             "x gets codes of activation_bits, 8, 16 or 24, with a scale for every 32 inputs; 16 "
+             "are two codes of 8, one\nof the value and one of what that leaves, and 24 are "
+             "three. codes are read in "
              "place when they are contiguous (a read-only\nmemory map is welcome). A row of y "
              "depends on neither the other rows nor the number of threads, and\nhas the same bits "
              "on every CPU. ValueError if the shapes disagree.");
@@ -139,8 +140,8 @@ linear_rows(PyObject *module, PyObject *args, PyObject *kwargs)
                                      &scales, &bits, &activation_bits)) {
         return NULL;
     }
-    if (activation_bits != 8 && activation_bits != 16) {
-        return PyErr_Format(PyExc_ValueError, "activation_bits: expected 8 or 16, got %d",
+    if (activation_bits != 8 && activation_bits != 16 && activation_bits != 24) {
+        return PyErr_Format(PyExc_ValueError, "activation_bits: expected 8, 16 or 24, got %d",
                             activation_bits);
     }
     x = sq_py_array(x_object, NPY_FLOAT, -1, "x");

@@ -67,10 +67,10 @@ sq_linear_steady(sq_dtype dtype, const void *w, const float *x, int64_t m, int64
                  float *y);
 
 /* y [m][ld_y] = x w^T for rows of codes of k inputs, which are read where they lie. Tokens
- * get codes of activation_bits, 8 or 16, with a scale for every SQ_ROW_BLOCK inputs; 16 are two
- * codes of 8, one of the value and one of what that leaves. A token with NaN or Inf has NaN
- * everywhere. An element does not depend on m or on the number of threads, and has the same
- * bits on every table of kernels. Parallel over outputs. */
+ * get codes of activation_bits, 8, 16 or 24, with a scale for every SQ_ROW_BLOCK inputs; 16 are two
+ * codes of 8, one of the value and one of what that leaves, and 24 are three. A token with NaN or
+ * Inf has NaN everywhere. An element does not depend on m or on the number of threads, and has the
+ * same bits on every table of kernels. Parallel over outputs. */
 struct sq_code_rows;
 sq_status
 sq_linear_rows(const struct sq_code_rows *w, int activation_bits, const float *x, int64_t m,

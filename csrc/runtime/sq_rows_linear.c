@@ -138,11 +138,12 @@ sq_linear_rows(const struct sq_code_rows *w, int activation_bits, const float *x
     if (!sound(w) || m < 0 || ld_y < w->rows) {
         return SQ_ERR_SHAPE;
     }
-    if ((activation_bits != 8 && activation_bits != 16) || !sq_product(w->rows, w->k, &elements) ||
+    const int parts = activation_bits / 8;
+    if (parts < 1 || parts > SQ_ROW_PARTS || activation_bits % 8 ||
+        !sq_product(w->rows, w->k, &elements) ||
         !sq_product(m, sq_max_i64(w->k, ld_y), &elements)) {
         return SQ_ERR_RANGE;
     }
-    const int parts = activation_bits / 8;
     const int64_t together = SQ_ROW_TOKENS / parts;
     struct coded_tokens tokens =
         make_tokens(sq_min_i64(m, together) * parts, parts, sq_code_row_scales(w->k));

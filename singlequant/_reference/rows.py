@@ -48,7 +48,7 @@ def linear_rows_bound(x, codes, scales, bits, activation_bits=16):
     padded = np.zeros((len(x), scales.shape[-1] * 32))
     padded[:, :k] = np.abs(x)
     largest = padded.reshape(len(x), -1, 32).max(-1).repeat(32, axis=-1)[:, :k]
-    step = largest / 127 if activation_bits == 8 else largest / (127 * 254)
+    step = largest / (127 * 254 ** (activation_bits // 8 - 1))
     return (step / 2 * 1.001) @ weights.T + 100 * 2.0**-23 * (np.abs(x) @ weights.T) + 1e-36
 
 

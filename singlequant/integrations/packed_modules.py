@@ -178,7 +178,8 @@ def make_modules(
             yield places[name].module, TableEmbedding(table, places[name].scale)
         else:
             bias = outer.get(f"{name}.bias")
-            yield places[name].module, TableHead(table, None if bias is None
+            bits = checkpoint.quant_config.head_input_bits
+            yield places[name].module, TableHead(table, bits, None if bias is None
                                                  else _C.to_float32(bias))
 
 

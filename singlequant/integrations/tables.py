@@ -32,20 +32,26 @@ class TableEmbedding(torch.nn.Module):
 
 
 class TableHead(torch.nn.Module):
-    """Logits by a packed table in the place of a torch.nn.Linear."""
+    """Logits by a packed table in the place of a torch.nn.Linear.
 
-    def __init__(self, table: PackedTable, bias: NDArray[Any] | None = None) -> None:
+    input_bits: of the inputs, as `QuantConfig.head_input_bits` says.
+    """
+
+    def __init__(
+        self, table: PackedTable, input_bits: int, bias: NDArray[Any] | None = None
+    ) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.input_bits = table, input_bits
         self.bias = None if bias is None else torch.from_numpy(bias)
         self.out_features, self.in_features = table.shape
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., rows] of x [..., width], of the same type."""
-        logits = torch.from_numpy(self.table.linear(array(input)))
+        logits = torch.from_numpy(self.table.linear(array(input), self.input_bits))
         return (logits if self.bias is None else logits + self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         """What repr shows between the brackets."""
         return (f"in_features={self.in_features}, out_features={self.out_features}, "
-                f"bias={self.bias is not None}, bits={self.table.bits}")
+                f"bias={self.bias is not None}, bits={self.table.bits}, "
+                f"input_bits={self.input_bits}")

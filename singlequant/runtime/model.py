@@ -53,9 +53,8 @@ class Model:
                              f"found {kv_dtype!r}")
         self._clamp_told = False
         self.spec = checkpoint.spec
-        config = checkpoint.quant_config
-        wide = config is None or config.activation_bits == 16
-        self.outer = Outer(checkpoint, activation_bits=16 if wide else 8)
+        config = checkpoint.quant_config  # an unquantized head has no use for these bits
+        self.outer = Outer(checkpoint, 16 if config is None else config.head_input_bits)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
         self._decoder = _C.Decoder(self._layers)
 

@@ -36,7 +36,7 @@ class _Norm:
 class Outer:
     """Embedding and head of a checkpoint. Weights stay mapped; norms are kept in float32.
 
-    activation_bits: 8 or 16, of what meets a head of 8, 6 or 4 bits, with a scale for every 32
+    activation_bits: 8, 16 or 24, of what meets a head of 8, 6 or 4 bits, with a scale for every 32
     inputs of a token.
     """
 
