@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
-transformers = pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
+transformers = pytest.importorskip("transformers", "4.57", reason="needs transformers 4.57")
 
 import family_models as zoo  # noqa: E402
 
@@ -224,12 +224,10 @@ def test_a_config_that_is_not_ours_is_refused(change, error, folder, tmp_path):
         AutoModel.from_pretrained(tmp_path / "changed")
 
 
-def test_other_devices_and_saving_are_refused(folder, tmp_path):
+def test_other_devices_and_training_are_refused(folder):
     with pytest.raises(ValueError, match="device_map: expected the CPU"):
         AutoModel.from_pretrained(folder, device_map="meta")
     model = AutoModel.from_pretrained(folder)
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "again")
     with pytest.raises(RuntimeError, match="there is no backward"):
         model(torch.from_numpy(random_tokens(model))).logits.sum().backward()
 

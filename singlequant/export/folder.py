@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..files import is_present, whole_file, write_file
+from ..files import is_present, whole_file
 from .partial import PartialFolder
 
 CONFIG_FILE = "config.json"
@@ -47,7 +48,8 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy files of those relative names."""
     for name in names:
         (target / name).parent.mkdir(exist_ok=True)
-        write_file(target / name, (source / name).read_bytes())
+        with (source / name).open("rb") as file, whole_file(target / name) as copy:
+            shutil.copyfileobj(file, copy)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,17 +140,17 @@ def _spellings(model: Any, name: str) -> tuple[str, str, str]:
     return name, name.removeprefix(prefix), prefix + name
 
 
-def require_rest(model: Any, checkpoint: Checkpoint) -> None:
-    """ValueError for a parameter that the folder does not have, which would stay random.
+def require_rest(model: Any, folder: Path, tensors: Container[str]) -> None:
+    """ValueError for a parameter that is none of a folder's tensors, and so would stay random.
 
-    model: with the modules of the folder's packed linears taken out.
+    model: with the modules taken out that the folder's packed linears will be.
     """
     tied = getattr(model, "all_tied_weights_keys", None)
     tied = tied if isinstance(tied, dict) else {}
     for name, _ in model.named_parameters():
         names = [name, *(other for pair in tied.items() if name in pair for other in pair)]
-        if not any(found in checkpoint.tensors for n in names for found in _spellings(model, n)):
-            raise ValueError(f"{checkpoint.path}: {name}: {type(model).__name__} expects it, and "
+        if not any(found in tensors for n in names for found in _spellings(model, n)):
+            raise ValueError(f"{folder}: {name}: {type(model).__name__} expects it, and "
                              f"the folder does not have it")
 
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -21,6 +25,7 @@ from ..export.packed import GUARD_KEY, QUANT_METHOD, parse_quantization
 from ..sweep.texts import bundled_text
 from .in_place import Report, quantize_, replace_module
 from .packed_modules import find_places, make_modules, require_rest
+from .saving import find_saved, remember, save_quantized
 
 __all__ = ["SingleQuantConfig", "SingleQuantizer", "packed_config"]
 
@@ -123,16 +128,34 @@ class SingleQuantizer(HfQuantizer):
             return
         files = kwargs.get("checkpoint_files")
         folder = Path(files[0]).parent if files else Path(model.config.name_or_path)
+        if self.quantization_config.stored is None:
+            self._await_saved(model, folder)
+        else:
+            self._await_packed(model, folder)
+
+    def _await_packed(self, model: Any, folder: Path) -> None:
+        """Make room for the modules of a packed folder."""
         self._checkpoint = checkpoint = load_checkpoint(folder)
         if not checkpoint.quantized:
             raise ValueError(f"{folder}: expected a packed folder, found an unquantized model")
         self._places = find_places(model, checkpoint)
         for place in self._places.values():
             replace_module(model, place.module, _Awaited())
-        model._keys_to_ignore_on_load_unexpected = _Patterns(
-            [*(model._keys_to_ignore_on_load_unexpected or ()), *OURS])
+        _ignore(model, OURS)
         _untie(model)
-        require_rest(model, checkpoint)
+        require_rest(model, folder, checkpoint.tensors)
+
+    def _await_saved(self, model: Any, folder: Path) -> None:
+        """Make room for the modules of `quantize_` in a folder that transformers wrote."""
+        self._saved = saved = find_saved(folder)
+        for name in saved.names:
+            try:
+                replace_module(model, name, _Awaited())
+            except AttributeError:
+                raise ValueError(f"{folder}: {name}: {type(model).__name__} has no such module"
+                                 ) from None
+        _ignore(model, [f"^{re.escape(name)}\\." for name in saved.names])
+        require_rest(model, folder, saved.files.infos)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
@@ -142,15 +165,24 @@ class SingleQuantizer(HfQuantizer):
             self.report = quantize_(model, batches, recipe)
             for left in self.report.left:
                 logger.info("%s: left, %s", left.name, left.reason)
-            return model
-        for place, module in make_modules(self._checkpoint, self._places):
-            replace_module(model, place, module)
-        del self._checkpoint  # the modules have what they need of its files
+        elif self.quantization_config.stored is None:
+            for name, linear in self._saved.modules():
+                replace_module(model, name, linear)
+            del self._saved
+        else:
+            made = dict(make_modules(self._checkpoint, self._places))
+            for place, module in made.items():
+                replace_module(model, place, module)
+            remember(model, self._checkpoint, made)
+            del self._checkpoint  # the modules have what they need of its files
+        if self.quantization_config.stored is None:
+            model.save_pretrained = MethodType(save_quantized, model)
         return model.eval()
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """False: `singlequant quantize` writes packed folders, and a folder can be copied."""
-        return False
+        """Whether transformers may write the model's state: not that of a packed folder, which
+        `save_packed` copies."""
+        return self.quantization_config.stored is None
 
     @property
     def is_trainable(self) -> bool:
@@ -159,8 +191,10 @@ class SingleQuantizer(HfQuantizer):
 
 
 def packed_config(folder: str | Path, **options: Any) -> Any:
-    """transformers' config of a packed folder, as `from_pretrained(folder, config=...)` of
-    transformers 4 needs it. options: of AutoConfig.from_pretrained."""
+    """transformers' config of a packed folder, as `from_pretrained(folder, config=...)` takes it.
+
+    options: of AutoConfig.from_pretrained.
+    """
     return without_guard(AutoConfig.from_pretrained(folder, **options))
 
 
@@ -169,6 +203,33 @@ def without_guard(config: Any) -> Any:
     if hasattr(config, GUARD_KEY):
         delattr(config, GUARD_KEY)
     return config
+
+
+def _read_without_guard() -> None:
+    """Let configs of transformers 4 be read without the guard of our folders: that version looks at
+    it before it asks a quantizer."""
+    kind = transformers.PretrainedConfig
+    read = kind.get_config_dict.__func__
+
+    @functools.wraps(read)
+    def get_config_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        values, rest = read(cls, *args, **kwargs)
+        quantization = values.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+            values = {key: value for key, value in values.items() if key != GUARD_KEY}
+        return values, rest
+
+    kind.get_config_dict = classmethod(get_config_dict)
+
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    _read_without_guard()
+
+
+def _ignore(model: Any, patterns: Iterable[str]) -> None:
+    """Let transformers not wonder about tensors whose names have one of the patterns."""
+    model._keys_to_ignore_on_load_unexpected = _Patterns(
+        [*(model._keys_to_ignore_on_load_unexpected or ()), *patterns])
 
 
 def _untie(model: Any) -> None:
