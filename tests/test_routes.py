@@ -13,8 +13,8 @@ from benchmarks.routes import agreement, main  # noqa: E402
 def test_three_routes_agree(scheme, tmp_path, capsys):
     """Native and harness exactly; W4A16 logits within 1e-3, perplexity within 0.1 %: an input that
     lies between two codes may be rounded to either, as sums in another order say."""
-    out = sq.quantize_folder(sq.bundled_model(), tmp_path / "out",
-                             sq.QuantConfig(scheme, calibration_tokens=1024))
+    out = tmp_path / "out"
+    sq.quantize_folder(sq.bundled_model(), out, sq.QuantConfig(scheme, calibration_tokens=1024))
     row = agreement(out, 8, 128)
     assert row["harness"] == 0
     assert row["percent"] < 0.1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch", reason="needs the torch extra")
-pytest.importorskip("transformers", "4.57", reason="needs transformers 4.57")
+pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "torch.md").read_text()

@@ -21,6 +21,9 @@ from .in_place import is_conv1d
 from .linear import Linear
 from .tables import TableEmbedding, TableHead
 
+# Tensors of a packed folder that no module of another library has; we read them ourselves.
+OURS = (r"\.weight_(packed|scale|shape|bits|codes)$", r"\.rotations\.", r"\.activations\.")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -160,7 +163,7 @@ def make_modules(
     """(name in the model, module) of what the folder packs."""
     fused: dict[str, list[tuple[Rows, torch.nn.Module]]] = {}
     for i in range(checkpoint.spec.layers):
-        for name, module in _layer_modules(checkpoint, i):
+        for name, module in layer_modules(checkpoint, i):
             place = places[name]
             if place.rows is None:
                 yield place.module, module
@@ -184,14 +187,17 @@ def make_modules(
                                                  else _C.to_float32(bias))
 
 
-def _layer_modules(checkpoint: Checkpoint, i: int) -> Iterator[tuple[str, Linear]]:
-    """(name in the folder, module) of the packed linears of layer i."""
+def layer_modules(
+    checkpoint: Checkpoint, i: int, biases: bool = True
+) -> Iterator[tuple[str, Linear]]:
+    """(name in the folder, module) of the packed linears of layer i, with their biases or not."""
     weights, bits = checkpoint.layer(i), checkpoint.quant_config.activation_bits
     for site in checkpoint.spec.layer(i).sites.values():
         for role in site.roles:
             linear = weights.linears[role]
             if isinstance(linear.weight, PackedLinear):
+                bias = linear.bias if biases else None
                 yield linear.name, Linear.of(
-                    linear.weight, linear.bias, weights.rotations.get(site.name), bits,
+                    linear.weight, bias, weights.rotations.get(site.name), bits,
                     weights.clips.get(site.name, 1.0), weights.int8_inputs.get(site.name, 0))
                 checkpoint.release_packed(linear.name)  # read again if a state is asked for

@@ -24,14 +24,12 @@ from ..config import QuantConfig
 from ..export.packed import GUARD_KEY, QUANT_METHOD, parse_quantization
 from ..sweep.texts import bundled_text
 from .in_place import Report, quantize_, replace_module
-from .packed_modules import find_places, make_modules, require_rest
+from .packed_modules import OURS, find_places, make_modules, require_rest
 from .saving import find_saved, remember, save_quantized
 
 __all__ = ["SingleQuantConfig", "SingleQuantizer", "packed_config"]
 
 logger = logging.getLogger(__name__)
-# Tensors of a packed folder that no module of transformers has; we read them ourselves.
-OURS = (r"\.weight_(packed|scale|shape|bits|codes)$", r"\.rotations\.", r"\.activations\.")
 
 
 class _Awaited(torch.nn.Identity):
