@@ -9,6 +9,7 @@ from . import arrays
 from ._C import FormatError, get_num_threads, set_num_threads
 from .arrays import art, givens_angle, hadamard, linear, pack, rotate, unpack, urt
 from .checkpoint.folder import Checkpoint, load_checkpoint
+from .checkpoint.verify import verify_folder
 from .config import QuantConfig
 from .info import __version__, show_runtime
 from .methods.solve import solve_rotations
@@ -79,6 +80,7 @@ __all__ = [
     "solve_rotations",
     "unpack",
     "urt",
+    "verify_folder",
 ]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from .. import _C, startup
 from ..info import __version__, show_runtime
 from ..sweep.measure import one_line, reason
-from . import bench, compare, demo, evaluate, export, generate, inspect, quantize
+from . import bench, compare, demo, evaluate, export, generate, inspect, quantize, verify
 
 
 class Terminated(BaseException):
@@ -23,7 +23,7 @@ class Terminated(BaseException):
 
 
 # In the order of --help.
-COMMANDS = (quantize, evaluate, compare, generate, inspect, export, demo, bench)
+COMMANDS = (quantize, evaluate, compare, generate, inspect, verify, export, demo, bench)
 EXIT_BAD_INPUT = 2
 
 
@@ -48,7 +48,8 @@ def run_runtime(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 and one line on standard error when the input is at fault."""
+    """Run a command; its exit code, or 2 and one line on standard error when the input is at fault.
+    """
     parsed = parser().parse_args(arguments)
     lost = _C.exit_when_lost(EXIT_BAD_INPUT)
     try:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             set_threads(parsed.threads)
         with warnings.catch_warnings(), stoppable():
             warnings.showwarning = show_warning
-            parsed.run(parsed)
+            code = parsed.run(parsed)
     except (KeyboardInterrupt, Terminated) as error:
         what = "terminated" if isinstance(error, Terminated) else "interrupted"
         how = f": {one_line(str(error))}" if str(error) else ""  # how to go on
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     finally:
         _C.exit_when_lost(lost)
-    return 0
+    return code or 0
 
 
 @contextlib.contextmanager

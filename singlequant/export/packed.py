@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,18 @@ class PackedReader:
         return order, {f"{name}_{part}" for part in CHAIN_PARTS}
 
     # values, when a layer is read
+
+    def readings(self, layer: int) -> Iterator[Callable[[], Any]]:
+        """Calls that read a layer part by part; each raises FormatError where its part is wrong."""
+        spec = self._spec.layer(layer)
+        for linear in spec.linears.values():
+            if self.has(linear.at(layer)):
+                yield partial(self.linear, layer, linear)
+        for site in spec.sites.values():
+            if self._has_rotation(layer, site.name):
+                yield partial(self._rotation, layer, site)
+            yield partial(self._clip, layer, site.name)
+            yield partial(self._int8, layer, site.name, site.k)
 
     def linear(self, layer: int, linear: LinearSpec) -> PackedLinear:
         """A packed linear whose header was checked; checks the stored shape, scales and tail."""

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from ..config import QuantConfig
 from ..files import MAX_LISTING_BYTES, read_json
@@ -47,18 +46,20 @@ from .packed import (
     outer_tensors,
     quantization_json,
 )
-from .partial import OUTER, PartialFolder, add_advice, content_digest
+from .partial import OUTER, PartialFolder, add_advice, content_digest, kernel_names
+from .seal import RECIPE_FILE, file_facts, files_facts, sealed, unsealed
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
 
 __all__ = ["ModelWriter", "estimate_size"]
 
-RECIPE_FILE = "recipe.json"
 # float16 ends at 65504. The keys and values of a calibration text are not the largest of all texts:
 # beyond half of that, the cache takes bfloat16.
 KV_FLOAT16_LARGEST = 65504 / 2
 WIDE_CACHE = "kv_bfloat16"  # in the journal: a layer had such keys or values
+SHARD = "shard"  # in the journal: `file_facts` of a shard
+SEAL_LINES = 160  # bytes of recipe.json about a file
 
 
 def _packed_config(checkpoint: Checkpoint, config: QuantConfig) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class ModelWriter:
                 self._folder.empty()
                 self._folder.write_journal()
                 write_json(self._partial / RECIPE_FILE, self._recipe)
-            if OUTER not in self._folder.layers or not _is_whole(self._shard(1)):
+            if not self._is_whole(OUTER):
                 self._write_outer()
             return self
         except BaseException as error:
@@ -137,10 +138,9 @@ class ModelWriter:
     def _go_on(self) -> None:
         """Take over the finished layers. ValueError if this run would make other ones."""
         recipe = self._partial / RECIPE_FILE
-        _compare_recipes(recipe, read_json(recipe, MAX_LISTING_BYTES), self._recipe)
-        layers = range(self._checkpoint.spec.layers)
-        finished = {i for i in layers
-                    if str(i) in self._folder.layers and _is_whole(self._layer_path(i))}
+        found = unsealed(read_json(recipe, MAX_LISTING_BYTES))
+        _compare_recipes(recipe, found, self._recipe)
+        finished = {i for i in range(self._checkpoint.spec.layers) if self._is_whole(str(i))}
         if finished:
             self._folder.require_kernels()
         written = [OUTER] if OUTER in self._folder.layers else []
@@ -149,11 +149,14 @@ class ModelWriter:
         self._finished = finished
         self._folder.write_journal()  # files that this run writes beside
 
-    def _shard(self, number: int) -> Path:
-        return self._partial / shard_name(number, self._total)
+    def _shard(self, key: str) -> Path:
+        """The file of a layer, by its number as a string, or of what is outside the layers."""
+        return self._partial / shard_name(1 if key == OUTER else int(key) + 2, self._total)
 
-    def _layer_path(self, layer: int) -> Path:
-        return self._shard(layer + 2)
+    def _is_whole(self, key: str) -> bool:
+        """Whether a shard is as the journal says that it was written."""
+        facts, path = self._folder.layers.get(key, {}).get(SHARD), self._shard(key)
+        return facts is not None and path.is_file() and file_facts(path) == facts
 
     def finished_layers(self) -> set[int]:
         """Layers that are already whole on the disk: those of the run that is resumed, and ours."""
@@ -163,25 +166,26 @@ class ModelWriter:
         """The tensors outside the layers: embedding and head in the config's bits, all else as it
         is."""
         bits = self._config.table_bits(self._checkpoint.spec)
-        write_safetensors(self._shard(1), outer_tensors(self._checkpoint.outer, bits))
+        write_safetensors(self._shard(OUTER), outer_tensors(self._checkpoint.outer, bits))
         self._note(OUTER)
 
     def write_layer(self, layer: QuantizedLayer) -> None:
         """Writes one layer's shard. ValueError if the layer is not what config and model ask."""
         _check_layer(layer, self._checkpoint, self._config)
-        write_safetensors(self._layer_path(layer.index), layer_tensors(layer, self._config))
+        write_safetensors(self._shard(str(layer.index)), layer_tensors(layer, self._config))
         wide = layer.kv_largest > KV_FLOAT16_LARGEST  # a resumed run does not see it again
         self._note(str(layer.index), **({WIDE_CACHE: True} if wide else {}))
         self._finished.add(layer.index)
 
     def _note(self, key: str, **facts: Any) -> None:
-        """Say in the journal what a shard was made of. Without that it does not count."""
+        """Say in the journal what a shard is and was made of. Without that it does not count."""
         digest = content_digest(self._checkpoint, key)
-        self._folder.layers[key] = {"source_sha256": digest, **facts}
+        self._folder.layers[key] = {"source_sha256": digest, SHARD: file_facts(self._shard(key)),
+                                    **facts}
         self._folder.write_journal()
 
     def finish(self) -> Path:
-        """Writes index, config and copies, then gives the folder its name. Returns OUT."""
+        """Writes index, config, copies and seal, then gives the folder its name. Returns OUT."""
         missing = sorted(set(range(self._checkpoint.spec.layers)) - self._finished)
         if missing:
             raise ValueError(
@@ -195,9 +199,21 @@ class ModelWriter:
             config = replace(config, kv_dtype="bfloat16")
         write_json(self._partial / CONFIG_FILE, _packed_config(self._checkpoint, config))
         copy_files(self._checkpoint.path, self._partial, self._copies)
+        self._seal()
         refuse_existing(self._out)
         self._folder.rename()
         return self._out
+
+    def _seal(self) -> None:
+        """Writes recipe.json again: on what kernels and of what bytes the shards were made, and
+        the hash of every file."""
+        shards = [OUTER, *map(str, range(self._checkpoint.spec.layers))]
+        journal = {key: self._folder.layers[key] for key in shards}
+        files = {self._shard(key).name: entry[SHARD] for key, entry in journal.items()}
+        files |= files_facts(self._partial, [INDEX_FILE, CONFIG_FILE, *self._copies])
+        sources = {key: entry["source_sha256"] for key, entry in journal.items()}
+        write_json(self._partial / RECIPE_FILE,
+                   sealed(self._recipe, files, kernels=kernel_names(), shards=sources))
 
     def __exit__(
         self,
@@ -237,15 +253,6 @@ def _compare_recipes(path: Path, found: Mapping[str, Any], expected: Mapping[str
                 f"{path}: cannot resume: {key}: expected {new.get(key)!r}, found {old.get(key)!r} "
                 f"(run without resume to start again)"
             )
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a shard is there and the safetensors library accepts its header and size."""
-    try:
-        with safe_open(path, "np"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 # ---- what a run and a layer must be --------------------------------------------------------------
@@ -347,6 +354,7 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
     spec, packed = checkpoint.spec.separate(), packed_linears(checkpoint, config)
     total = sum((checkpoint.path / n).stat().st_size for n in copied_files(checkpoint.path))
     total += len(json_bytes(_packed_config(checkpoint, config)))
+    total += SEAL_LINES * (len(copied_files(checkpoint.path)) + 2 + (spec.layers + 1) * 3 // 2)
     folded, method = _folded_tensors(checkpoint, config), METHODS[config.method]
     usual, tables = checkpoint.tensors[f"{spec.embed}.weight"], config.table_bits(spec)
     for name, shape in spec.tensors():
