@@ -14,6 +14,11 @@ from . import _C
 __version__ = metadata.version("singlequant")
 
 
+def kernel_names() -> dict[str, str]:
+    """The kernels whose sums the results depend on: this package's table, and BLAS."""
+    return {"table": str(_C.kernels()["active"]), "blas": str(_C.blas_info())}
+
+
 def runtime_info() -> dict[str, object]:
     """The facts that a bug report needs: versions, CPU, kernel tables, threads and BLAS.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,10 @@ class Checkpoint:
         for part in PACKED_PARTS:
             self.files.release(f"{name}.{part}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the place where it lies, which is opened again: workers see the same path."""
+        return reopened, (str((self.file or self.path).resolve()), self.fingerprint)
+
     def require_unquantized(self) -> None:
         """ValueError for a packed checkpoint: what the sweep reads must not be packed."""
         if self.quantized:
@@ -317,6 +323,24 @@ def load_checkpoint(path: str | Path, dequantize: bool = False) -> Checkpoint:
                                    opened.unneeded)
     warn_of(folder, reported)
     return replace(checkpoint, ignored_tensors=(*silent, *reported))
+
+
+@lru_cache(maxsize=2)
+def reopened(path: str, fingerprint: str) -> Checkpoint:
+    """The checkpoint that another process opened under that path, opened once in this one.
+
+    FormatError when another lies there, or none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given where it was opened first
+        try:
+            found = load_checkpoint(path, dequantize=True)
+        except FormatError as error:
+            raise FormatError(f"{error} (on {socket.gethostname()}: workers must see the model "
+                              f"under the path of the process that asks them)") from None
+    if found.fingerprint != fingerprint:
+        raise FormatError(f"{path}: expected the model that the run began with, found another")
+    return found
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -15,7 +15,7 @@ and when each value head v becomes v R with R [head_dim, head_dim], taken back b
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Protocol
@@ -173,6 +173,10 @@ class View:
     def outer(self) -> dict[str, NDArray[Any]]:
         """The tensors outside the layers by name."""
         return self.source.outer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: what was computed since is computed again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def layer(self, i: int) -> LayerWeights:
         """Layer i by role, rotated. IndexError beyond the last."""

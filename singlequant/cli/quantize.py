@@ -23,6 +23,8 @@ from .shared import (
     add_command,
     add_dequantize,
     add_table_bits,
+    add_workers,
+    opened_workers,
     progress_bar,
     writing_part,
 )
@@ -86,6 +88,7 @@ def add(commands) -> None:
                    help="the same options as JSON; those given here win")
     c.add_argument("--resume", action="store_true",
                    help="go on with the layers an interrupted run left in OUT.partial")
+    add_workers(c)
     add_dequantize(c)
     c.add_argument("--no-check", action="store_true",
                    help="do not measure at the end what quantizing cost, on a little held-out text")
@@ -122,10 +125,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"factors     none short enough for {factors_text(estimate.poor_factors)}: these "
                   "sites are rotated less well and more slowly")
         return
-    with progress_bar("quantizing", "layer") as update:
+    with opened_workers(arguments) as workers, progress_bar("quantizing", "layer") as update:
         summary = quantize_folder(model, arguments.out, config, arguments.calibration,
                                   resume=arguments.resume, recipe=arguments.recipe,
-                                  progress=update, writing=writing_part(update))
+                                  progress=update, writing=writing_part(update), workers=workers)
     print_summary(summary)
     if not arguments.no_check:
         print_check(summary.out, model)

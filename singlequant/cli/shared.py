@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import DEFAULT_TABLE_BITS, KV_BITS, TABLE_BITS
+from ..distributed import EXECUTORS, Workers, open_workers
 
 
 def add_command(commands, name: str, run: Callable, help_text: str) -> argparse.ArgumentParser:
@@ -51,6 +52,31 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
                          help="UTF-8 text (default: a bundled one); self = text that the "
                               "unquantized model writes, mixed = half of it the bundled one; "
                               "./self is a file of that name")
+
+
+def add_workers(command: argparse.ArgumentParser) -> None:
+    """The options about other processes and machines."""
+    command.add_argument("--executor", choices=EXECUTORS,
+                         help="spread the work: over processes of this machine, or over the "
+                              "workers of a Dask scheduler, which must see MODEL and OUT under the "
+                              "same paths; the results are the same bytes")
+    command.add_argument("--workers", type=int, metavar="N",
+                         help="processes of --executor processes (default: one per thread)")
+    command.add_argument("--scheduler", metavar="ADDRESS",
+                         help="of --executor dask, such as tcp://host:8786")
+
+
+@contextlib.contextmanager
+def opened_workers(arguments: argparse.Namespace) -> Iterator[Workers | None]:
+    """The workers that the options of `add_workers` ask for, or None."""
+    if arguments.executor is None:
+        for option in ("workers", "scheduler"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"--{option}: needs --executor")
+        yield None
+        return
+    with open_workers(arguments.executor, arguments.workers, arguments.scheduler) as workers:
+        yield workers
 
 
 def writing_part(bar: ProgressBar) -> Callable[[int, int], None]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _C
 from ..files import read_json, sync_folder, write_file
+from ..info import kernel_names
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
@@ -189,11 +189,6 @@ class PartialFolder:
 # ---- what a run reads ---------------------------------------------------------------------------
 
 OUTER = "outer"  # the key of the tensors outside the layers
-
-
-def kernel_names() -> dict[str, str]:
-    """The kernels whose sums the results depend on: this package's table, and BLAS."""
-    return {"table": str(_C.kernels()["active"]), "blas": str(_C.blas_info())}
 
 
 def content_digest(checkpoint: Checkpoint, key: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..config import QuantConfig
-from ..files import MAX_LISTING_BYTES, read_json
+from ..files import MAX_LISTING_BYTES, read_json, sync_folder
+from ..info import kernel_names
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
 from ..tensors import INDEX_FILE, write_safetensors
@@ -46,7 +48,7 @@ from .packed import (
     outer_tensors,
     quantization_json,
 )
-from .partial import OUTER, PartialFolder, add_advice, content_digest, kernel_names
+from .partial import OUTER, PartialFolder, add_advice, content_digest
 from .seal import RECIPE_FILE, file_facts, files_facts, sealed, unsealed
 
 if TYPE_CHECKING:
@@ -167,22 +169,25 @@ class ModelWriter:
         is."""
         bits = self._config.table_bits(self._checkpoint.spec)
         write_safetensors(self._shard(OUTER), outer_tensors(self._checkpoint.outer, bits))
-        self._note(OUTER)
+        self._note(OUTER, _entry(self._shard(OUTER), self._checkpoint, OUTER))
 
     def write_layer(self, layer: QuantizedLayer) -> None:
         """Writes one layer's shard. ValueError if the layer is not what config and model ask."""
-        _check_layer(layer, self._checkpoint, self._config)
-        write_safetensors(self._shard(str(layer.index)), layer_tensors(layer, self._config))
-        wide = layer.kv_largest > KV_FLOAT16_LARGEST  # a resumed run does not see it again
-        self._note(str(layer.index), **({WIDE_CACHE: True} if wide else {}))
-        self._finished.add(layer.index)
+        path = self._shard(str(layer.index))
+        self._note(str(layer.index), write_shard(path, layer, self._checkpoint, self._config))
 
-    def _note(self, key: str, **facts: Any) -> None:
+    def take_layer(self, layer: int, path: Path, entry: Mapping[str, Any]) -> None:
+        """Takes over a shard that `write_shard` wrote elsewhere on the same file system."""
+        os.replace(path, self._shard(str(layer)))
+        sync_folder(self._partial)
+        self._note(str(layer), entry)
+
+    def _note(self, key: str, entry: Mapping[str, Any]) -> None:
         """Say in the journal what a shard is and was made of. Without that it does not count."""
-        digest = content_digest(self._checkpoint, key)
-        self._folder.layers[key] = {"source_sha256": digest, SHARD: file_facts(self._shard(key)),
-                                    **facts}
+        self._folder.layers[key] = dict(entry)
         self._folder.write_journal()
+        if key != OUTER:
+            self._finished.add(int(key))
 
     def finish(self) -> Path:
         """Writes index, config, copies and seal, then gives the folder its name. Returns OUT."""
@@ -234,6 +239,22 @@ class ModelWriter:
             add_advice(error, f"{count} finished layer{'s are' if count > 1 else ' is'} in "
                               f"{self._partial}: the same run with resume (--resume) goes on")
         self._folder.release()
+
+
+def write_shard(
+    path: Path, layer: QuantizedLayer, checkpoint: Checkpoint, config: QuantConfig
+) -> dict[str, Any]:
+    """Writes one layer's shard to path; the journal's entry about it. ValueError if the layer is
+    not what config and model ask."""
+    _check_layer(layer, checkpoint, config)
+    write_safetensors(path, layer_tensors(layer, config))
+    wide = layer.kv_largest > KV_FLOAT16_LARGEST  # a resumed run does not see it again
+    return _entry(path, checkpoint, str(layer.index)) | ({WIDE_CACHE: True} if wide else {})
+
+
+def _entry(path: Path, checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+    """What the journal says of a shard: what it was made of, and what it is."""
+    return {"source_sha256": content_digest(checkpoint, key), SHARD: file_facts(path)}
 
 
 def _compare_recipes(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ from ..config import DEFAULT_TABLE_BITS, QuantConfig
 from ..models.spec import LayerSpec, expert_of, role_row
 from ..runtime.outer import HEAD_ROWS, Outer
 from ..weights import WEIGHT_BITS, PackedTable
-from .calibrate import blame_weight, embedded, pass_layers
+from .calibrate import Passed, blame_weight, embedded, pass_layers
 from .experts import borrow
 from .prepare import View
 
@@ -106,7 +106,7 @@ def predict_noise(view: View, windows: NDArray[np.int64], calibration_bits: int 
     for layer in noise_layers(view, windows, calibration_bits):
         shares |= layer_shares(view, layer)
         hidden = layer.hidden
-    return Noise(shares, *_head_noise(view, hidden))
+    return Noise(shares, *head_noise(view, hidden))
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,19 @@ def noise_layers(
     few = windows[:: max(1, len(windows) * windows.shape[1] // TOKENS)]
     before = embedded(view, few)
     for layer in pass_layers(view, few, calibration_bits):
-        linears, spec = view.layer(layer.index).linears, view.spec.layer(layer.index)
-        inputs = {**layer.inputs, **borrow(spec, linears, layer.inputs)}
-        samples = {name: x[:: max(1, -(-len(x) // SAMPLE_TOKENS))] for name, x in inputs.items()}
-        hidden = layer.hidden
-        energies = [*map(energy, (before, hidden, hidden - before))]
-        if not np.isfinite(energies).all():
-            blame_weight(view, layer.index)
-        yield NoiseLayer(layer.index, samples, *energies, hidden)
-        before = hidden.copy()
+        yield noise_layer(view, layer, before)
+        before = layer.hidden.copy()
+
+
+def noise_layer(view: View, layer: Passed, before: NDArray[np.float32]) -> NoiseLayer:
+    """What a layer's shares are found from. before: the stream that came into it."""
+    linears, spec = view.layer(layer.index).linears, view.spec.layer(layer.index)
+    inputs = {**layer.inputs, **borrow(spec, linears, layer.inputs)}
+    samples = {name: x[:: max(1, -(-len(x) // SAMPLE_TOKENS))] for name, x in inputs.items()}
+    energies = [*map(energy, (before, layer.hidden, layer.hidden - before))]
+    if not np.isfinite(energies).all():
+        blame_weight(view, layer.index)
+    return NoiseLayer(layer.index, samples, *energies, layer.hidden)
 
 
 def settle_bits(
@@ -164,7 +168,7 @@ def _settle_tables(view: View, config: QuantConfig, noise: Noise) -> QuantConfig
     return replace(config, bits=more if low else config.bits, head_bits=count, embedding_bits=count)
 
 
-def _head_noise(view: View, hidden: NDArray[np.float32]) -> tuple[float, float]:
+def head_noise(view: View, hidden: NDArray[np.float32]) -> tuple[float, float]:
     """`Noise.logits` and `Noise.tables`, for the stream behind the last layer [tokens, hidden].
 
     What the embedding's rounding adds is taken to be as much as what the head's does.

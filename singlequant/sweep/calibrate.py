@@ -111,10 +111,10 @@ def calibrate(
     is not finite.
     """
     passed = pass_layers(checkpoint, windows, bits, skip, progress)
-    return _statistics(checkpoint, passed, sample_tokens, keep_inputs)
+    return layers_statistics(checkpoint, passed, sample_tokens, keep_inputs)
 
 
-def _statistics(
+def layers_statistics(
     checkpoint: View, layers: Iterator[Passed], sample_tokens: int, keep_inputs: bool
 ) -> Iterator[LayerStatistics]:
     """The statistics of each layer. What a layer holds is dropped before the next one is made."""
@@ -144,6 +144,12 @@ def pass_layers(
 
     Arguments and errors are those of `calibrate`, and errors of arguments come at once.
     """
+    windows = check_windows(checkpoint, windows, bits)
+    return _pass_layers(checkpoint, windows, bits, skip, progress)
+
+
+def check_windows(checkpoint: View, windows: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+    """The windows as ids of tokens. Errors are those of `calibrate`'s arguments."""
     checkpoint.require_unquantized()
     windows = token_ids(windows, "windows")
     if windows.ndim != 2 or windows.size == 0:
@@ -151,7 +157,7 @@ def pass_layers(
     if bits not in CALIBRATION_BITS:
         raise ValueError(f"bits: expected one of {', '.join(map(str, CALIBRATION_BITS))}, "
                          f"got {bits!r}")
-    return _pass_layers(checkpoint, windows, bits, skip, progress)
+    return windows
 
 
 def embedded(checkpoint: View, windows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -164,25 +170,34 @@ def _pass_layers(checkpoint, windows, bits, skip, progress) -> Iterator[Passed]:
     """The loop of `pass_layers`, whose arguments were checked."""
     spec = checkpoint.spec
     last = max(set(range(spec.layers)) - set(skip), default=-1)  # nothing is asked behind it
-    sequence, position = flat_positions(np.full(len(windows), windows.shape[1]))
     hidden = embedded(checkpoint, windows)
     for index in range(spec.layers):
         if index <= last:
-            layer = stream_layer(checkpoint, index, bits)
-            cache = new_cache(spec, 1, len(windows), windows.shape[1])
-            try:
-                inputs = layer.forward(hidden, sequence, position, cache, 0,
-                                       record=index not in skip)
-            except ValueError as error:  # 8-bit activations that are not finite
-                blame_weight(checkpoint, index)
-                raise ValueError(f"layer {index}: {error}") from None
-            if index not in skip:
-                found = Passed(index, inputs, cache.largest, hidden)
-                del layer, cache, inputs
+            wanted = index not in skip
+            found = pass_layer(checkpoint, index, hidden, windows.shape[1], bits, wanted)
+            if wanted:
                 yield found
-                del found
+            del found
         if progress:
             progress(index + 1, spec.layers)
+
+
+def pass_layer(
+    checkpoint: View, index: int, hidden: NDArray[np.float32], length: int, bits: int,
+    record: bool = True,
+) -> Passed:
+    """Run the residual stream [tokens, hidden] of windows of `length` tokens through one layer, in
+    place. record: keep the sites' inputs."""
+    windows = len(hidden) // length
+    sequence, position = flat_positions(np.full(windows, length))
+    layer = stream_layer(checkpoint, index, bits)
+    cache = new_cache(checkpoint.spec, 1, windows, length)
+    try:
+        inputs = layer.forward(hidden, sequence, position, cache, 0, record=record)
+    except ValueError as error:  # 8-bit activations that are not finite
+        blame_weight(checkpoint, index)
+        raise ValueError(f"layer {index}: {error}") from None
+    return Passed(index, inputs or {}, cache.largest, hidden)
 
 
 def _layer_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,31 +10,15 @@ from pathlib import Path
 
 from ..checkpoint.folder import Checkpoint, open_model
 from ..config import KV_DTYPES, QuantConfig
+from ..distributed import Workers
 from ..export.writer import ModelWriter, check_run
 from ..files import MAX_LISTING_BYTES, folder_bytes, read_json
-from ..statistics import LayerStatistics
 from ..weights import QuantizedLayer
 from .measure import PeakMemory, measure
 from .prepare import check_outer, prepare
-from .sweep import Job, sweep
+from .spread import Spread
+from .sweep import Job, SiteCounts, sweep
 from .texts import calibration_windows, token_digest, written_by_model, written_tokens
-
-
-@dataclass(frozen=True)
-class SiteCounts:
-    """What the solver did at one site: Kronecker sizes (or blocks and their size), numbers of
-    Givens rotations, whether a balance is folded, and inputs that keep 8 bits."""
-
-    layer: int
-    site: str
-    k1: int
-    k2: int
-    art_steps: int
-    urt_steps: int
-    sweep_rotations: int
-    balanced: bool
-    int8_inputs: int
-    borrowed: bool  # calibrated on the union of the layer's experts, as its own saw too few tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +60,7 @@ def quantize_folder(
     recipe: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     writing: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
 ) -> Summary:
     """Quantize a `save_pretrained` folder into a new folder `out`, in one sweep.
 
@@ -85,10 +71,12 @@ def quantize_folder(
     OUT appears only when whole; resume=True goes on behind the layers that an interrupted run of
     the same recipe left in OUT.partial. recipe: the recipe.json that config is from; ValueError
     when it was made of the same model, by the same choice of tokens, with another calibration text.
+    workers: of `singlequant.distributed`, which make the layers; the bytes are the same. Seconds
+    are then those of all workers together, and peak_memory is of this process.
     """
     config = config or QuantConfig()
-    out, start, counts = Path(out), time.perf_counter(), []
-    with PeakMemory() as memory:
+    out, start = Path(out), time.perf_counter()
+    with PeakMemory() as memory, contextlib.ExitStack() as stack:
         checkpoint = open_model(model)
         if not config.leaves_tables_open:
             config = config.settled(checkpoint.spec.tied)  # before a method unties the head
@@ -99,10 +87,11 @@ def quantize_folder(
         if recipe is not None:
             _check_text(Path(recipe), checkpoint, config, token_digest(windows))
         prepared = measure(prepare, checkpoint, config, windows)
-        job = Job(config, out, resume=resume,
-                  observe=lambda *seen: counts.extend(_counts(*seen)))
-        (outcome,) = sweep(prepared.value, windows, [job], progress=progress,
-                           written=written_by_model(calibration))
+        spread = None
+        if workers is not None:
+            spread = stack.enter_context(Spread(workers, out.parent, out.name))
+        (outcome,) = sweep(prepared.value, windows, [Job(config, out, resume=resume)],
+                           progress=progress, written=written_by_model(calibration), spread=spread)
     written, settled = written_tokens(calibration, windows), outcome.config or config
     return Summary(
         out=out,
@@ -115,7 +104,7 @@ def quantize_folder(
         bytes_before=checkpoint.bytes_with_tokenizer,
         bytes_after=folder_bytes(out),
         peak_memory=memory.peak,
-        sites=tuple(counts),
+        sites=tuple(sorted(outcome.sites, key=lambda site: site.layer)),
         resumed_layers=outcome.resumed_layers,
         kv_dtype=_kv_dtype(out),
         written_tokens=written,
@@ -164,12 +153,3 @@ def _check_text(recipe: Path, checkpoint: Checkpoint, config: QuantConfig, diges
         raise ValueError(
             f"{recipe}: it was made with another calibration text (sha256 {found!s:.64}); {advice}"
         )
-
-
-def _counts(statistics: LayerStatistics, layer: QuantizedLayer) -> list[SiteCounts]:
-    return [
-        SiteCounts(layer.index, name, *r.sizes, *map(r.givens_count, ("ART", "URT", "sweep")),
-                   r.balance is not None, layer.int8_inputs.get(name, 0),
-                   statistics.sites[name].borrowed)
-        for name, r in layer.rotations.items()
-    ]

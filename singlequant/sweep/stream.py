@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import cache
 
 from .. import _C
+from ..models.spec import LayerSpec, ModelSpec
 from ..rotations import Factor, SiteRotation
 from ..rows import require_finite
 from ..runtime.layers import assemble, build_layer
@@ -22,9 +23,7 @@ def stream_layer(checkpoint, index: int, bits: int) -> _C.DecoderLayer:
     same on every BLAS. ValueError names a weight that holds NaN or Inf.
     """
     spec = checkpoint.spec.layer(index)
-    weights = sum(linear.n * linear.k for linear in spec.linears.values())
-    widest = max(site.k for site in spec.sites.values())
-    if bits == 32 or weights > BYTES_MAX or widest > _C.PACKED_K_MAX_W8:
+    if not _exact(spec, bits):
         return build_layer(checkpoint, index)
     linears, given = {}, checkpoint.layer(index).linears
     rotations = {name: _hadamard(site.k) for name, site in spec.sites.items()}
@@ -38,6 +37,19 @@ def stream_layer(checkpoint, index: int, bits: int) -> _C.DecoderLayer:
                 raise
             linears[role] = name, _C.PackedWeight(words, scales, site.k, bits=8), linear.bias
     return assemble(checkpoint, index, linears, rotations, 8)
+
+
+def _exact(spec: LayerSpec, bits: int) -> bool:
+    """Whether a layer is run in 8 bits."""
+    weights = sum(linear.n * linear.k for linear in spec.linears.values())
+    widest = max(site.k for site in spec.sites.values())
+    return bits != 32 and weights <= BYTES_MAX and widest <= _C.PACKED_K_MAX_W8
+
+
+def in_parts(spec: ModelSpec, bits: int) -> bool:
+    """Whether some of the windows give the same bits as all together. Sums of 8-bit codes do, and
+    BLAS does not."""
+    return all(_exact(kind, bits) for kind in spec.kinds)
 
 
 @cache

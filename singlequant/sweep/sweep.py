@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from .layer import quantize_layer
 from .measure import Measured, measure
 from .prepare import View, solve
 from .texts import token_digest
+
+if TYPE_CHECKING:
+    from .spread import Spread
 
 STAGES = ("calibrate", "solve", "quantize")
 
@@ -67,6 +70,23 @@ class Job:
     observe: Observe | None = None
 
 
+@dataclass(frozen=True)
+class SiteCounts:
+    """What the solver did at one site: Kronecker sizes (or blocks and their size), numbers of
+    Givens rotations, whether a balance is folded, and inputs that keep 8 bits."""
+
+    layer: int
+    site: str
+    k1: int
+    k2: int
+    art_steps: int
+    urt_steps: int
+    sweep_rotations: int
+    balanced: bool
+    int8_inputs: int
+    borrowed: bool  # calibrated on the union of the layer's experts, as its own saw too few tokens
+
+
 @dataclass
 class Outcome:
     """What a job took and whether it failed.
@@ -75,7 +95,7 @@ class Outcome:
     choosing: of "solve", what the choice of bits took, which looks at all layers beforehand.
     peaks: bytes of anonymous memory of the process, the largest of each stage. error: why there is
     no folder, or None. config: the job's, its bits settled, where there was something to settle.
-    resumed_layers: those taken over from an interrupted run.
+    resumed_layers: those taken over from an interrupted run. sites: of the layers made now.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -84,6 +104,7 @@ class Outcome:
     error: str | None = None
     config: QuantConfig | None = None
     resumed_layers: int = 0
+    sites: list[SiteCounts] = field(default_factory=list)
 
     @property
     def peak_memory(self) -> int:
@@ -97,6 +118,14 @@ class Outcome:
         self.error = self.error or measured.error
         return measured.value
 
+    def merge(self, other: Outcome) -> None:
+        """Count what a worker did."""
+        for stage in STAGES:
+            self.seconds[stage] += other.seconds[stage]
+            self.peaks[stage] = max(self.peaks[stage], other.peaks[stage])
+        self.error = self.error or other.error
+        self.sites.extend(other.sites)
+
 
 def sweep(
     view: View,
@@ -107,6 +136,7 @@ def sweep(
     written: str | None = None,
     failures: tuple[type[Exception], ...] = (),
     progress: Callable[[int, int], None] | None = None,
+    spread: Spread | None = None,
 ) -> tuple[Outcome, ...]:
     """Quantize the model in every way that a job asks for; an Outcome per job, in order.
 
@@ -117,14 +147,17 @@ def sweep(
     written: the word for windows that the model wrote (`written_by_model`), for recipe.json.
     failures: exceptions that end one job and leave its message in its outcome; all others end the
     sweep. progress(layers done, layers) is called after each layer; an exception in it cancels.
+    spread: workers that make the layers, the same bytes (spread.py).
     """
+    if spread is not None:
+        spread.check(jobs)
     provenance = {"version": __version__, "calibration_sha256": token_digest(windows),
                   **({"calibration": written} if written else {})}
-    works = [_Work(job, view, failures) for job in jobs]
+    works = [Work(job, view, failures) for job in jobs]
     calibration_bits = max(job.config.calibration_bits for job in jobs)
     if any(work.job.config.bits > WEIGHT_BITS[0] for work in works):
-        noise = measure(predict_noise, view, windows, calibration_bits,
-                        failures=failures)
+        predict = predict_noise if spread is None else spread.predict_noise
+        noise = measure(predict, view, windows, calibration_bits, failures=failures)
         for work in works:
             work.assign(noise)
     limit = view.spec.layers if layers is None else layers
@@ -134,26 +167,38 @@ def sweep(
             if work.outcome.error is None:
                 work.attempt("quantize", work.open, provenance)
         running = [work for work in works if work.outcome.error is None]
-        done = set.intersection(*(work.finished for work in running)) if running else set()
-        inputs = any(work.job.config.weights == "gptq" for work in running)
-        statistics = calibrate(view, windows, progress=progress, skip=done, keep_inputs=inputs,
-                               bits=calibration_bits)
-        while running:
-            index = _sweep_layer(view, statistics, running)
-            if index is None or index + 1 >= limit:
-                break
-            running = [work for work in running if work.outcome.error is None]
+        if spread is not None and running:
+            spread.make_layers(view, windows, running, calibration_bits, progress)
+        elif running:
+            _in_order(view, windows, running, calibration_bits, limit, progress)
         if layers is None:
-            for _ in statistics if running else ():  # the last layer's progress
-                pass
             for work in works:
                 if work.outcome.error is None:
                     work.attempt("quantize", work.finish)
     return tuple(work.outcome for work in works)
 
 
-def _sweep_layer(
-    view: View, layers: Iterator[LayerStatistics], works: Sequence[_Work]
+def _in_order(
+    view: View, windows: NDArray[np.int64], running: Sequence[Work], bits: int, limit: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """The layers up to `limit`, one after the other, for works that have not failed."""
+    done = set.intersection(*(work.finished for work in running))
+    inputs = any(work.job.config.weights == "gptq" for work in running)
+    statistics = calibrate(view, windows, progress=progress, skip=done, keep_inputs=inputs,
+                           bits=bits)
+    while running:
+        index = sweep_layer(view, statistics, running)
+        if index is None or index + 1 >= limit:
+            break
+        running = [work for work in running if work.outcome.error is None]
+    if limit == view.spec.layers:
+        for _ in statistics if running else ():  # the last layer's progress
+            pass
+
+
+def sweep_layer(
+    view: View, layers: Iterator[LayerStatistics], works: Sequence[Work]
 ) -> int | None:
     """One layer for all works; its index, or None behind the last one.
 
@@ -178,7 +223,7 @@ def _sweep_layer(
     return statistics.index
 
 
-class _Work:
+class Work:
     """A job under way: its open folder, the layers it has, and what it took so far."""
 
     def __init__(
@@ -188,7 +233,7 @@ class _Work:
         self.outcome = Outcome()
         self.finished: set[int] = set()
         self.bits: dict[str, int] = {}  # by linear, those with more than 4
-        self._writer: ModelWriter | None = None
+        self.writer: Any = None  # a ModelWriter, or what takes its place in a worker
 
     @property
     def solver_key(self) -> Any:
@@ -215,11 +260,11 @@ class _Work:
             return
         if job.scratch and job.out.exists():
             shutil.rmtree(job.out)
-        self._writer = ModelWriter(
+        self.writer = ModelWriter(
             job.out, self.view, job.config, resume=job.resume, resumable=not job.scratch,
             provenance=provenance, bits=self.bits,
         ).__enter__()
-        self.finished = self._writer.finished_layers()
+        self.finished = self.writer.finished_layers()
         self.outcome.resumed_layers = len(self.finished)
 
     def solve(self, statistics: LayerStatistics) -> LayerRotations:
@@ -231,21 +276,37 @@ class _Work:
     def hand_over(self, statistics: LayerStatistics, rotations: LayerRotations) -> None:
         """Make one layer, write it and show it to the job's observer."""
         layer = self.attempt("quantize", self.make, rotations)
-        if layer is not None and self.job.observe is not None:
+        if layer is None:
+            return
+        self.outcome.sites.extend(_counts(statistics, layer))
+        if self.job.observe is not None:
             self.job.observe(statistics, layer)
+
+    def bits_of(self, index: int) -> dict[str, int]:
+        """The part of `bits` that is of one layer."""
+        names = [linear.at(index) for linear in self.view.spec.layer(index).linears.values()]
+        return {name: self.bits[name] for name in names if name in self.bits}
+
+    def take(
+        self, index: int, outcome: Outcome, shard: str | None, entry: Mapping[str, Any]
+    ) -> None:
+        """Count and keep what a worker made of a layer."""
+        self.outcome.merge(outcome)
+        if shard is not None and self.writer is not None:
+            self.attempt("quantize", self.writer.take_layer, index, Path(shard), entry)
 
     def make(self, rotations: LayerRotations) -> QuantizedLayer:
         """Rotate, round and pack one layer, and write it."""
         bits = (self.bits,) if self.bits else ()
         layer = self.job.quantize(self.view, rotations, self.job.config, *bits)
-        if self._writer is not None:
-            self._writer.write_layer(layer)
+        if self.writer is not None:
+            self.writer.write_layer(layer)
         return layer
 
     def finish(self) -> None:
         """Give the folder its name."""
-        if self._writer is not None:
-            self._writer.finish()
+        if self.writer is not None:
+            self.writer.finish()
 
     def close(
         self,
@@ -254,11 +315,20 @@ class _Work:
         trace: TracebackType | None,
     ) -> None:
         """Remove what is unfinished, unless it is to be resumed."""
-        if self._writer is None:
+        if self.writer is None:
             return
         if self.job.scratch:
             kind = error = trace = None
-        self._writer.__exit__(kind, error, trace)
+        self.writer.__exit__(kind, error, trace)
+
+
+def _counts(statistics: LayerStatistics, layer: QuantizedLayer) -> list[SiteCounts]:
+    return [
+        SiteCounts(layer.index, name, *r.sizes, *map(r.givens_count, ("ART", "URT", "sweep")),
+                   r.balance is not None, layer.int8_inputs.get(name, 0),
+                   statistics.sites[name].borrowed)
+        for name, r in layer.rotations.items()
+    ]
 
 
 def read_ahead(checkpoint: Checkpoint, index: int) -> threading.Thread | None:
