@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import multiprocessing
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import (
@@ -93,7 +94,8 @@ class Workers:
             while waiting or running:
                 while waiting and len(running) <= self.count:  # one more than there are workers
                     call = heapq.heappop(waiting)[2]
-                    running[self._submit(_checked, _here(), call.function, call.arguments)] = call
+                    work = pickle.dumps((call.function, call.arguments))
+                    running[self._submit(_checked, _here(), work)] = call
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 if not done:
                     self._require_workers()
@@ -243,13 +245,13 @@ def worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-def _checked(
-    expected: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> Any:
-    """What a worker does with a call. ValueError when it would round in another way."""
+def _checked(expected: dict[str, str], work: bytes) -> Any:
+    """What a worker does with a call, pickled: what opens models at that must fail in the worker,
+    not in an engine on the way. ValueError when it would round in another way."""
     found = _here()
     for key, value in expected.items():
         if found[key] != value:
             raise ValueError(f"worker {worker_name()}: {key}: expected {value}, found {found[key]}:"
                              f" all must round alike (SINGLEQUANT_DISABLE_CPU switches sets off)")
+    function, arguments = pickle.loads(work)
     return function(*arguments)

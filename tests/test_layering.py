@@ -77,7 +77,7 @@ def test_c_folder_includes_itself_and_those_before_it(folder):
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "psutil", "matplotlib", "lm_eval",
-                                    "datasets", "yaml"])
+                                    "datasets", "yaml", "distributed"])
 def test_extras_are_never_imported_at_module_level(module):
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name == "integrations":  # who imports its files asks for the extra

@@ -14,8 +14,10 @@ from .shared import (
     add_command,
     add_dequantize,
     add_table_bits,
+    add_workers,
     integers,
     names,
+    opened_workers,
     progress_bar,
     writing_part,
 )
@@ -65,6 +67,7 @@ def add(commands) -> None:
     c.add_argument("--task-folder", type=Path, metavar="DIR", help="where local tasks are")
     c.add_argument("--out", type=Path, metavar="DIR",
                    help="keep the packed models and the finished rows here; a rerun goes on")
+    add_workers(c)
     add_dequantize(c)
     c.add_argument("--csv", type=Path, metavar="FILE")
     c.add_argument("--json", type=Path, metavar="FILE",
@@ -100,8 +103,9 @@ def run(arguments: argparse.Namespace) -> None:
         partial = arguments.json.with_name(arguments.json.name + ".partial")
     options = options_from(arguments, partial)
     model = load_checkpoint(arguments.model, arguments.dequantize)
-    with progress_bar("comparing", "step") as update:
-        result = compare(model, options, progress=update, writing=writing_part(update))
+    with opened_workers(arguments) as workers, progress_bar("comparing", "step") as update:
+        result = compare(model, options, progress=update, writing=writing_part(update),
+                         workers=workers)
     print(result)
     if arguments.csv:
         print(f"written     {result.to_csv(arguments.csv)}")

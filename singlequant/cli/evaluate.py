@@ -7,7 +7,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from .shared import add_command, add_dequantize, add_kv_bits, names, progress_bar
+from .shared import (
+    add_command,
+    add_dequantize,
+    add_kv_bits,
+    add_workers,
+    names,
+    opened_workers,
+    progress_bar,
+)
 
 
 def add(commands) -> None:
@@ -33,6 +41,7 @@ def add(commands) -> None:
                         "question by question, with its standard error")
     c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
     add_kv_bits(c)
+    add_workers(c)
     add_dequantize(c)
     c.add_argument("--json", action="store_true", help="print JSON alone")
 
@@ -98,6 +107,7 @@ def check_eval(arguments: argparse.Namespace) -> None:
     needs = {"--reference": ("--text", arguments.reference, arguments.text),
              "--seq-len": ("--text", arguments.seq_len, arguments.text),
              "--windows": ("--text", arguments.windows, arguments.text),
+             "--executor": ("--text", arguments.executor, arguments.text),
              "--task-folder": ("--tasks", arguments.task_folder, arguments.tasks),
              "--against": ("--tasks", arguments.against, arguments.tasks),
              "--limit": ("--tasks", arguments.limit, arguments.tasks)}
@@ -128,8 +138,8 @@ def evaluate_text(model, arguments: argparse.Namespace):
         split_windows(tokens, seq_len)
     except ValueError as error:
         raise ValueError(f"{arguments.text}: {error}") from None
-    with progress_bar("evaluating", "window") as update:
-        return perplexity(model, tokens, seq_len, reference, update)
+    with opened_workers(arguments) as workers, progress_bar("evaluating", "window") as update:
+        return perplexity(model, tokens, seq_len, reference, update, workers)
 
 
 def print_evaluation(result) -> None:

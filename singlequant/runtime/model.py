@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..checkpoint.folder import Checkpoint
+
+
+@lru_cache(maxsize=2)
+def loaded(
+    checkpoint: Checkpoint, kv_bits: int | None = None, kv_hadamard: bool = True,
+    kv_dtype: str | None = None,
+) -> Model:
+    """`Model` of the same arguments; in one process, the same again."""
+    return Model(checkpoint, kv_bits, kv_hadamard, kv_dtype)
 
 
 class Model:
@@ -57,6 +67,10 @@ class Model:
         self.outer = Outer(checkpoint, 16 if config is None else config.head_input_bits)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
         self._decoder = _C.Decoder(self._layers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the folder that it is of: a worker loads that once."""
+        return loaded, (self.checkpoint, self.kv_bits, self.kv_hadamard, self.kv_dtype)
 
     def __repr__(self) -> str:
         kind = "quantized" if self.checkpoint.quantized else "unquantized"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
+from ..distributed import Call, Workers
 from ..files import json_values, not_finite
 from ..rows import token_ids
 from ..runtime.model import Model
@@ -44,6 +46,10 @@ class CachedScorer:
         self.model = model
         self._states: dict[bytes, NDArray[np.float32]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without the states: a worker keeps those of the windows that it has."""
+        return cached_scorer, (self.model,)
+
     def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The model's hidden states [count, length, hidden]; not to be written to."""
         windows = np.ascontiguousarray(windows, np.int64)
@@ -57,6 +63,12 @@ class CachedScorer:
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """The model's logits [..., vocab] of hidden states [..., hidden]."""
         return self.model.logits(hidden)
+
+
+@lru_cache(maxsize=1)
+def cached_scorer(model: Scorer) -> CachedScorer:
+    """`CachedScorer` of a model; in one process, the same again."""
+    return CachedScorer(model)
 
 
 @dataclass(frozen=True)
@@ -123,46 +135,88 @@ def evaluate(
     seq_len: int,
     reference: Scorer | None = None,
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
 ) -> Evaluation:
     """The perplexity of a model on all whole windows of tokens [count].
 
     seq_len: tokens of a window. reference: a model from which the divergences are measured.
     progress(done, total) is called after each group of windows, with numbers of windows. An
-    exception in it ends the evaluation. LogitsError, a ValueError, if a model's logits are not
-    finite.
+    exception in it ends the evaluation. workers: of `singlequant.distributed`, which run the
+    groups; the figures are the same. LogitsError, a ValueError, if a model's logits are not finite.
     """
     start = time.perf_counter()
     windows = split_windows(tokens, seq_len)
-    nll, reference_nll, kl, same = [], [], [], []
-    step = max(1, TOKENS_PER_STEP // seq_len)
-    for first in range(0, len(windows), step):
-        group = windows[first : first + step]
-        for target, logits, expected in _predictions(model, reference, group):
-            nll.append(_finite(_C.negative_log_likelihood(logits, target), "model"))
-            if expected is not None:
-                likelihood = _C.negative_log_likelihood(expected, target)
-                reference_nll.append(_finite(likelihood, "reference"))
-                divergence, agree = _C.kl_divergence(expected, logits)
-                kl.append(divergence)
-                same.append(agree)
+    groups: dict[int, Scores] = {}
+
+    def scored(first: int, scores: Scores) -> tuple[()]:
+        groups[first] = scores
         if progress:
-            progress(min(first + step, len(windows)), len(windows))
-    nll = np.concatenate(nll)
-    result = {
-        "perplexity": _exp(nll.mean()),
-        "tokens": int(windows.size),
-        "predictions": len(nll),
-        "seq_len": seq_len,
-    }
+            progress(sum(len(windows[i : i + step]) for i in groups), len(windows))
+        return ()
+
+    step = group_step(seq_len)
+    calls = [Call(score_windows, (model, reference, windows[first : first + step]), (first,),
+                  partial(scored, first)) for first in range(0, len(windows), step)]
+    if workers is None:
+        for call in calls:
+            call.then(call.function(*call.arguments))
+    else:
+        workers.run(calls)
+    return evaluation_of([groups[first] for first in sorted(groups)], windows,
+                         time.perf_counter() - start)
+
+
+def group_step(seq_len: int) -> int:
+    """Windows that a model runs at a time."""
+    return max(1, TOKENS_PER_STEP // seq_len)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a group of windows gives, an entry per prediction; the last three with a reference."""
+
+    nll: NDArray[np.float64]
+    reference_nll: NDArray[np.float64] | None
+    kl: NDArray[np.float64] | None
+    same: NDArray[np.bool_] | None
+
+
+def score_windows(
+    model: Scorer, reference: Scorer | None, windows: NDArray[np.int64]
+) -> Scores:
+    """The scores of a group of windows [count, seq_len], which is run in one call."""
+    nll, reference_nll, kl, same = [], [], [], []
+    for target, logits, expected in _predictions(model, reference, windows):
+        nll.append(_finite(_C.negative_log_likelihood(logits, target), "model"))
+        if expected is not None:
+            likelihood = _C.negative_log_likelihood(expected, target)
+            reference_nll.append(_finite(likelihood, "reference"))
+            divergence, agree = _C.kl_divergence(expected, logits)
+            kl.append(divergence)
+            same.append(agree)
+    others = (np.concatenate(x) if kl else None for x in (reference_nll, kl, same))
+    return Scores(np.concatenate(nll), *others)
+
+
+def evaluation_of(
+    groups: Sequence[Scores], windows: NDArray[np.int64], seconds: float
+) -> Evaluation:
+    """The evaluation of all groups of some windows [count, seq_len], in their order."""
+    nll = np.concatenate([group.nll for group in groups])
+    result: dict[str, Any] = {"perplexity": _exp(nll.mean())}
+    kl = [group.kl for group in groups if group.kl is not None]
     if kl:
-        kl = np.concatenate(kl)
+        divergence = np.concatenate(kl)
+        same, likelihood = (np.concatenate([getattr(group, name) for group in groups])
+                            for name in ("same", "reference_nll"))
         result |= {
-            "kl_mean": float(kl.mean()),
-            "kl_p99": float(np.quantile(kl, 0.99)),
-            "top1_agreement": float(np.concatenate(same).mean()),
-            "reference_perplexity": _exp(np.concatenate(reference_nll).mean()),
+            "kl_mean": float(divergence.mean()),
+            "kl_p99": float(np.quantile(divergence, 0.99)),
+            "top1_agreement": float(same.mean()),
+            "reference_perplexity": _exp(likelihood.mean()),
         }
-    return Evaluation(seconds=time.perf_counter() - start, **result)
+    return Evaluation(tokens=int(windows.size), predictions=len(nll), seq_len=windows.shape[1],
+                      seconds=seconds, **result)
 
 
 def perplexity(
@@ -171,6 +225,7 @@ def perplexity(
     seq_len: int | None = None,
     reference: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
 ) -> Evaluation:
     """Perplexity on a text or on token ids, by the protocol of GPTQ and QuaRot.
 
@@ -183,7 +238,7 @@ def perplexity(
     if reference is not None and reference.spec.vocab != model.spec.vocab:
         raise ValueError(f"reference: expected a vocabulary of {model.spec.vocab}, "
                          f"got {reference.spec.vocab}")
-    return evaluate(model, tokens, seq_len, reference, progress)
+    return evaluate(model, tokens, seq_len, reference, progress, workers)
 
 
 def _finite(nll: NDArray[np.float64], who: str) -> NDArray[np.float64]:

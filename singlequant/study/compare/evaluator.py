@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +15,34 @@ from numpy.typing import NDArray
 
 from ... import harness
 from ...checkpoint.folder import Checkpoint, load_checkpoint
-from ...runtime.model import Model
-from ...sweep.measure import reason
+from ...distributed import Call, Workers
+from ...runtime.model import Model, loaded
+from ...sweep.measure import Measured, measure, reason
 from ...sweep.text_file import first_tokens
 from ...sweep.texts import bundled_path, token_digest
-from ..evaluate import CachedScorer, evaluate, split_windows
+from ..evaluate import (
+    CachedScorer,
+    Evaluation,
+    evaluate,
+    evaluation_of,
+    group_step,
+    score_windows,
+    split_windows,
+)
 from .rows import Row
 
 # What a method may fail with on a model that suits others; anything else ends the comparison.
 FAILURES = (ValueError, ArithmeticError, RuntimeError, ImportError, MemoryError)
+
+
+Spread = tuple[Evaluation, ...] | str  # of a row's texts, or why there are none
+
+
+def _score_group(
+    checkpoint: Checkpoint, original: CachedScorer, windows: NDArray[np.int64]
+) -> Measured:
+    """What a worker does: the scores of a row's model on a group of windows."""
+    return measure(lambda: score_windows(loaded(checkpoint), original, windows), failures=FAILURES)
 
 
 @dataclass(frozen=True)
@@ -84,10 +103,11 @@ class Evaluator:
     def _original(self) -> CachedScorer:
         return CachedScorer(Model(self._checkpoint))
 
-    def original(self) -> Row:
+    def original(self, workers: Workers | None = None) -> Row:
         """The original's row: its divergence from itself is 0."""
         start = time.perf_counter()
-        results = [evaluate(self._original, text.tokens, self._seq_len) for text in self._texts]
+        results = [evaluate(self._original, text.tokens, self._seq_len, workers=workers)
+                   for text in self._texts]
         results = [replace(r, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0,
                            reference_perplexity=r.perplexity) for r in results]
         scores = self._scores(self._original.model)
@@ -95,23 +115,67 @@ class Evaluator:
                    seconds={"evaluate": time.perf_counter() - start},
                    bytes_on_disk=self._checkpoint.bytes_with_tokenizer)
 
-    def quantized(self, folder: Path, row: Row, original: Row) -> Row:
+    def quantized(
+        self, folder: Path, row: Row, original: Row, results: Spread | None = None
+    ) -> Row:
         """The row with a packed folder's scores; with the reason when it cannot be run.
 
-        original: the original's row, whose answers those to tasks are paired with.
+        original: the original's row, whose answers those to tasks are paired with. results: of
+        `spread`, where workers scored the folder on the texts.
         """
         start = time.perf_counter()
+        if isinstance(results, str):
+            return replace(row, error=results)
+        before = sum(result.seconds for result in results or ())
         try:
-            model = Model(load_checkpoint(folder))
-            results = [evaluate(model, text.tokens, self._seq_len, self._original)
-                       for text in self._texts]
-            scores = self._scores(model)
+            scores = harness.TaskScores({}, {})
+            if results is None or self._tasks:
+                model = Model(load_checkpoint(folder))
+                results = results or tuple(
+                    evaluate(model, text.tokens, self._seq_len, self._original)
+                    for text in self._texts)
+                scores = self._scores(model)
             paired = harness.paired_differences(scores.answers, original.answers)
         except FAILURES as error:
             return replace(row, error=reason(error))
-        seconds = {**row.seconds, "evaluate": time.perf_counter() - start}
-        return replace(row, results=tuple(results), tasks=scores.metrics, paired=paired,
-                       seconds=seconds)
+        seconds = {**row.seconds, "evaluate": before + time.perf_counter() - start}
+        return replace(row, results=results, tasks=scores.metrics, paired=paired, seconds=seconds)
+
+    def spread(self, folders: Sequence[Path], workers: Workers) -> dict[Path, Spread]:
+        """What `quantized` takes as results, by folder: the groups of windows of all folders and
+        texts go to the workers at once."""
+        step = group_step(self._seq_len)
+        texts = [split_windows(text.tokens, self._seq_len) for text in self._texts]
+        found: dict[tuple[int, int, int], Measured] = {}
+
+        def scored(key: tuple[int, int, int], measured: Measured) -> tuple[()]:
+            found[key] = measured
+            return ()
+
+        calls = [
+            Call(_score_group, (checkpoint, self._original, windows[first : first + step]), key,
+                 functools.partial(scored, key))
+            for f, checkpoint in enumerate(map(load_checkpoint, folders))
+            for t, windows in enumerate(texts)
+            for first in range(0, len(windows), step)
+            for key in [(f, t, first)]]
+        workers.run(calls)
+        return {folder: self._together(texts, {key[1:]: measured for key, measured in found.items()
+                                               if key[0] == f})
+                for f, folder in enumerate(folders)}
+
+    @staticmethod
+    def _together(
+        texts: Sequence[NDArray[np.int64]], found: Mapping[tuple[int, int], Measured]
+    ) -> Spread:
+        """The evaluation of each text from its groups, in their order; or why there is none."""
+        errors = [found[key].error for key in sorted(found)]
+        if any(errors):
+            return next(error for error in errors if error)
+        return tuple(
+            evaluation_of([found[key].value for key in sorted(found) if key[0] == t], windows,
+                          sum(m.seconds for key, m in found.items() if key[0] == t))
+            for t, windows in enumerate(texts))
 
     def _scores(self, model: Model) -> harness.TaskScores:
         """Metrics of the tasks, and the answers."""

@@ -8,7 +8,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from ...checkpoint.folder import Checkpoint, open_model
 from ...config import QuantConfig
+from ...distributed import Workers
 from ...files import folder_bytes
 from ...info import __version__, machine_info
+from ...methods.registry import METHODS
 from ...methods.spinquant import load_learned
 from ...sweep.measure import anonymous_bytes, measure
 from ...sweep.prepare import View, check_outer, prepare
+from ...sweep.spread import Spread
 from ...sweep.sweep import Job, Outcome, sweep
 from ...sweep.texts import calibration_windows, token_digest, written_by_model
 from ..evaluate import default_seq_len
@@ -45,6 +49,7 @@ def compare(
     *,
     progress: Callable[[int, int], None] | None = None,
     writing: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
     **changes: Unpack[Changes],
 ) -> Comparison:
     """Quantize a `save_pretrained` folder by each method and scheme, and evaluate each result.
@@ -75,7 +80,7 @@ def compare(
             folder.mkdir(parents=True, exist_ok=True)
             rows_file = rows_file or folder / ROWS_FILE
         rows = stack.enter_context(RowsFile(rows_file))
-        found = _Runner(plan, rows, folder, options.out is not None, progress).rows()
+        found = _Runner(plan, rows, folder, options.out is not None, progress, workers).rows()
     quantized = [replace(found[plan.key(config)], default=default)
                  for config, default in plan.recipes]
     return Comparison(
@@ -154,8 +159,9 @@ class _Runner:
     """Makes and evaluates the rows that are not in the file yet, group by group."""
 
     def __init__(self, plan: _Plan, rows: RowsFile, folder: Path, keep: bool,
-                 progress: Callable[[int, int], None] | None) -> None:
+                 progress: Callable[[int, int], None] | None, workers: Workers | None) -> None:
         self._plan, self._checkpoint, self._evaluator = plan, plan.checkpoint, plan.evaluator
+        self._workers = workers
         self._rows, self._folder, self._keep, self._progress = rows, folder, keep, progress
         self._done = self._total = 0
         self._views: dict[tuple, View] = {}
@@ -182,7 +188,7 @@ class _Runner:
         self._total = missing + len(groups) * self._checkpoint.spec.layers
         if original not in self._rows.rows:
             self._total += 1
-            self._rows.add(original, "row", self._evaluator.original().to_json())
+            self._rows.add(original, "row", self._evaluator.original(self._workers).to_json())
             self._step()
         for (view, sample), configs in groups.items():
             failed |= self._group(views[view], self._plan.windows[sample], configs)
@@ -209,13 +215,16 @@ class _Runner:
                    for key, config in configs.items()}
         errors = self._build(view, windows, configs, folders)
         original = Row.from_json(self._rows.rows[self._plan.original_key])
+        made = [folders[key] for key in configs if not errors.get(key)]
+        scored = self._evaluator.spread(made, self._workers) if self._workers else {}
         failed = {}
         for key, config in configs.items():
             if errors.get(key):
                 row = Row(config, error=errors[key])
             else:
                 row = self._evaluator.quantized(
-                    folders[key], Row(config, **self._rows.built[key]), original)
+                    folders[key], Row(config, **self._rows.built[key]), original,
+                    scored.get(folders[key]))
             if row.error:
                 failed[key] = row
             else:
@@ -233,8 +242,9 @@ class _Runner:
         before, held = self._done, anonymous_bytes() - self._memory
         outcomes = ()
         if jobs:
-            outcomes = sweep(view, windows, list(jobs.values()), failures=FAILURES,
-                             progress=self._step, written=self._plan.written)
+            with self._spread(configs.values()) as spread:
+                outcomes = sweep(view, windows, list(jobs.values()), failures=FAILURES,
+                                 progress=self._step, written=self._plan.written, spread=spread)
         for _ in range(before + view.spec.layers - self._done):
             self._step()  # layers that nobody needed any more
         for (key, job), outcome in zip(jobs.items(), outcomes, strict=True):
@@ -243,6 +253,13 @@ class _Runner:
                 self._rows.add(key, "built", _cost(outcome, job.out, learning, held),
                                durable=self._keep)
         return {key: outcome.error for key, outcome in zip(jobs, outcomes, strict=True)}
+
+
+    def _spread(self, configs: Iterable[QuantConfig]) -> AbstractContextManager[Spread | None]:
+        """How the layers of these rows go to workers; a context of None where they stay here."""
+        if self._workers is None or any(METHODS[config.method].trains for config in configs):
+            return contextlib.nullcontext()
+        return Spread(self._workers, self._folder, "compare")
 
 
 def _cost(outcome: Outcome, out: Path, learning: float, held: int) -> dict[str, Any]:
