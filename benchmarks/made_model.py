@@ -1,4 +1,5 @@
-"""A made checkpoint: random weights of any LLaMA widths, for questions of speed and memory.
+"""A made checkpoint: random weights of any LLaMA widths, or of a mixture of experts, for questions
+of speed and memory.
 
 The weights are normal numbers with a few large channels in the norms; they say nothing about
 quality, but every engine can read them and their logits can be compared.
@@ -28,6 +29,8 @@ class Widths:
     heads: int
     vocab: int  # at least the bundled tokenizer's 2048
     kv_heads: int | None = None  # as many as heads
+    experts: int = 0  # of a layer, each `intermediate` wide; 0: one MLP
+    chosen: int = 8  # experts of a token
 
     @property
     def kv_width(self) -> int:
@@ -38,7 +41,7 @@ class Widths:
     def layer_weights(self) -> int:
         """Weights in the linears of one layer."""
         attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width
-        return attention + 3 * self.hidden * self.intermediate
+        return attention + 3 * self.hidden * self.intermediate * max(1, self.experts)
 
     @property
     def head_weights(self) -> int:
@@ -52,7 +55,8 @@ TOY = Widths(hidden=256, intermediate=512, heads=4, vocab=2048)
 
 
 def write_checkpoint(folder: Path, layers: int, widths: Widths = LLAMA_2_7B) -> None:
-    """A LlamaForCausalLM folder of these widths in float16; appears only when whole."""
+    """A folder of these widths in float16, of LlamaForCausalLM or, with experts,
+    Qwen3MoeForCausalLM; appears only when whole."""
     rng = np.random.default_rng(0)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,9 +77,16 @@ def write_checkpoint(folder: Path, layers: int, widths: Widths = LLAMA_2_7B) -> 
         for name in "qkvo":
             rows = widths.kv_width if name in "kv" else hidden
             tensors[f"{prefix}self_attn.{name}_proj.weight"] = matrix(rows, hidden)
-        tensors[f"{prefix}mlp.gate_proj.weight"] = matrix(intermediate, hidden)
-        tensors[f"{prefix}mlp.up_proj.weight"] = matrix(intermediate, hidden)
-        tensors[f"{prefix}mlp.down_proj.weight"] = matrix(hidden, intermediate)
+        mlps = [f"mlp.experts.{e}." for e in range(widths.experts)] or ["mlp."]
+        for mlp in mlps:
+            tensors[f"{prefix}{mlp}gate_proj.weight"] = matrix(intermediate, hidden)
+            tensors[f"{prefix}{mlp}up_proj.weight"] = matrix(intermediate, hidden)
+            tensors[f"{prefix}{mlp}down_proj.weight"] = matrix(hidden, intermediate)
+        if widths.experts:
+            tensors[f"{prefix}mlp.gate.weight"] = matrix(widths.experts, hidden)
+            for name in "qk":
+                ones = np.ones(hidden // widths.heads, np.float16)
+                tensors[f"{prefix}self_attn.{name}_norm.weight"] = ones
     save_file(tensors, partial / "model.safetensors", {"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
@@ -85,6 +96,13 @@ def write_checkpoint(folder: Path, layers: int, widths: Widths = LLAMA_2_7B) -> 
         "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
         "dtype": "float16",
     }
+    if widths.experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+            "num_experts": widths.experts, "num_experts_per_tok": widths.chosen,
+            "moe_intermediate_size": intermediate, "norm_topk_prob": True,
+            "head_dim": hidden // widths.heads,
+        }
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, partial / name)

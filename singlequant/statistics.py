@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,3 +51,44 @@ class LayerStatistics:
     index: int
     sites: Mapping[str, SiteStatistics]
     kv_largest: float = 0.0  # largest magnitude of its keys and values
+
+    def inputs_of(self, site: str) -> NDArray[np.float32] | None:
+        """The inputs of a site, if kept: nothing else of its statistics is computed for them."""
+        if isinstance(self.sites, SitesInTurn):
+            return self.sites.inputs[site]
+        return self.sites[site].inputs
+
+    def borrowed(self, site: str) -> bool:
+        """Whether a site is calibrated on the union of its layer's experts."""
+        if isinstance(self.sites, SitesInTurn):
+            return site in self.sites.union
+        return self.sites[site].borrowed
+
+
+class SitesInTurn(Mapping[str, SiteStatistics]):
+    """Statistics by site, those of experts computed when they are asked for, one at a time.
+
+    A layer of 128 experts has 256 such sites. The statistics of all of them take more memory than
+    the inputs that they are of, which this holds. inputs: by site. union: sites that have the
+    layer's union in place of their own. make(site): the statistics.
+    """
+
+    def __init__(
+        self, ready: Mapping[str, SiteStatistics], inputs: Mapping[str, NDArray[np.float32]],
+        union: frozenset[str], make: Callable[[str], SiteStatistics],
+    ) -> None:
+        self.inputs, self.union = inputs, union
+        self._ready, self._make = ready, make
+
+    def __getitem__(self, site: str) -> SiteStatistics:
+        if site in self._ready:
+            return self._ready[site]
+        if site not in self.inputs:
+            raise KeyError(site)
+        return self._make(site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)

@@ -123,7 +123,7 @@ NO_ARRAYS = {"kernels", "use_kernels", "set_num_threads", "get_num_threads", "cg
              "blas_info",
              "factor_sizes", "givens_angle", "hadamard_matrix", "random_orthogonal",
              "duquant_steps", "KVCache", "Decoder", "FormatError", "will_need", "peak_steps",
-             "measure_peak", "watch_mapping", "exit_when_lost"}
+             "measure_peak", "watch_mapping", "exit_when_lost", "map_states", "trim_heap"}
 CONSTANTS = {"FACTOR_DENSE_MAX", "INT8_STEP", "DENSE_FEW", "PACKED_K_MAX_W8", "PAGE_TOKENS"}
 # Functions whose results are times, which no two calls share; tests/test_bench.py has their tests.
 TIMES = {"measure_linear"}

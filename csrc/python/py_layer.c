@@ -3,6 +3,7 @@
 #include "python/py_layer.h"
 
 #include "core/sq_internal.h"
+#include "core/sq_states.h"
 #include "python/py_cache.h"
 
 /* Positions by which the workspace grows: not with each token. */
@@ -273,7 +274,7 @@ done:
 static void
 free_rows(PyObject *capsule)
 {
-    free(PyCapsule_GetPointer(capsule, NULL));
+    sq_states_free(PyCapsule_GetPointer(capsule, NULL), (size_t)PyCapsule_GetContext(capsule));
 }
 
 /* New array of a record's rows [count][k], which it takes over. */
@@ -284,13 +285,16 @@ take_record(struct sq_record *record, int64_t k)
     if (!record->rows) {
         return (PyObject *)sq_py_empty(2, dims, NPY_FLOAT);
     }
-    float *rows = realloc(record->rows, (size_t)(record->count * k) * sizeof *rows);
-    record->rows = rows ? rows : record->rows; /* shrunk, if that was possible */
+    if (!record->mapped) {
+        float *rows = realloc(record->rows, (size_t)(record->count * k) * sizeof *rows);
+        record->rows = rows ? rows : record->rows; /* shrunk, if that was possible */
+    }
     PyObject *owner = PyCapsule_New(record->rows, NULL, free_rows);
     if (!owner) {
         return NULL;
     }
-    rows = record->rows;
+    (void)PyCapsule_SetContext(owner, (void *)record->mapped); /* never fails for a capsule */
+    float *rows = record->rows;
     record->rows = NULL; /* the capsule's */
     PyObject *array = PyArray_SimpleNewFromData(2, dims, NPY_FLOAT, rows);
     if (!array) {
@@ -372,7 +376,7 @@ layer_forward(PyObject *object, PyObject *args, PyObject *kwargs)
         result = records ? record_dict(self, records) : Py_NewRef(Py_None);
     }
     for (int i = 0; records && i < self->layer.n_sites; i++) {
-        free(records[i].rows);
+        sq_states_free(records[i].rows, records[i].mapped);
     }
     PyMem_Free(records);
     return result;

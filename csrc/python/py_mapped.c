@@ -1,16 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Mapped files that become shorter while they are read.
+/* Memory in files: where the states of calibration lie, and mapped files that become shorter while
+ * they are read.
  *
  * A read behind the new end raises SIGBUS, which ends a process without a word. The handler here
  * writes a line that names the file first. It then leaves by an exit status, if one is set, or by
  * the action that SIGBUS had before. */
 #include "python/py_args.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "core/sq_states.h"
 
 enum { RANGES = 1024, MESSAGE_BYTES = 1024 };
 
@@ -147,7 +151,55 @@ exit_when_lost(PyObject *Py_UNUSED(module), PyObject *arg)
     return PyLong_FromLong(atomic_exchange(&exit_status, (int)status));
 }
 
+PyDoc_STRVAR(map_states_doc,
+             "map_states(limit, folder)\n--\n\n"
+             "Have DecoderLayer.forward keep what it records of a site in a file of the folder, "
+             "without a name,\nwhere that is more than limit bytes; with folder None, in memory, "
+             "as at first. Where the file\nsystem has no such files, or no room, it stays in "
+             "memory. OSError if there is no such folder.");
+
+static PyObject *
+map_states(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"limit", "folder", NULL};
+    Py_ssize_t limit;
+    PyObject *object, *path = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nO:map_states", names, &limit, &object)) {
+        return NULL;
+    }
+    if (limit < 0) {
+        return PyErr_Format(PyExc_ValueError, "limit: expected bytes from 0, got %zd", limit);
+    }
+    int folder = -1;
+    if (object != Py_None) {
+        if (!PyUnicode_FSConverter(object, &path)) {
+            return NULL;
+        }
+        folder = open(PyBytes_AS_STRING(path), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        Py_DECREF(path);
+        if (folder < 0) {
+            return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, object);
+        }
+    }
+    sq_states_map((size_t)limit, folder);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(trim_heap_doc, "trim_heap()\n--\n\n"
+                            "Give back to the system what the heap keeps of freed blocks, where "
+                            "the C library can.");
+
+static PyObject *
+trim_heap(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(arg))
+{
+    sq_trim_heap();
+    Py_RETURN_NONE;
+}
+
 PyMethodDef sq_py_mapped_methods[] = {
+    {"map_states", (PyCFunction)(void (*)(void))map_states, METH_VARARGS | METH_KEYWORDS,
+     map_states_doc},
+    {"trim_heap", trim_heap, METH_NOARGS, trim_heap_doc},
     {"watch_mapping", (PyCFunction)(void (*)(void))watch_mapping, METH_VARARGS | METH_KEYWORDS,
      watch_mapping_doc},
     {"exit_when_lost", exit_when_lost, METH_O, exit_when_lost_doc},

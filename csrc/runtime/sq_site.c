@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "core/sq_internal.h"
+#include "core/sq_states.h"
 #include "core/sq_threads.h"
 #include "runtime/sq_rows.h"
 
@@ -166,13 +167,15 @@ add_record(struct sq_record *r, int64_t begin, const float *x, int64_t m, int64_
     }
     if (r->capacity < r->count + m) {
         const int64_t capacity = sq_max_i64(sq_max_i64(r->count + m, most), 2 * r->capacity);
-        float *rows = sq_alloc((size_t)(capacity * k) * sizeof *rows);
+        size_t mapped;
+        float *rows = sq_states_alloc((size_t)(capacity * k) * sizeof *rows, &mapped);
         if (!rows) {
             return SQ_ERR_NOMEM;
         }
         copy_in(r->rows, r->count, k, rows);
-        free(r->rows);
+        sq_states_free(r->rows, r->mapped);
         r->rows = rows;
+        r->mapped = mapped;
         r->capacity = capacity;
     }
     copy_in(x, m, k, r->rows + r->count * k);

@@ -75,7 +75,8 @@ sq_reader_bytes(const struct sq_site *sites, int n_sites, int64_t m, size_t *act
 /* The (unrotated) inputs of a site in a call, in the order of its tokens. Starts as zeros; the
  * caller frees rows. */
 struct sq_record {
-    float *rows;             /* [count][k], from sq_alloc */
+    float *rows;             /* [count][k], from sq_states_alloc */
+    size_t mapped;           /* as it set it */
     int64_t count, capacity; /* in rows */
     int64_t seen;            /* the chunks that begin before this token are there */
 };

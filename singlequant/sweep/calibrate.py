@@ -28,8 +28,9 @@ from ..methods.registry import ALL_INPUTS
 from ..rows import float32_blocks, token_ids
 from ..runtime.layers import flat_positions, new_cache
 from ..runtime.outer import Outer
-from ..statistics import LayerStatistics, SiteStatistics
+from ..statistics import LayerStatistics, SitesInTurn, SiteStatistics
 from .experts import borrow
+from .states import kept, map_states
 from .stream import stream_layer
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def check_windows(checkpoint: View, windows: NDArray[np.int64], bits: int) -> ND
 def embedded(checkpoint: View, windows: NDArray[np.int64]) -> NDArray[np.float32]:
     """The residual stream [tokens, hidden] of windows [count, length] before the first layer."""
     position = flat_positions(np.full(len(windows), windows.shape[1]))[1]
-    return Outer(checkpoint).embed(windows.reshape(-1), position)
+    return kept(Outer(checkpoint).embed(windows.reshape(-1), position))
 
 
 def _pass_layers(checkpoint, windows, bits, skip, progress) -> Iterator[Passed]:
@@ -188,6 +189,8 @@ def pass_layer(
 ) -> Passed:
     """Run the residual stream [tokens, hidden] of windows of `length` tokens through one layer, in
     place. record: keep the sites' inputs."""
+    _C.trim_heap()  # what the layer before left in pieces
+    map_states()
     windows = len(hidden) // length
     sequence, position = flat_positions(np.full(windows, length))
     layer = stream_layer(checkpoint, index, bits)
@@ -202,24 +205,31 @@ def pass_layer(
 
 def _layer_statistics(
     checkpoint, index, inputs, sample_tokens, keep_inputs
-) -> dict[str, SiteStatistics]:
-    """Statistics of a layer's sites from their recorded inputs."""
-    linears, sites, spec = checkpoint.layer(index).linears, {}, checkpoint.spec.layer(index)
-    a, borrowed = spec.attention, borrow(spec, linears, inputs)
-    for name, site in spec.sites.items():
-        own = borrowed.get(name, inputs[name])
+) -> Mapping[str, SiteStatistics]:
+    """Statistics of a layer's sites from their recorded inputs; those of experts in turn, where the
+    inputs are kept as well."""
+    linears, spec = checkpoint.layer(index).linears, checkpoint.spec.layer(index)
+    borrowed = borrow(spec, linears, inputs)
+    own = {**inputs, **borrowed}
+
+    def make(name: str) -> SiteStatistics:
+        site, a, shared = spec.sites[name], spec.attention, None
         weights = [linears[role].weight for role in site.roles]
-        shared = None
         if site.reads == "attention":  # a value head serves all its queries
             shared = a.kv_heads, a.heads // a.kv_heads, a.value_channels
         try:
-            found = site_statistics(own, weights, sample_tokens, keep_inputs, shared, site.reads,
-                                    site.producer is not None)
-            sites[name] = replace(found, borrowed=name in borrowed)
+            found = site_statistics(own[name], weights, sample_tokens, keep_inputs, shared,
+                                    site.reads, site.producer is not None)
         except ValueError as error:
             blame_weight(checkpoint, index)
             raise ValueError(f"layer {index}, inputs of {name}: {error}") from None
-    return sites
+        return replace(found, borrowed=name in borrowed)
+
+    later = {name for name, site in spec.sites.items() if keep_inputs and site.expert is not None}
+    sites = {name: make(name) for name in spec.sites if name not in later}
+    if not later:
+        return sites
+    return SitesInTurn(sites, {name: own[name] for name in spec.sites}, frozenset(borrowed), make)
 
 
 def blame_weight(checkpoint, index: int) -> None:

@@ -82,6 +82,13 @@ def round_inputs(
 def gptq_factor(
     statistics: SiteStatistics, rotation: Rotation | None, config: QuantConfig
 ) -> GptqFactor:
+    """`factor_of_inputs` of the inputs that a site's statistics hold."""
+    return factor_of_inputs(statistics.inputs, rotation, config)
+
+
+def factor_of_inputs(
+    inputs: NDArray[np.float32] | None, rotation: Rotation | None, config: QuantConfig
+) -> GptqFactor:
     """The factor of the Gram matrix of a site's rotated calibration inputs.
 
     Sums of products are of inputs with config.calibration_bits, and so is the error feedback from
@@ -90,15 +97,14 @@ def gptq_factor(
     With config.gptq_inputs "quantized", of the inputs after their own rounding and clip. Where
     fewer tokens than inputs were seen, the matrix has not the rank to say how all inputs go
     together: its damping is more by that ratio. The more of it, the nearer GPTQ is to rounding each
-    weight by itself. ValueError when the statistics do not hold the inputs or the matrix is not
-    positive definite.
+    weight by itself. ValueError when there are no inputs or the matrix is not positive definite.
     """
-    if statistics.inputs is None:
+    if inputs is None:
         raise ValueError(
             "statistics: weights 'gptq' needs the calibration inputs, found none kept (saved "
             "statistics never hold them): calibrate with keep_inputs=True"
         )
-    inputs, bits = statistics.inputs, config.calibration_bits
+    bits = config.calibration_bits
     if config.gptq_inputs == "quantized":
         gram = None
         for first in range(0, len(inputs), ROWS_PER_BLOCK):
@@ -340,7 +346,7 @@ def _site_factor(rotations: LayerRotations, site: str, config: QuantConfig) -> G
         raise ValueError(f"rotations: weights 'gptq' expects them with the statistics of layer "
                          f"{index}, found {found}")
     try:
-        return gptq_factor(statistics.sites[site], rotations.sites.get(site), config)
+        return factor_of_inputs(statistics.inputs_of(site), rotations.sites.get(site), config)
     except ValueError as error:
         raise ValueError(f"layer {index}, inputs of {site}: {error}") from None
 

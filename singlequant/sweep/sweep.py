@@ -326,7 +326,7 @@ def _counts(statistics: LayerStatistics, layer: QuantizedLayer) -> list[SiteCoun
     return [
         SiteCounts(layer.index, name, *r.sizes, *map(r.givens_count, ("ART", "URT", "sweep")),
                    r.balance is not None, layer.int8_inputs.get(name, 0),
-                   statistics.sites[name].borrowed)
+                   statistics.borrowed(name))
         for name, r in layer.rotations.items()
     ]
 

@@ -106,7 +106,8 @@ class Evaluator:
     def original(self, workers: Workers | None = None) -> Row:
         """The original's row: its divergence from itself is 0."""
         start = time.perf_counter()
-        results = [evaluate(self._original, text.tokens, self._seq_len, workers=workers)
+        more = () if workers is None else (None, None, workers)
+        results = [evaluate(self._original, text.tokens, self._seq_len, *more)
                    for text in self._texts]
         results = [replace(r, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0,
                            reference_perplexity=r.perplexity) for r in results]
