@@ -401,6 +401,41 @@ cache_release(PyObject *object, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(forget_doc,
+             "forget($self, /, layer, sequence, position)\n--\n\n"
+             "Give the pages of a sequence back that end before a position, in one layer: no later "
+             "token may see\nthem, as in a layer with a window. Their positions hold zeros "
+             "again.\n\nValueError names what is out of range.");
+
+static PyObject *
+cache_forget(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"layer", "sequence", "position", NULL};
+    KVCache *self = (KVCache *)object;
+    const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
+    const long long most[3] = {shape->layers - 1, shape->sequences - 1, shape->capacity};
+    long long found[3];
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL:forget", names, &found[0], &found[1],
+                                     &found[2])) {
+        return NULL;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (found[i] < 0 || found[i] > most[i]) {
+            return PyErr_Format(PyExc_ValueError, "%s: expected 0 to %lld, got %lld", names[i],
+                                most[i], found[i]);
+        }
+    }
+    if (sq_py_cache_lock(self)) {
+        return NULL;
+    }
+    const sq_status status = sq_kv_cache_forget(self->cache, found[0], found[1], found[2]);
+    sq_py_cache_unlock(self);
+    if (status != SQ_OK) {
+        return sq_py_raise(PyType_GetModule(Py_TYPE(object)), status, "forget");
+    }
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(read_doc,
              "read($self, /, layer, sequence, count)\n--\n\n"
              "Positions 0 to count - 1 of a sequence as a layer's attention sees them: keys (after "
@@ -454,6 +489,7 @@ static PyMethodDef cache_methods[] = {
     {"reserve", (PyCFunction)(void (*)(void))cache_reserve, METH_VARARGS | METH_KEYWORDS,
      reserve_doc},
     {"release", cache_release, METH_O, release_doc},
+    {"forget", (PyCFunction)(void (*)(void))cache_forget, METH_VARARGS | METH_KEYWORDS, forget_doc},
     {"read", (PyCFunction)(void (*)(void))cache_read, METH_VARARGS | METH_KEYWORDS, read_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -185,9 +185,10 @@ map_states(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(trim_heap_doc, "trim_heap()\n--\n\n"
-                            "Give back to the system what the heap keeps of freed blocks, where "
-                            "the C library can.");
+PyDoc_STRVAR(trim_heap_doc,
+             "trim_heap()\n--\n\n"
+             "Give back to the system what the heap keeps of freed blocks, where "
+             "the C library can.");
 
 static PyObject *
 trim_heap(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(arg))

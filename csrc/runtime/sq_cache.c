@@ -310,6 +310,22 @@ sq_kv_cache_reserve(sq_kv_cache_t *cache, int64_t first, int64_t last, const int
     return status == SQ_OK ? sq_stop_status() : status;
 }
 
+/* Pages 0 .. last - 1 of a table, as far as there are such, go to the pool. */
+static void
+pool_pages(sq_kv_cache_t *c, struct page_table *table, int64_t last)
+{
+    for (int64_t i = 0; i < sq_min_i64(last, table->count); i++) {
+        struct free_page *page = (struct free_page *)(void *)table->pages[i];
+        if (page) {
+            page->next = c->pool;
+            c->pool = page;
+            c->pooled++;
+            c->used--;
+            table->pages[i] = NULL;
+        }
+    }
+}
+
 sq_status
 sq_kv_cache_release(sq_kv_cache_t *cache, int64_t sequence)
 {
@@ -321,18 +337,25 @@ sq_kv_cache_release(sq_kv_cache_t *cache, int64_t sequence)
     }
     for (int64_t layer = 0; layer < cache->shape.layers; layer++) {
         struct page_table *table = table_of(cache, layer, sequence);
-        for (int64_t i = 0; i < table->count; i++) {
-            struct free_page *page = (struct free_page *)(void *)table->pages[i];
-            if (page) {
-                page->next = cache->pool;
-                cache->pool = page;
-                cache->pooled++;
-                cache->used--;
-            }
-        }
+        pool_pages(cache, table, table->count);
         free(table->pages);
         *table = (struct page_table){0, NULL};
     }
+    empty_pool(cache, cache->used);
+    return SQ_OK;
+}
+
+sq_status
+sq_kv_cache_forget(sq_kv_cache_t *cache, int64_t layer, int64_t sequence, int64_t position)
+{
+    if (!cache) {
+        return SQ_ERR_NULL;
+    }
+    if (layer < 0 || layer >= cache->shape.layers || sequence < 0 ||
+        sequence >= cache->shape.sequences || position < 0) {
+        return SQ_ERR_RANGE;
+    }
+    pool_pages(cache, table_of(cache, layer, sequence), position / TOKENS);
     empty_pool(cache, cache->used);
     return SQ_OK;
 }

@@ -61,6 +61,11 @@ sq_kv_cache_reserve(sq_kv_cache_t *cache, int64_t first, int64_t last, const int
 sq_status
 sq_kv_cache_release(sq_kv_cache_t *cache, int64_t sequence);
 
+/* Frees the pages of a sequence in a layer that end before a position, which no later token sees:
+ * those outside of its window. They hold zeros again. */
+sq_status
+sq_kv_cache_forget(sq_kv_cache_t *cache, int64_t layer, int64_t sequence, int64_t position);
+
 /* keys, values [count][kv_heads][head_dim] <- what positions 0 .. count - 1 of a sequence hold in a
  * layer, as attention sees it (keys rotated). */
 sq_status

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..export.folder import CONFIG_FILE, copied_files
 from ..export.packed import PackedReader
 from ..export.partial import content_digest
 from ..export.seal import FILES, RECIPE_FILE, file_faults, read_seal
+from ..models.spec import LayerSpec
 from ..rows import ROWS_PER_BLOCK, require_finite
 from ..tensors import INDEX_FILE, SINGLE_FILE
 from ..weights import ROW_BLOCK, PackedTable
@@ -91,12 +93,24 @@ def _content_faults(
     for name, _ in spec.outer_tensors():
         yield from _faults(lambda name=name: _check_dense(checkpoint, name))
     for i in range(spec.layers):
-        for reading in packed.readings(i):
+        for reading in _readings(packed, spec.layer(i), i):
             yield from _faults(reading)
         for name, _ in spec.layer_tensors(i):
             yield from _faults(lambda name=name: _check_dense(checkpoint, name))
         if progress:
             progress(i + 1, spec.layers)
+
+
+def _readings(packed: PackedReader, spec: LayerSpec, layer: int) -> Iterator[Callable[[], Any]]:
+    """Calls that read a layer part by part; each raises FormatError where its part is wrong."""
+    for linear in spec.linears.values():
+        if packed.has(linear.at(layer)):
+            yield partial(packed.linear, layer, linear)
+    for site in spec.sites.values():
+        if packed.has_rotation(layer, site.name):
+            yield partial(packed.rotation, layer, site)
+        yield partial(packed.clip, layer, site.name)
+        yield partial(packed.int8, layer, site.name, site.k)
 
 
 def _faults(check: Callable[[], Any]) -> Iterator[str]:

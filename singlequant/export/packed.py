@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -332,14 +331,15 @@ class PackedReader:
                 if name in self._infos:
                     self._check(name, dtype, shape=(1,))
                     known.add(name)
-            if self._has_rotation(layer, site.name):
+            if self.has_rotation(layer, site.name):
                 known |= self._check_rotation(layer, site.name, site.k)
         return known
 
     def _check(self, name: str, *dtypes: str, shape: tuple[int, ...]) -> TensorInfo:
         return check_tensor(self._folder, self._infos, name, dtypes, shape)
 
-    def _has_rotation(self, layer: int, site: str) -> bool:
+    def has_rotation(self, layer: int, site: str) -> bool:
+        """Whether a site has one."""
         parts = ("left", "left_chain", "first")
         return any(rotation_name(layer, site, part) in self._infos for part in parts)
 
@@ -409,18 +409,6 @@ class PackedReader:
 
     # values, when a layer is read
 
-    def readings(self, layer: int) -> Iterator[Callable[[], Any]]:
-        """Calls that read a layer part by part; each raises FormatError where its part is wrong."""
-        spec = self._spec.layer(layer)
-        for linear in spec.linears.values():
-            if self.has(linear.at(layer)):
-                yield partial(self.linear, layer, linear)
-        for site in spec.sites.values():
-            if self._has_rotation(layer, site.name):
-                yield partial(self._rotation, layer, site)
-            yield partial(self._clip, layer, site.name)
-            yield partial(self._int8, layer, site.name, site.k)
-
     def linear(self, layer: int, linear: LinearSpec) -> PackedLinear:
         """A packed linear whose header was checked; checks the stored shape, scales and tail."""
         name, shape = linear.at(layer), (linear.n, linear.k)
@@ -446,19 +434,19 @@ class PackedReader:
     def rotations(self, layer: int) -> dict[str, _C.Rotation]:
         """The rotations of a layer by site; a site without one is absent."""
         sites = self._spec.layer(layer).sites.values()
-        return {site.name: self._rotation(layer, site) for site in sites
-                if self._has_rotation(layer, site.name)}
+        return {site.name: self.rotation(layer, site) for site in sites
+                if self.has_rotation(layer, site.name)}
 
     def clips(self, layer: int) -> dict[str, float]:
         """The clips of a layer's activations by site."""
-        return {site: self._clip(layer, site) for site in self._spec.layer(layer).sites}
+        return {site: self.clip(layer, site) for site in self._spec.layer(layer).sites}
 
     def int8_inputs(self, layer: int) -> dict[str, int]:
         """By site: how many leading inputs keep 8 bits."""
         sites = self._spec.layer(layer).sites.values()
-        return {site.name: self._int8(layer, site.name, site.k) for site in sites}
+        return {site.name: self.int8(layer, site.name, site.k) for site in sites}
 
-    def _rotation(self, layer: int, site: Site) -> _C.Rotation:
+    def rotation(self, layer: int, site: Site) -> _C.Rotation:
         """A site's rotation, whose tensors' shapes were checked; the core proves their contents."""
         blocks = rotation_name(layer, site.name, "first") in self._infos
         sides = BLOCK_PARTS if blocks else FACTOR_PARTS
@@ -490,7 +478,8 @@ class PackedReader:
         order, hadamard = chain.tolist()
         return order, bool(hadamard), pairs, angles
 
-    def _clip(self, layer: int, site: str) -> float:
+    def clip(self, layer: int, site: str) -> float:
+        """A site's clip: its own, or the recipe's."""
         name = clip_name(layer, site)
         if name not in self._infos:
             return self._config.activation_clip
@@ -499,7 +488,8 @@ class PackedReader:
             raise self._error(name, "a number in (0, 1]", clip)
         return clip
 
-    def _int8(self, layer: int, site: str, k: int) -> int:
+    def int8(self, layer: int, site: str, k: int) -> int:
+        """How many of a site's k inputs keep 8 bits."""
         name = int8_name(layer, site)
         if name not in self._infos:
             return 0

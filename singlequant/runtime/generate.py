@@ -43,7 +43,8 @@ def generate(
                          f"(max_position_embeddings), got {max(lengths)}")
     temperature, top_p = min(temperature, LARGEST), max(top_p, SMALLEST)  # as the core takes them
     top_k = min(top_k, model.spec.vocab)
-    session = model.new_session(len(prompts), min(limit, max(lengths) + max_new_tokens))
+    session = model.new_session(len(prompts), min(limit, max(lengths) + max_new_tokens),
+                                sliding=True)
     # one stream of random numbers per sequence, so that the batch's make-up changes nothing
     streams = [np.random.default_rng((seed, i)) for i in range(len(prompts))]
     out: list[list[int]] = [[] for _ in prompts]

@@ -144,12 +144,15 @@ class Model:
                 f"{cache.largest:.4g}): run it with 32 KV bits (--kv-bits 32) or with "
                 f"kv_dtype='bfloat16'", RuntimeWarning, stacklevel=3)
 
-    def new_session(self, sequences: int, capacity: int, limit: int = 0) -> Session:
+    def new_session(
+        self, sequences: int, capacity: int, limit: int = 0, sliding: bool = False
+    ) -> Session:
         """A KV cache for so many sequences of at most `capacity` tokens, and their lengths.
 
-        limit: bytes that its pages may take, 0 for any number.
+        limit: bytes that its pages may take, 0 for any number. sliding: give back what windows
+        have left, see `Session`.
         """
-        return Session(self, sequences, capacity, limit)
+        return Session(self, sequences, capacity, limit, sliding)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _C
 from ..rows import token_ids
 from .layers import flat_positions
 
@@ -20,14 +21,20 @@ class Session:
     """Sequences being decoded: their KV cache and how many tokens each holds.
 
     The cache grows page by page with what is appended; `end` gives a sequence's pages back, and
-    another one may start in its place. One thread at a time.
+    another one may start in its place. sliding: layers with a window give back the pages that it
+    has left, so that a sequence of any length takes no more memory; its `lengths` must then only
+    grow. One thread at a time.
     """
 
-    def __init__(self, model: Model, sequences: int, capacity: int, limit: int = 0) -> None:
+    def __init__(
+        self, model: Model, sequences: int, capacity: int, limit: int = 0, sliding: bool = False
+    ) -> None:
         self.model = model
         self.capacity = capacity
         self.lengths = np.zeros(sequences, np.int64)
         self._cache = model.new_cache(sequences, capacity, limit)
+        kinds = (model.spec.layer(i).attention for i in range(model.spec.layers))
+        self._windows = [(i, a.window) for i, a in enumerate(kinds) if a.window and sliding]
 
     @property
     def nbytes(self) -> int:
@@ -74,4 +81,15 @@ class Session:
         self.model._decoder.forward(hidden, chosen[local], position, self._cache)
         self.model.warn_of_clamped(self._cache)
         self.lengths[chosen] = starts + lengths
+        if self._windows:
+            self._slide(chosen, starts)
         return self.model.outer.finish(hidden)
+
+    def _slide(self, sequences: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        """Give back pages outside of the windows, of sequences that came to another page."""
+        pages = self.lengths[sequences] // _C.PAGE_TOKENS != starts // _C.PAGE_TOKENS
+        for sequence in sequences[pages].tolist():
+            for layer, window in self._windows:
+                first = int(self.lengths[sequence]) - window + 1  # that the next token sees
+                if first > 0:
+                    self._cache.forget(layer, sequence, first)
