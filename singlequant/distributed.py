@@ -14,6 +14,7 @@ import heapq
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import (
@@ -36,6 +37,12 @@ EXECUTORS = ("processes", "dask")
 POLL_SECONDS = 1.0  # between two looks at whether the workers are still there
 DEATHS = 3  # of workers, one after the other, before a run gives up
 CONNECT_SECONDS = 10
+
+
+def _begin_process(threads: int) -> None:
+    """What a process of ours does first. Ctrl-C goes to it as well, and its parent answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _C.set_num_threads(threads)
 
 
 def no_more(_: Any) -> Iterable[Call]:
@@ -64,6 +71,7 @@ class Workers:
     """
 
     name = "executor"
+    lost: tuple[type[BaseException], ...] = (BrokenExecutor, CancelledError)  # of calls that died
 
     def __init__(self, executor: Executor, workers: int | None = None) -> None:
         self._executor = executor
@@ -103,7 +111,7 @@ class Workers:
                     call = running.pop(future)
                     try:
                         result = future.result()
-                    except (BrokenExecutor, CancelledError) as error:
+                    except self.lost as error:
                         deaths += 1
                         self._recover(error, deaths)
                         heapq.heappush(waiting, (call.order, next(number), call))
@@ -150,7 +158,7 @@ class ProcessWorkers(Workers):
 
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"),
-                                   _C.set_num_threads, (self._threads,))
+                                   _begin_process, (self._threads,))
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
         try:
@@ -187,7 +195,7 @@ class DaskWorkers(Workers):
     def __init__(self, scheduler: str) -> None:
         self.name = f"scheduler {scheduler}"
         try:
-            from distributed import Client
+            from distributed import Client, KilledWorker
         except ImportError:
             raise ImportError("--executor dask needs dask.distributed "
                               "(pip install 'singlequant[distributed]')") from None
@@ -195,6 +203,7 @@ class DaskWorkers(Workers):
             self._client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise ConnectionError(f"{self.name}: no connection: {error}") from None
+        self._killed, self.lost = KilledWorker, (*Workers.lost, KilledWorker)
         super().__init__(self._client.get_executor(pure=False))
 
     @property
@@ -208,6 +217,9 @@ class DaskWorkers(Workers):
             raise self._lost()
 
     def _recover(self, error: BaseException, deaths: int) -> None:
+        if isinstance(error, self._killed):  # Dask has tried again already
+            raise ConnectionError(f"{self.name}: workers died one after the other over the same "
+                                  f"call (out of memory, or killed): {error}") from None
         raise self._lost() from error
 
     def _lost(self) -> ConnectionError:
