@@ -1,11 +1,11 @@
 """How long quantizing takes on many machines: a simulation of the schedule, and its check.
 
-    python -m benchmarks.scale                    the tables of docs/scale.md
-    python -m benchmarks.scale --check 1,2,4      made model, local processes: measured, simulated
+    python -m benchmarks.scale --page docs/scale.md   the table of that page, anew
+    python -m benchmarks.scale --check 1,2,4          a made model on local processes
 
-The tables take the seconds of one machine from the newest results of `bench_quantize` that
-`--costs` does not name. The check takes the seconds of each call from the very run whose whole it
-predicts: it is a check of the schedule, not of the machine.
+The table takes the seconds of one machine from the newest results of `bench_quantize`, or from
+those that `--costs` names. The check prints measured and simulated seconds. It takes those of each
+call from the very run whose whole it predicts: it is a check of the schedule, not of the machine.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from singlequant.distributed import ProcessWorkers
 from . import common
 from .made_model import LLAMA_2_7B, Widths, write_checkpoint
 
+MARKS = ("<!-- table of benchmarks.scale -->", "<!-- end -->")
 RESULTS = Path(__file__).parent / "results"
 TOKENS, QUICK_TOKENS = 8192, 2048  # of the default recipe, and without GPTQ
 WINDOW = 512
@@ -304,6 +305,12 @@ def check(counts: list[int], work: Path) -> list[dict]:
 # ---- the command --------------------------------------------------------------------------------
 
 
+def with_table(page: str, costs: Costs) -> str:
+    """The page with the table of these costs between its marks."""
+    begin, rest = page.split(MARKS[0])
+    return f"{begin}{MARKS[0]}\n\n{table(costs)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
 def newest_costs() -> Path:
     """The newest results of `bench_quantize`."""
     return max(RESULTS.glob("*/*-quantize.json"), key=lambda path: path.name)
@@ -312,6 +319,7 @@ def newest_costs() -> Path:
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--costs", type=Path, help="JSON of bench_quantize")
+    parser.add_argument("--page", type=Path, help="a page whose table is replaced")
     parser.add_argument("--check", help="numbers of local processes, such as 1,2,4")
     parser.add_argument("--work", type=Path, default=Path("scale-check"))
     common.add_output(parser)
@@ -327,6 +335,9 @@ def main(argv=None):
         return
     path = arguments.costs or newest_costs()
     costs = Costs.of(path)
+    if arguments.page:
+        arguments.page.write_text(with_table(arguments.page.read_text(), costs))
+        return
     print(f"costs of {path.parent.name}, {path.name}: {costs}\n")
     print(table(costs))
 

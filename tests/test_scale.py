@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_costs_are_those_of_the_results(costs):
     # put together again, they are the measured seconds of a layer of LLaMA-2-7B
     layer = scale.LLAMA_2_7B.layer_weights / 1e9
     job = job_of(scale.MODELS[1], replace(costs, disk=1e30), 1)
-    rows = __import__("json").loads(scale.newest_costs().read_text())["rows"]
+    rows = json.loads(scale.newest_costs().read_text())["rows"]
     (gptq,) = (row["warm, s per 10^9"] for row in rows if row.get("weights") == "gptq")
     (long,) = (row["value"] for row in rows if row.get("figure", "").startswith(
         "calibration, 8192"))
@@ -65,14 +66,14 @@ def test_costs_are_those_of_the_results(costs):
 @pytest.mark.parametrize("model", scale.MODELS, ids=lambda model: model.name)
 def test_more_workers_are_never_slower_by_more_than_their_own_reading(costs, model):
     times = [simulate(job_of(model, costs, n), n).whole for n in (4, 16, 64)]
-    assert times[0] > times[1] > times[2]
+    assert times[0] > times[1] >= times[2]
     assert simulate(job_of(model, costs, 1), 1).whole > 0.99 * alone(model, costs)
     assert scale.moved_bytes(model, 16) >= scale.moved_bytes(model, 1)
 
 
 def test_page_has_the_table_of_the_newest_costs(costs):
-    page = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-    assert scale.table(costs) in page.read_text()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "scale.md").read_text()
+    assert scale.with_table(page, costs) == page, "python -m benchmarks.scale --page docs/scale.md"
 
 
 @pytest.mark.slow
