@@ -162,16 +162,12 @@ def test_killed_scheduler_is_named_and_the_run_goes_on(cluster, job, tmp_path, c
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_call_that_kills_worker_after_worker_ends_the_run(cluster):
     with (
         DaskWorkers(cluster(4).address) as workers,
         pytest.raises(ConnectionError, match="workers died one after the other over the same call"),
     ):
-        workers.run([Call(die)])
+        workers.run([Call(os.abort)])
 
 
 def test_scheduler_that_is_not_there_is_named(job, capsys, monkeypatch):
