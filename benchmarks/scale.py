@@ -193,6 +193,16 @@ def simulate(job: Job, workers: int) -> Times:
     return Times(begin, begin + whole, before + work)
 
 
+def longest_chain(job: Job) -> float:
+    """Seconds that no number of workers makes less, for so many parts."""
+    carried = (job.layers - 1) * job.pass_part
+    if not job.noise:
+        return carried + job.make_layer
+    if job.few is None:
+        return carried + max(job.pass_part, job.noise) + job.make_layer
+    return (job.layers - 1) * job.few + max(job.few, job.noise) + carried + job.make_layer
+
+
 def job_of(model: Large, costs: Costs, workers: int) -> Job:
     """The calls of a model, from the costs of one machine."""
     w, tokens = model.widths, model.tokens
@@ -233,7 +243,7 @@ def table(costs: Costs) -> str:
         for workers in WORKERS:
             job = job_of(model, costs, workers)
             times, single = simulate(job, workers), alone(model, costs)
-            chain = model.layers * (job.pass_part + (job.few or 0.0)) + job.make_layer
+            chain = longest_chain(job)
             disk = 4 * model.tokens * model.widths.hidden * (model.layers + 1) / 1e9
             lines.append(f"| {model.name} | {workers} | {shown(times.stream)} | "
                          f"{shown(times.whole)} | {single / times.whole:.1f} | {shown(chain)} | "
@@ -305,15 +315,33 @@ def check(counts: list[int], work: Path) -> list[dict]:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def with_table(page: str, costs: Costs) -> str:
+def source_text(path: Path) -> str:
+    """Of what machine and run the costs are."""
+    facts = json.loads(path.read_text())["environment"]
+    return (f"Costs: `bench_quantize` of {facts['date']}, {facts['cpu']}, {facts['threads']} "
+            f"threads, kernels {facts['kernels']['active']}, load {facts['load'][0]:.0f}.")
+
+
+def pass_text(costs: Costs) -> str:
+    """What a layer of the chain of MODELS' first is made of."""
+    weights = MODELS[0].widths.layer_weights
+    seconds = (2 * weights / costs.disk, costs.build * weights / 1e9,
+               WINDOW * costs.token * weights / 1e9)
+    read, build, run = (f"{value:.2f} s" for value in seconds)
+    return (f"A layer of the 13B model's chain takes {read} to read, {build} to turn into 8 bits, "
+            f"and {run} to run a window of {WINDOW} tokens.")
+
+
+def with_table(page: str, costs: Costs, source: str) -> str:
     """The page with the table of these costs between its marks."""
     begin, rest = page.split(MARKS[0])
-    return f"{begin}{MARKS[0]}\n\n{table(costs)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    made = "\n\n".join(["", source, table(costs), pass_text(costs), ""])
+    return f"{begin}{MARKS[0]}{made}{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
 def newest_costs() -> Path:
     """The newest results of `bench_quantize`."""
-    return max(RESULTS.glob("*/*-quantize.json"), key=lambda path: path.name)
+    return max(RESULTS.glob("*/*-quantize.json"), key=lambda path: (path.name, str(path)))
 
 
 def parse(argv=None):
@@ -336,7 +364,8 @@ def main(argv=None):
     path = arguments.costs or newest_costs()
     costs = Costs.of(path)
     if arguments.page:
-        arguments.page.write_text(with_table(arguments.page.read_text(), costs))
+        page = with_table(arguments.page.read_text(), costs, source_text(path))
+        arguments.page.write_text(page)
         return
     print(f"costs of {path.parent.name}, {path.name}: {costs}\n")
     print(table(costs))

@@ -67,13 +67,16 @@ def test_costs_are_those_of_the_results(costs):
 def test_more_workers_are_never_slower_by_more_than_their_own_reading(costs, model):
     times = [simulate(job_of(model, costs, n), n).whole for n in (4, 16, 64)]
     assert times[0] > times[1] >= times[2]
+    chain = scale.longest_chain(job_of(model, costs, 10_000))
+    assert simulate(job_of(model, costs, 10_000), 10_000).whole == pytest.approx(chain)
     assert simulate(job_of(model, costs, 1), 1).whole > 0.99 * alone(model, costs)
     assert scale.moved_bytes(model, 16) >= scale.moved_bytes(model, 1)
 
 
 def test_page_has_the_table_of_the_newest_costs(costs):
     page = (Path(__file__).resolve().parents[1] / "docs" / "scale.md").read_text()
-    assert scale.with_table(page, costs) == page, "python -m benchmarks.scale --page docs/scale.md"
+    made = scale.with_table(page, costs, scale.source_text(scale.newest_costs()))
+    assert made == page, "python -m benchmarks.scale --page docs/scale.md"
 
 
 @pytest.mark.slow
