@@ -13,8 +13,8 @@ from conftest import make_checkpoint, write_tokenizer
 
 import singlequant as sq
 from singlequant import FormatError, load_checkpoint
-from singlequant.checkpoint.gguf_config import KEYS, ROWS
 from singlequant.cli.main import main
+from singlequant.models.gguf_config import KEYS, ROWS
 
 gguf = pytest.importorskip("gguf")
 

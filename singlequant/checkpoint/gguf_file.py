@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,15 +14,22 @@ from numpy.typing import NDArray
 
 from .._C import FormatError
 from ..models.families import find_family
+from ..models.gguf_config import (
+    ROTARY_TENSORS,
+    ROWS,
+    Row,
+    gguf_package,
+    make_config,
+    reordered_heads,
+    tensor_names,
+)
 from ..models.spec import ModelSpec
 from ..tensors import TensorFiles
 from .decoded import Decoded, Forms, StoredTensors
 from .floats import made_info
-from .gguf_config import ROTARY_TENSORS, ROWS, Row, make_config
 from .gguf_header import PLAIN, Header, Stored, read_gguf_header
 
 VALUES_AT_A_TIME = 1 << 22  # dequantized in float32 before they are rounded to float16
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class GgufModel:
 
 def open_gguf(path: Path) -> GgufModel:
     """The model of a file. FormatError names what is wrong; ImportError without the package."""
-    package = _package()
+    package = gguf_package()
     sizes = {int(kind): size for kind, size in package.GGML_QUANT_SIZES.items()}
     header = read_gguf_header(path, sizes)
     files = TensorFiles({name: entry.info for name, entry in header.tensors.items()})
@@ -46,43 +52,18 @@ def open_gguf(path: Path) -> GgufModel:
     if row is None:
         raise FormatError(f"{path}: general.architecture: expected one of {', '.join(ROWS)}, found "
                           f"{name!r:.80}")
-    config = make_config(path, name, row, header, files.view)
+    config = make_config(path, name, row, header.metadata,
+                         {key: entry.shape for key, entry in header.tensors.items()}, files.view)
     spec = find_family(config, str(path)).spec(config, str(path))
     if spec.layers > len(header.tensors):
         raise FormatError(f"{path}: {name}.block_count: expected at most {len(header.tensors)}, "
                           f"the number of tensors, found {spec.layers}")
-    sources = _sources(package, name, spec)
+    sources = tensor_names(package, name, spec)
     unread = header.tensors.keys() - {source for source, _ in sources.values()} - {*ROTARY_TENSORS}
     if unread:
         raise FormatError(f"{path}: {min(unread)}: unexpected tensor: not part of a {spec.family} "
                           f"with {spec.layers} layers as the metadata describe it")
     return GgufModel(config, spec, _shown(package, path, header, row, spec, files, sources))
-
-
-def _package() -> Any:
-    """The gguf package."""
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("GGUF files need the gguf package (pip install 'singlequant[gguf]')"
-                          ) from None
-    return gguf
-
-
-def _sources(
-    package: Any, architecture: str, spec: ModelSpec
-) -> dict[str, tuple[str, int | None]]:
-    """By the spec's name: the file's, and which of the experts that it stacks."""
-    number = next(n for n, name in package.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = package.get_tensor_name_map(number, spec.layers)
-    sources = {}
-    for name, _ in spec.tensors():
-        stem, _, part = name.rpartition(".")
-        expert = EXPERT.search(stem)
-        found = names.get_name(EXPERT.sub(".experts.", stem))
-        if found is not None:
-            sources[name] = f"{found}.{part}", int(expert[1]) if expert else None
-    return sources
 
 
 # ---- tensors ------------------------------------------------------------------------------------
@@ -99,10 +80,7 @@ def _shown(
         entry = header.tensors.get(source)
         if entry is None:
             continue
-        heads = 0
-        if row.permuted and (part := re.search(r"\.attn_([qk])\.(weight|bias)$", source)):
-            attention = spec.attention
-            heads = attention.heads if part[1] == "q" else attention.kv_heads
+        heads = reordered_heads(row, source, spec)
         offset = row.offset if source.endswith("norm.weight") else 0.0
         change = _Change(entry, shapes[name], expert, heads, offset)
         if change.needed:

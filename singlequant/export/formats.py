@@ -14,18 +14,21 @@ DTYPES = ("bfloat16", "float16", "float32")  # of the weights; the first is the 
 class Format:
     """What the rest of the package must know of a format without importing it.
 
-    The module has write(checkpoint, out, dtype, progress): write an unquantized checkpoint, or a
-    view of one, to `out`, whole or not at all. progress(layers done, layers) is called after each.
+    The module has write(checkpoint, out, dtype, progress), or a function of another name: write an
+    unquantized checkpoint, or a view of one, to `out`, whole or not at all. progress(layers done,
+    layers) is called after each.
     """
 
     name: str
     summary: str  # one line of the formats table
     module: str  # "singlequant.export.hf"
     rotated: bool = False  # whether residual stream and value heads are rotated in the weights
+    packed: bool = False  # whether it takes a packed checkpoint as it is, and keeps its codes
+    function: str = "write"
 
     def write(self, *arguments: Any) -> None:
-        """Call the module's write; the module is imported at the first call."""
-        importlib.import_module(self.module).write(*arguments)
+        """Call the module's function; the module is imported at the first call."""
+        getattr(importlib.import_module(self.module), self.function)(*arguments)
 
 
 FORMATS: dict[str, Format] = {
@@ -36,6 +39,10 @@ FORMATS: dict[str, Format] = {
         Format("rotated-hf", "hf, with residual stream and value heads rotated inside the weights "
                "and norms folded: input for other quantizers", "singlequant.export.hf",
                rotated=True),
+        Format("gguf", "a GGUF file of 16- or 32-bit weights, for llama.cpp",
+               "singlequant.export.gguf"),
+        Format("gguf-blocks", "a GGUF file of the packed codes, in llama.cpp's blocks Q4_0, Q5_0 "
+               "and Q8_0", "singlequant.export.gguf", packed=True, function="write_blocks"),
     )
 }
 

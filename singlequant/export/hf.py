@@ -100,29 +100,36 @@ def _unnamed(spec: ModelSpec) -> ModelSpec:
 
 
 def layer_tensors(
-    checkpoint: Checkpoint, spec: ModelSpec, i: int, dtype: np.dtype
+    checkpoint: Checkpoint, spec: ModelSpec, i: int, dtype: np.dtype,
+    encode: Callable[[Any, str], NDArray[Any]] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """All tensors of layer i by name, as the family stores them."""
+    """All tensors of layer i by name, as the family stores them.
+
+    encode(values, name): makes of a tensor, or of a linear's rows of it, what is stored; without
+    it that is dtype. The rows of a linear stay apart, whatever is made of one.
+    """
+    encode = encode or (lambda values, name: narrowed(values, dtype, name))
     layer, own = checkpoint.layer(i), spec.layer(i)
     tensors: dict[str, NDArray[Any]] = {}
     for place, norm in layer.norms.items():
         for name, array in norm_tensors(norm, own.norms[place].weight).items():
-            tensors[name] = narrowed(array, dtype, name)
+            tensors[name] = encode(array, name)
     for key, dense in layer.dense.items():
         kept = key in KEPT
-        tensors[dense.name] = dense.array if kept else narrowed(dense.array, dtype, dense.name)
+        tensors[dense.name] = dense.array if kept else encode(dense.array, dense.name)
     for role, place in own.linears.items():
         linear, shapes = layer.linears[role], dict(place.tensors(i))
         parts = {place.weight_name(i): linear.weight, place.bias_name(i): linear.bias}
         for name, values in parts.items():
             if values is None:
                 continue
-            values = narrowed(values, dtype, name)
+            values = encode(values, name)
             if place.stored is None:
                 tensors[name] = values
                 continue
             if name not in tensors:
-                tensors[name] = np.empty(shapes[name], dtype)
+                wide = shapes[name] if place.transposed else (*shapes[name][:-1], values.shape[-1])
+                tensors[name] = np.empty(wide if values.ndim == 2 else shapes[name], values.dtype)
             rows = _rows(place, tensors[name], values.ndim)
             rows[...] = values.reshape(rows.shape)
     return tensors

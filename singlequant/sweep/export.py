@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint, open_model
 from ..checkpoint.unpacked import UnpackedCheckpoint
 from ..export.folder import check_out
-from ..export.formats import DTYPES, check_dtype, find_format
+from ..export.formats import DTYPES, Format, check_dtype, find_format
 from ..methods.quarot import quarot_checkpoint
 from ..methods.registry import METHODS
 
@@ -39,11 +39,18 @@ def export(
     check_dtype(dtype)
     checkpoint, out = open_model(folder), Path(output)
     check_out(out, checkpoint.path)
+    row.write(_taken(row, checkpoint, seed), out, dtype, progress)
+    return out
+
+
+def _taken(row: Format, checkpoint: Checkpoint, seed: int) -> Any:
+    """The checkpoint, or the view of it, that a format takes."""
+    if row.packed:
+        return checkpoint
     plain: Any = UnpackedCheckpoint(checkpoint) if checkpoint.quantized else checkpoint
     if row.rotated and not _is_rotated(checkpoint):
         plain = quarot_checkpoint(plain, seed)
-    row.write(plain, out, dtype, progress)
-    return out
+    return plain
 
 
 def _is_rotated(checkpoint: Checkpoint) -> bool:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF's metadata as config.json says the same.
+"""GGUF's metadata as config.json says the same, and its names of tensors.
 
-llama.cpp's converters change some weights. A row says what they changed, so that it can be undone:
-q and k are reordered for a rotary embedding of neighbours, 1 is added to norms' weights.
+llama.cpp's converters change some weights. A row says what they changed, so that it can be undone
+or done: q and k are reordered for a rotary embedding of neighbours, 1 is added to norms' weights.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._C import FormatError
-from ..models.rope import FULL, ORIGINAL, SLIDING
-from .gguf_header import Header
+from .rope import FULL, ORIGINAL, SLIDING
+from .spec import ModelSpec
 
 ROPE_FACTORS, ROPE_LONG, ROPE_SHORT = (
     "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 ROTARY_TENSORS = (ROPE_FACTORS, ROPE_LONG, ROPE_SHORT)
 SCALING = "rope.scaling."
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 KEYS = {  # of all architectures; without the architecture in front
     "context_length": "max_position_embeddings",
@@ -56,6 +58,7 @@ class Row:
     of the config so far, the metadata and the names of tensors."""
 
     architecture: str  # of transformers
+    model_type: str  # likewise
     keys: Mapping[str, str] = field(default_factory=dict)
     permuted: bool = False  # rows of q and k are reordered
     offset: float = 0.0  # was added to norms' weights
@@ -67,11 +70,12 @@ def _llama(config: Config, meta: Mapping[str, Any], names: set[str]) -> Config:
     biased = {"attention_bias": "blk.0.attn_q.bias" in names,
               "mlp_bias": "blk.0.ffn_up.bias" in names}
     if meta.get("llama.expert_count"):
-        return {"architectures": ["MixtralForCausalLM"], "num_local_experts":
-                meta["llama.expert_count"], "num_experts_per_tok":
+        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+                "num_local_experts": meta["llama.expert_count"], "num_experts_per_tok":
                 meta.get("llama.expert_used_count"), "sliding_window": None}
-    window = config.get("sliding_window")
-    return {"architectures": ["MistralForCausalLM"]} if window else biased
+    if config.get("sliding_window"):
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    return biased
 
 
 def _gemma(layers: int) -> Extra:
@@ -98,35 +102,74 @@ QWEN_MOE = {**EXPERTS, "expert_count": "num_experts"}
 GEMMA2 = {"attn_logit_softcapping": "attn_logit_softcapping",
           "final_logit_softcapping": "final_logit_softcapping"}
 ROWS = {
-    "llama": Row("LlamaForCausalLM", {"expert_count": "num_local_experts",
+    "llama": Row("LlamaForCausalLM", "llama", {"expert_count": "num_local_experts",
                                       "expert_used_count": "num_experts_per_tok"},
                  permuted=True, extra=_llama),
-    "qwen2": Row("Qwen2ForCausalLM"),
-    "qwen2moe": Row("Qwen2MoeForCausalLM", {
+    "qwen2": Row("Qwen2ForCausalLM", "qwen2"),
+    "qwen2moe": Row("Qwen2MoeForCausalLM", "qwen2_moe", {
         **QWEN_MOE, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         extra=_qwen_moe(False)),
-    "qwen3": Row("Qwen3ForCausalLM"),
-    "qwen3moe": Row("Qwen3MoeForCausalLM", QWEN_MOE, extra=_qwen_moe(True)),
-    "gemma": Row("GemmaForCausalLM", offset=1.0),
-    "gemma2": Row("Gemma2ForCausalLM", GEMMA2, offset=1.0, extra=_gemma(46)),
-    "gemma3": Row("Gemma3ForCausalLM", {**GEMMA2, "rope.freq_base_swa": "rope_local_base_freq"},
-                  offset=1.0, extra=_gemma(62)),
-    "phi3": Row("Phi3ForCausalLM"),
-    "granite": Row("GraniteForCausalLM", {
+    "qwen3": Row("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": Row("Qwen3MoeForCausalLM", "qwen3_moe", QWEN_MOE, extra=_qwen_moe(True)),
+    "gemma": Row("GemmaForCausalLM", "gemma", offset=1.0),
+    "gemma2": Row("Gemma2ForCausalLM", "gemma2", GEMMA2, offset=1.0, extra=_gemma(46)),
+    "gemma3": Row("Gemma3ForCausalLM", "gemma3_text", {
+        **GEMMA2, "rope.freq_base_swa": "rope_local_base_freq"}, offset=1.0, extra=_gemma(62)),
+    "phi3": Row("Phi3ForCausalLM", "phi3"),
+    "granite": Row("GraniteForCausalLM", "granite", {
         "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
         "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}, permuted=True),
-    "smollm3": Row("SmolLM3ForCausalLM", permuted=True),
-    "starcoder2": Row("Starcoder2ForCausalLM", {"attention.layer_norm_epsilon": "norm_epsilon"}),
-    "command-r": Row("CohereForCausalLM", {"attention.layer_norm_epsilon": "layer_norm_eps",
-                                           "logit_scale": "logit_scale"}, extra=_cohere),
+    "smollm3": Row("SmolLM3ForCausalLM", "smollm3", permuted=True),
+    "starcoder2": Row("Starcoder2ForCausalLM", "starcoder2", {
+        "attention.layer_norm_epsilon": "norm_epsilon"}),
+    "command-r": Row("CohereForCausalLM", "cohere", {
+        "attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"},
+        extra=_cohere),
 }  # fmt: skip
 
 
+def gguf_package() -> Any:
+    """The gguf package. ImportError says what to install."""
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("GGUF files need the gguf package (pip install 'singlequant[gguf]')"
+                          ) from None
+    return gguf
+
+
+def tensor_names(
+    package: Any, architecture: str, spec: ModelSpec
+) -> dict[str, tuple[str, int | None]]:
+    """By the spec's name of a tensor: GGUF's, and which of the experts that it stacks."""
+    number = next(n for n, name in package.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = package.get_tensor_name_map(number, spec.layers)
+    sources = {}
+    for name, _ in spec.tensors():
+        stem, _, part = name.rpartition(".")
+        expert = EXPERT.search(stem)
+        found = names.get_name(EXPERT.sub(".experts.", stem))
+        if found is not None:
+            sources[name] = f"{found}.{part}", int(expert[1]) if expert else None
+    return sources
+
+
+def reordered_heads(row: Row, source: str, spec: ModelSpec) -> int:
+    """How many heads the rows of GGUF's tensor `source` have where they are reordered; else 0."""
+    part = re.search(r"\.attn_([qk])\.(weight|bias)$", source) if row.permuted else None
+    if part is None:
+        return 0
+    return spec.attention.heads if part[1] == "q" else spec.attention.kv_heads
+
+
 def make_config(
-    path: Path, name: str, row: Row, header: Header, view: Callable[[str], NDArray[Any]]
+    path: Path, name: str, row: Row, meta: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]], view: Callable[[str], NDArray[Any]],
 ) -> Config:
-    """The config.json of a file. FormatError for a key that is on and that nothing reads."""
-    meta, tensors = header.metadata, header.tensors
+    """The config.json of a file with that metadata and tensors of those shapes; view gives one.
+
+    FormatError for a key that is on and that nothing reads.
+    """
     if meta.get("split.count", 1) not in (0, 1):
         raise FormatError(f"{path}: split.count: expected a whole model, found one of "
                           f"{meta['split.count']} files; join them by llama-gguf-split --merge")
@@ -137,15 +180,16 @@ def make_config(
     if config.get("sliding_window") == 0:
         config["sliding_window"] = None
     config["architectures"] = [row.architecture]
-    config["tie_word_embeddings"] = "output.weight" not in tensors
-    if "token_embd.weight" in tensors:
-        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    config["model_type"] = row.model_type
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    if "token_embd.weight" in shapes:
+        config["vocab_size"] = shapes["token_embd.weight"][0]
     config |= {key: meta[there] for there, key in TOKENS.items() if there in meta}
     config |= _heads(path, own, config, row)
     config |= _layer_types(own, config)
-    config |= _scaling(path, own, config, tensors.keys(), view)
+    config |= _scaling(path, own, config, shapes.keys(), view)
     if row.extra is not None:
-        config |= row.extra(config, meta, set(tensors))
+        config |= row.extra(config, meta, set(shapes))
     for key, value in own.items():
         known = key in keys or key in READ or key.startswith(SCALING)
         if key == "expert_gating_func":
