@@ -337,7 +337,7 @@ def test_rows_of_a_fused_tensor_are_views():
             for tensor, shape in place.tensors(0):
                 stored = np.zeros(shape)
                 ndim = 1 if place.bias and tensor == place.bias_name(0) else 2
-                hf._rows(place, stored, ndim)[...] = 1
+                hf.stored_rows(place, stored, ndim)[...] = 1
                 size = place.n * (place.k if ndim == 2 else 1)
                 assert stored.sum() == size, (name, tensor)
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _C
 from .._C import FormatError
 from ..tensors import TensorInfo
 from .decoded import Decoded, Forms, Given
 from .floats import find_fp8, made_info
 
 BITS = (4, 8)
+CT_BITS = (4, 5, 6, 8)  # of packed codes without zeros: one stream of bits a row
 AT_A_TIME = 128  # inputs, or rows, whose float32 values stay in a cache
 SCALES = ("F16", "BF16", "F32")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of a word that each nibble holds, low one first
@@ -237,9 +239,9 @@ def _packed_entry(given: Given, stem: str) -> Decoded:
                      f"{found.dtype} {list(found.shape)}"
                      + ("" if shape is None else f" and {list(shape.shape)}"))
     n, k = (int(size) for size in given.view(f"{stem}.weight_shape"))
-    bits = next((b for b in BITS if k > 0 and -(-k * b // 32) == found.shape[1]), 0)
+    bits = next((b for b in CT_BITS if k > 0 and -(-k * b // 32) == found.shape[1]), 0)
     if not bits or n != found.shape[0]:
-        raise _error(found, name, f"words of 4 or 8 bits for weight_shape {[n, k]}",
+        raise _error(found, name, f"words of 4, 5, 6 or 8 bits for weight_shape {[n, k]}",
                      f"{list(found.shape)}")
     return _ct_entry(infos, stem, name, (n, k), bits)
 
@@ -270,7 +272,7 @@ def _ct_entry(
     if order is not None and (order.dtype not in ("I32", "I64") or order.shape != (k,)):
         raise _error(order, f"{stem}.weight_g_idx", f"I32 [{k}]",
                      f"{order.dtype} {list(order.shape)}")
-    packed = (-(-n * bits // 32), groups) if bits else None
+    packed = (-(-n * bits // 32), groups) if bits in BITS else None
     if zero is not None and not (zero.dtype == "I8" and zero.shape == scale.shape
                                  or zero.dtype == "I32" and zero.shape == packed):
         raise _error(zero, f"{stem}.weight_zero_point", f"I8 {list(scale.shape)} or packed",
@@ -288,17 +290,15 @@ def _decode_ct(
 ) -> NDArray[Any]:
     """rest: zeros if asymmetric, then the group of each input if that is stored."""
     n, k = shape
-    half = 2 ** (bits - 1) if bits else 0
     if bits:
-        codes = unpack_columns(codes, bits)[:, :k]
+        codes = _C.unpack(codes, k, bits)
     scales = np.broadcast_to(np.atleast_2d(scales), (n, np.atleast_2d(scales).shape[1]))
-    zeros = np.full((n, 1), half, np.int16)
+    zeros = np.zeros((n, 1), np.int16)
     if asymmetric:
         stored = rest[0]
+        zeros = np.atleast_2d(stored).astype(np.int16)
         if stored.dtype == np.int32:
-            zeros = unpack_rows(stored, bits)[:n].astype(np.int16)
-        else:
-            zeros = np.atleast_2d(stored).astype(np.int16) + np.int16(half)
+            zeros = unpack_rows(stored, bits)[:n].astype(np.int16) - np.int16(1 << bits - 1)
     zeros = np.broadcast_to(zeros, scales.shape)
     order = rest[-1] if len(rest) > asymmetric else None
     groups = scales.shape[1]

@@ -43,6 +43,9 @@ FORMATS: dict[str, Format] = {
                "singlequant.export.gguf"),
         Format("gguf-blocks", "a GGUF file of the packed codes, in llama.cpp's blocks Q4_0, Q5_0 "
                "and Q8_0", "singlequant.export.gguf", packed=True, function="write_blocks"),
+        Format("compressed-tensors", "a folder of the packed codes as vLLM and transformers read "
+               "them: pack-quantized of W4A16, int-quantized of W4A8",
+               "singlequant.export.compressed", packed=True),
     )
 }
 

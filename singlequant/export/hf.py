@@ -7,7 +7,7 @@ themselves, fused, transposed, or stacked over experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,12 +101,13 @@ def _unnamed(spec: ModelSpec) -> ModelSpec:
 
 def layer_tensors(
     checkpoint: Checkpoint, spec: ModelSpec, i: int, dtype: np.dtype,
-    encode: Callable[[Any, str], NDArray[Any]] | None = None,
+    encode: Callable[[Any, str], NDArray[Any]] | None = None, skipped: Container[str] = (),
 ) -> dict[str, NDArray[Any]]:
     """All tensors of layer i by name, as the family stores them.
 
     encode(values, name): makes of a tensor, or of a linear's rows of it, what is stored; without
-    it that is dtype. The rows of a linear stay apart, whatever is made of one.
+    it that is dtype. The rows of a linear stay apart, whatever is made of one. skipped: tensors
+    that are left out.
     """
     encode = encode or (lambda values, name: narrowed(values, dtype, name))
     layer, own = checkpoint.layer(i), spec.layer(i)
@@ -121,7 +122,7 @@ def layer_tensors(
         linear, shapes = layer.linears[role], dict(place.tensors(i))
         parts = {place.weight_name(i): linear.weight, place.bias_name(i): linear.bias}
         for name, values in parts.items():
-            if values is None:
+            if values is None or name in skipped:
                 continue
             values = encode(values, name)
             if place.stored is None:
@@ -130,12 +131,12 @@ def layer_tensors(
             if name not in tensors:
                 wide = shapes[name] if place.transposed else (*shapes[name][:-1], values.shape[-1])
                 tensors[name] = np.empty(wide if values.ndim == 2 else shapes[name], values.dtype)
-            rows = _rows(place, tensors[name], values.ndim)
+            rows = stored_rows(place, tensors[name], values.ndim)
             rows[...] = values.reshape(rows.shape)
     return tensors
 
 
-def _rows(place: LinearSpec, stored: NDArray[Any], ndim: int) -> NDArray[Any]:
+def stored_rows(place: LinearSpec, stored: NDArray[Any], ndim: int) -> NDArray[Any]:
     """A view [blocks, n / blocks, ...] of a linear's rows in the tensor that holds them.
 
     ndim: 2 of a weight, 1 of a bias.
