@@ -72,7 +72,7 @@ class TurnBack:
         left, right, *align = rotation.parts
         self._steps = []
         if isinstance(left, tuple) or isinstance(right, tuple):
-            self._axes = _matrix(left), _matrix(right)
+            self._axes = factor_matrix(left), factor_matrix(right)
         elif left is not None or right is not None:
             sides = (None if side is None else _transposed(side) for side in (left, right))
             self._steps.append(_C.Rotation(rotation.k, *sides))
@@ -96,7 +96,7 @@ class TurnBack:
         return np.ascontiguousarray(x).reshape(rows.shape)
 
 
-def _matrix(part: NDArray[np.float32] | tuple[Any, ...] | None) -> NDArray[np.float32] | None:
+def factor_matrix(part: NDArray[np.float32] | tuple[Any, ...] | None) -> NDArray[np.float32] | None:
     """A factor as _C.Rotation holds it, as a matrix; None for the identity."""
     if isinstance(part, tuple):
         return Factor(*part).matrix().astype(np.float32)

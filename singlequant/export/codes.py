@@ -25,6 +25,7 @@ from .folder import (
     write_json,
 )
 from .hf import NUMPY_DTYPES, layer_tensors, narrowed, stored_rows
+from .packed import source_config
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
@@ -65,6 +66,17 @@ def require_scheme(checkpoint: Checkpoint, to: str, *schemes: str) -> None:
         raise ValueError(f"{checkpoint.path}: {to}: expected {' or '.join(schemes)}, found {found}")
 
 
+def require_shapes(name: str, linear: PackedLinear, to: str, bits: tuple[int, ...]) -> None:
+    """ValueError unless a linear has one of those numbers of bits and fills words both ways."""
+    if linear.bits not in bits:
+        raise ValueError(f"{name}: {to}: expected {' or '.join(map(str, bits))} bits, found "
+                         f"{linear.bits}: quantize with --bits {bits[0]}")
+    per = 32 // linear.bits
+    if linear.shape[0] % per or linear.shape[1] % per:
+        raise ValueError(f"{name}: {to}: expected sizes that are multiples of {per}, found "
+                         f"{list(linear.shape)}")
+
+
 def require_linears(spec: ModelSpec, to: str, source: Any) -> None:
     """ValueError where a family's linears are no matrices [outputs, inputs] of their own."""
     for kind in spec.kinds:
@@ -73,6 +85,16 @@ def require_linears(spec: ModelSpec, to: str, source: Any) -> None:
                 what = "experts" if kind.experts else "weights stored as [inputs, outputs]"
                 raise ValueError(f"{source}: {to}: expected a family of plain linears, found "
                                  f"{what} ({spec.family}: {role})")
+
+
+class Plain:
+    """A packed checkpoint with the config.json of the model that was quantized."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source, self.config = source, source_config(source.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
 
 # ---- a layer ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .. import _C
 from ..models.spec import ModelSpec
 from ..weights import PackedLinear
 from .codes import (
+    Plain,
     require_linears,
     require_packed,
     require_scheme,
@@ -28,7 +29,7 @@ from .codes import (
 )
 from .folder import CONFIG_FILE
 from .hf import NUMPY_DTYPES, narrowed, plain_config, stored_spec
-from .packed import GUARD_KEY, source_config
+from .packed import GUARD_KEY
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
@@ -50,7 +51,7 @@ def write(
     """
     require_packed(checkpoint, TO)
     require_scheme(checkpoint, TO, "w4a16", "w4a8")
-    plain = _Plain(checkpoint)
+    plain = Plain(checkpoint)
     spec, recipe = stored_spec(plain), checkpoint.quant_config
     require_linears(spec, TO, checkpoint.path)
     if recipe.activation_bits == 8:
@@ -75,16 +76,6 @@ def write(
         return {**values, **guard, "quantization_config": settings}
 
     write_linears(plain, spec, out, dtype, encode, config, matrices, progress=progress)
-
-
-class _Plain:
-    """A packed checkpoint with the config.json of the model that was quantized."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self._source, self.config = source, source_config(source.config)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
 
 
 def _require_no_clips(checkpoint: Checkpoint, spec: ModelSpec) -> None:

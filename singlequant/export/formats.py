@@ -46,6 +46,13 @@ FORMATS: dict[str, Format] = {
         Format("compressed-tensors", "a folder of the packed codes as vLLM and transformers read "
                "them: pack-quantized of W4A16, int-quantized of W4A8",
                "singlequant.export.compressed", packed=True),
+        Format("gptq", "a folder of the packed codes of W4A16 in GPTQ's layout",
+               "singlequant.export.gptq", packed=True),
+        Format("awq", "a folder of the packed codes of W4A16 in AutoAWQ's gemm layout",
+               "singlequant.export.awq", packed=True),
+        Format("flatquant", "a folder of the packed codes of W4A4 with left and right factors, as "
+               "vLLM-Ascend's W4A4_FLATQUANT_DYNAMIC reads it", "singlequant.export.flatquant",
+               packed=True),
     )
 }
 
