@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import singlequant as sq
 from singlequant import _C
 from singlequant.checkpoint.folder import load_checkpoint
+from singlequant.cli.main import main
 from singlequant.methods.registry import METHODS
 
 SHARED = ("quarot", "hadamard", "kurtail", "conqur", "random")  # methods that look at no layer
@@ -160,6 +161,16 @@ def test_families_without_plain_linears_are_refused(name, found, tmp_path):
 def test_unquantized_model_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="expected a packed folder, whose codes it keeps"):
         sq.export(model, TO, tmp_path / "out")
+
+
+def test_command_says_nothing_of_activations_that_are_kept(model, tmp_path, capsys):
+    packed = quantized(model, tmp_path / "packed", scheme="w4a8")
+    for to, lost in ((TO, False), ("gguf-blocks", True)):
+        out = tmp_path / to
+        assert main(["export", str(packed), "--to", to, "--output", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{out}: {to}, bfloat16\n")
+        assert ("not quantized" in said) == lost
 
 
 # ---- the package and transformers ---------------------------------------------------------------

@@ -21,13 +21,14 @@ MICRO_BATCH = 512  # llama.cpp's default n_ubatch
 class LlamaCpp:
     def __init__(self, folder: Path, kind: str, threads: int, work: Path | None = None,
                  importance: Path | None = None) -> None:
-        """work: where the GGUF files are kept, beside the folder by default. importance: as for
-        `gguf_file`."""
+        """kind: a type, or the name of a file. work: where the GGUF files are kept, beside the
+        folder by default. importance: as for `gguf_file`."""
         import llama_cpp
 
         self.c, self.threads = llama_cpp, threads
         llama_cpp.llama_backend_init()
-        path = gguf_file(folder, kind, threads, work, importance)
+        given = kind.endswith(".gguf")
+        path = Path(kind) if given else gguf_file(folder, kind, threads, work, importance)
         self.model = llama_cpp.llama_model_load_from_file(
             bytes(path), llama_cpp.llama_model_default_params())
         if not self.model:

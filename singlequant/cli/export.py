@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
                      seed=arguments.seed, progress=update)
     print(f"{out}: {arguments.to}, {arguments.dtype}")
     print(f"size        {model.bytes_with_tokenizer / 1e6:.1f} -> {folder_bytes(out) / 1e6:.1f} MB")
-    if model.quantized and model.quant_config.activation_bits < 16:
+    rounded = model.quantized and model.quant_config.activation_bits < 16
+    if rounded and not FORMATS[arguments.to].activations:
         print(f"activations {model.quant_config.activation_bits} bits -> not quantized: other "
               "programs know no such sites")

@@ -54,8 +54,8 @@ def write(
     require_scheme(checkpoint, TO, "w4a4")
     group = checkpoint.quant_config.group_size
     if group:
-        raise ValueError(f"{checkpoint.path}: {TO}: expected a scale for each output channel, found "
-                         f"groups of {group}: quantize with --group-size 0")
+        raise ValueError(f"{checkpoint.path}: {TO}: expected a scale for each output channel, "
+                         f"found groups of {group}: quantize with --group-size 0")
     plain = Plain(checkpoint)
     spec = stored_spec(plain)
     require_linears(spec, TO, checkpoint.path)

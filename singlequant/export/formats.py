@@ -24,6 +24,7 @@ class Format:
     module: str  # "singlequant.export.hf"
     rotated: bool = False  # whether residual stream and value heads are rotated in the weights
     packed: bool = False  # whether it takes a packed checkpoint as it is, and keeps its codes
+    activations: bool = False  # whether it says how activations are quantized
     function: str = "write"
 
     def write(self, *arguments: Any) -> None:
@@ -45,14 +46,14 @@ FORMATS: dict[str, Format] = {
                "and Q8_0", "singlequant.export.gguf", packed=True, function="write_blocks"),
         Format("compressed-tensors", "a folder of the packed codes as vLLM and transformers read "
                "them: pack-quantized of W4A16, int-quantized of W4A8",
-               "singlequant.export.compressed", packed=True),
+               "singlequant.export.compressed", packed=True, activations=True),
         Format("gptq", "a folder of the packed codes of W4A16 in GPTQ's layout",
                "singlequant.export.gptq", packed=True),
         Format("awq", "a folder of the packed codes of W4A16 in AutoAWQ's gemm layout",
                "singlequant.export.awq", packed=True),
         Format("flatquant", "a folder of the packed codes of W4A4 with left and right factors, as "
                "vLLM-Ascend's W4A4_FLATQUANT_DYNAMIC reads it", "singlequant.export.flatquant",
-               packed=True),
+               packed=True, activations=True),
     )
 }
 
