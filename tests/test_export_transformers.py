@@ -86,3 +86,13 @@ def test_logits_of_a_rotated_folder_are_those_of_the_model(golden, tmp_path):
     original = opened(FAMILIES / golden, attention, torch.float32)
     np.testing.assert_allclose(theirs(opened(rotated, attention), tokens),
                                theirs(original, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "mixtral"])
+def test_plain_folder_of_a_gguf_file_opens(name, tmp_path):
+    pytest.importorskip("gguf", reason="needs the gguf extra")
+    files = FAMILIES.parent / "gguf"
+    plain = sq.export(files / f"{name}.gguf", "hf", tmp_path / "plain", dtype="float32")
+    tokens = np.arange(24)[None] * 7 % 90 + 3
+    np.testing.assert_allclose(theirs(opened(plain), tokens), np.load(files / f"{name}.npy"),
+                               atol=TOLERANCE, rtol=0)

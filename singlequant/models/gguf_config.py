@@ -184,6 +184,7 @@ def make_config(
     config["tie_word_embeddings"] = "output.weight" not in shapes
     if "token_embd.weight" in shapes:
         config["vocab_size"] = shapes["token_embd.weight"][0]
+    config["pad_token_id"] = None  # transformers' classes have ids of their own beyond small tables
     config |= {key: meta[there] for there, key in TOKENS.items() if there in meta}
     config |= _heads(path, own, config, row)
     config |= _layer_types(own, config)
@@ -261,4 +262,6 @@ def _scaling(
                           f"longrope, found {kind!r:.80}")
     if found and attention and found["rope_type"] != "linear":
         found["attention_factor"] = _plain(attention)
-    return {"rope_scaling": found} if found else {}
+    # Phi-3's class in transformers has a length of its own where config.json has none.
+    beside = {ORIGINAL: found[ORIGINAL]} if "long_factor" in found else {}
+    return {"rope_scaling": found} | beside if found else {}
