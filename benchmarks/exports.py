@@ -144,6 +144,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="tokens of a window (default %(default)s)")
     parser.add_argument("--windows", type=options.positive, metavar="N",
                         help="the first windows of the text (default: all)")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, metavar="NAME",
+                        help="one of these alone; may be given again (default: all)")
     parser.add_argument("--peer-python", default=sys.executable, metavar="FILE",
                         help="the Python that has llama-cpp-python (default: this one)")
     parser.add_argument("--threads", type=options.positive, default=len(os.sched_getaffinity(0)),
@@ -170,7 +172,7 @@ def run(arguments: argparse.Namespace) -> Report:
         except Missing as missing:
             peer = None
             print(f"left out: {LLAMA_CPP}: {missing}")
-        for recipe in RECIPES:
+        for recipe in arguments.recipe or RECIPES:
             rows += rows_of(judge, recipe, arguments, peer, programs)
     name = original.checkpoint.name
     count = judge.tokens.size - judge.tokens.size // arguments.seq_len

@@ -352,6 +352,14 @@ def test_other_tokenizer_is_left_out(model, tmp_path):
     assert "tokenizer.ggml.tokens" not in found
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"model": {"type": "BPE"}}', "\udcff"])
+def test_broken_tokenizer_is_named_and_nothing_is_left(text, model, tmp_path):
+    (model / "tokenizer.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(sq.FormatError, match="tokenizer.json: "):
+        sq.export(model, "gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 # ---- a plain folder of a file -------------------------------------------------------------------
 
 

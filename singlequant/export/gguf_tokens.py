@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
+from .._C import FormatError
 from ..files import is_present
 
 if TYPE_CHECKING:
@@ -26,8 +30,7 @@ SPLITS = {
 
 def add_tokenizer(package: Any, writer: Any, checkpoint: Checkpoint) -> None:
     """Write tokens, merges and the chat template, or that there are none."""
-    path, vocab = checkpoint.path / "tokenizer.json", checkpoint.spec.vocab
-    found = json.loads(path.read_bytes()) if is_present(path) else {}
+    vocab, found = checkpoint.spec.vocab, _read(checkpoint.path / "tokenizer.json")
     name = split_name(found)
     tokens = None if name is None else _tokens(package, found, vocab)
     if tokens is None:
@@ -44,6 +47,18 @@ def add_tokenizer(package: Any, writer: Any, checkpoint: Checkpoint) -> None:
         kind: number for kind, number in special.special_token_ids.items()
         if f"tokenizer.ggml.{'padding' if kind == 'pad' else kind}_token_id" not in written}
     special.add_to_gguf(writer, quiet=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """tokenizer.json, {} where there is none. FormatError for one that tokenizers cannot read."""
+    if not is_present(path):
+        return {}
+    try:
+        text = path.read_text("utf-8")
+        Tokenizer.from_str(text)
+    except Exception as error:  # the library raises Exception itself
+        raise FormatError(f"{path}: {error}") from None
+    return json.loads(text)
 
 
 def split_name(tokenizer: Any) -> str | None:
