@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 from conftest import edit_config, write_json
 from safetensors.numpy import load_file, save_file
 
+import singlequant as sq
+from singlequant._C import FormatError
+from singlequant.checkpoint.tokenizer_errors import keep_panics_quiet, tokenizer_errors
 from singlequant.cli.main import main, show_warning
+from singlequant.runtime.text_stream import stream_text
 from singlequant.sweep.measure import one_line, reason
 
 HOSTILE = "model.layers.0.\x1b[2J\x9b5A\a\b\u202e" + "x" * 100_000
@@ -82,3 +87,69 @@ def test_nameless_errors_have_the_name_of_their_type(capsys):
     assert reason(MemoryError()) == "MemoryError"
     show_warning("a\x1bb")
     assert capsys.readouterr().err == "singlequant: warning: a?b\n"
+
+
+def edit_tokenizer(folder, change):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    change(values)
+    write_json(folder / "tokenizer.json", values)
+
+
+def prefix_longer_than_tokens(values):
+    values["model"]["continuing_subword_prefix"] = "x" * 3000
+
+
+def chunks_of_nothing(values):
+    values["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
+def no_character_map(values):
+    values["normalizer"] = {"type": "Precompiled"}
+
+
+@pytest.mark.parametrize("change", [
+    prefix_longer_than_tokens, no_character_map, chunks_of_nothing])
+def test_panic_of_the_tokenizer_is_one_line(make_checkpoint, tmp_path, capfd, change):
+    """Rust prints by itself, on descriptor 2."""
+    folder = make_checkpoint(tmp_path / "model")
+    edit_tokenizer(folder, change)
+    code = main(["generate", str(folder), "--prompt", "the quick", "--max-new-tokens", "4"])
+    error = capfd.readouterr().err
+    assert (code, len(error.splitlines())) == (2, 1), error
+    assert error.startswith(f"singlequant: {folder / 'tokenizer.json'}: the tokenizers library "
+                            f"cannot use it: ")
+
+
+def test_panic_of_the_decoder_names_the_file(make_checkpoint, tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    edit_tokenizer(folder, lambda values: values.update(
+        decoder={"type": "Strip", "content": "z", "start": 0, "stop": 9}))
+    model = sq.load(folder)
+    z = model.tokenizer.token_to_id("z")
+    message = r"tokenizer\.json: the tokenizers library cannot use it"
+    with pytest.raises(FormatError, match=message):
+        model.decode_after([], [z])
+    stream = stream_text(model, [])
+    with pytest.raises(FormatError, match=message):
+        stream(z)
+
+
+def fail(folder, error, printed):
+    with tokenizer_errors(folder):
+        os.write(2, printed)
+        raise error
+
+
+def test_only_a_panic_drops_what_is_printed_meanwhile(capfd, tmp_path):
+    before = keep_panics_quiet(True)
+    try:
+        with tokenizer_errors(tmp_path):
+            os.write(2, b"kept\n")
+        with pytest.raises(FormatError, match="cannot use it: no"):
+            fail(tmp_path, type("PanicException", (BaseException,), {})("no"), b"dropped\n")
+        with pytest.raises(KeyboardInterrupt):
+            fail(tmp_path, KeyboardInterrupt(), b"kept too\n")
+    finally:
+        assert keep_panics_quiet(before) is True
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "kept\nkept too\nafter\n"

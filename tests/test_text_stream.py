@@ -1,5 +1,6 @@
 """The text of tokens that come one by one is the text of all of them, at a bounded cost a token."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,11 @@ def made_tokenizers() -> dict[str, Tokenizer]:
 TOKENIZERS = made_tokenizers()
 
 
+def model_with(tokenizer):
+    """What a stream takes of a model."""
+    return SimpleNamespace(tokenizer=tokenizer, checkpoint=SimpleNamespace(path=Path("model")))
+
+
 def streamed(model, prompt: list[int], new: list[int]) -> list[str]:
     step = stream_text(model, prompt)
     return [*map(step, new), step.finish()]
@@ -72,7 +78,7 @@ def streamed(model, prompt: list[int], new: list[int]) -> list[str]:
 def test_streamed_text_is_the_text_of_all_tokens(name, numbers, cut):
     made = TOKENIZERS[name]
     tokens = [n % (made.get_vocab_size() + 1) for n in numbers]  # the last one is no token
-    model = SimpleNamespace(tokenizer=made)
+    model = model_with(made)
     prompt, new = tokens[:cut], tokens[cut:]
     shown = streamed(model, prompt, new)
     assert "".join(shown) == Model.decode_after(model, prompt, new)
@@ -85,7 +91,7 @@ def test_whole_words_appear_at_once(name):
     word = {"byte level": letters[32] + "the", "words": "the", "end of word": "the</w>",
             "spaces between": "the"}.get(name, "\u2581the")
     token = made.token_to_id(word)
-    shown = streamed(SimpleNamespace(tokenizer=made), [token], [token] * 50)
+    shown = streamed(model_with(made), [token], [token] * 50)
     assert [bool(text) for text in shown] == [True] * 50 + [False]
 
 
@@ -94,7 +100,7 @@ def test_single_bytes_wait_for_the_token_behind_them(name):
     made = TOKENIZERS[name]
     euro = [made.token_to_id(f"<0x{b:02X}>") for b in "\u20ac".encode()]
     word, bad = made.token_to_id("\u2581the"), made.token_to_id("<0xFF>")
-    model = SimpleNamespace(tokenizer=made)
+    model = model_with(made)
     assert streamed(model, [word], [*euro, word]) == ["", "", "", "\u20ac the", ""]
     assert streamed(model, [word], [*euro, bad, word])[-2:] == ["\ufffd" * 4 + " the", ""]
     assert streamed(model, [word], euro)[-1] == "\u20ac"
@@ -122,7 +128,7 @@ def test_a_token_costs_the_same_however_many_came_before(name, kind):
     tokens = {"all kinds": [i * 7 % count for i in range(3000)],
               "one that never ends a character": [8] * 3000,
               "bytes": [count - 3] * 3000}[kind]
-    step = stream_text(SimpleNamespace(tokenizer=counting), tokens[:1000])
+    step = stream_text(model_with(counting), tokens[:1000])
     counting.decoded = 0
     for token in tokens:
         step(token)

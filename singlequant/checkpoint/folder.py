@@ -29,6 +29,7 @@ from ..weights import Dense, LayerWeights, Linear, Norm, PackedTable
 from .names import has_own_head, require_head, sort_extras, warn_of
 from .special_tokens import add_tokens
 from .stored import find_quantization, open_tensors
+from .tokenizer_errors import tokenizer_errors
 
 __all__ = ["Checkpoint", "load_checkpoint", "open_model"]
 
@@ -216,12 +217,10 @@ class Checkpoint:
                 f"{path}: no such file; slow tokenizers (tokenizer.model) are not read. Save a "
                 f"fast one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        try:
+        with tokenizer_errors(self.path):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself
-            raise FormatError(f"{path}: {error}") from None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         add_tokens(tokenizer, self)
         return tokenizer
 
@@ -235,12 +234,8 @@ class Checkpoint:
         except UnicodeEncodeError:
             raise ValueError("text: expected valid Unicode, found a lone surrogate") from None
         tokenizer = self.tokenizer  # its own errors name the file
-        try:
+        with tokenizer_errors(self.path):
             found = tokenizer.encode(text, add_special_tokens=special).ids
-        except BaseException as error:  # the library raises Exception itself, or panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise FormatError(f"{self.path / 'tokenizer.json'}: {error}") from None
         ids = np.asarray(found, np.int64)
         outside = ids[ids >= self.spec.vocab]
         if outside.size:

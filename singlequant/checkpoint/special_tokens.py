@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from .._C import FormatError
 from ..files import is_present, read_json
+from .tokenizer_errors import tokenizer_errors
 
 __all__ = ["SpecialTokens", "add_tokens", "special_tokens"]
 
@@ -83,9 +84,10 @@ def add_tokens(tokenizer: Tokenizer, checkpoint) -> None:
                  for _, text in _by_id(dict(pairs), str(file))]
     for token in added:
         token.special = token.special or token.content in names
-    tokenizer.add_tokens(added)
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_tokens([token for token in special.tokens if token.content not in known])
+    with tokenizer_errors(checkpoint.path):
+        tokenizer.add_tokens(added)
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([token for token in special.tokens if token.content not in known])
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from .. import _C, startup
+from ..checkpoint.tokenizer_errors import keep_panics_quiet
 from ..info import __version__, show_runtime
 from ..sweep.measure import one_line, reason
 from . import bench, compare, demo, evaluate, export, generate, inspect, quantize, verify
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code, or 2 and one line on standard error when the input is at fault.
     """
     parsed = parser().parse_args(arguments)
-    lost = _C.exit_when_lost(EXIT_BAD_INPUT)
+    lost, quiet = _C.exit_when_lost(EXIT_BAD_INPUT), keep_panics_quiet(True)
     try:
         if getattr(parsed, "threads", None) is not None:
             set_threads(parsed.threads)
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     finally:
         _C.exit_when_lost(lost)
+        keep_panics_quiet(quiet)
     return code or 0
 
 

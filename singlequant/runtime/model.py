@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .. import _C
 from .._C import FormatError
 from ..checkpoint.chat import render_chat
+from ..checkpoint.tokenizer_errors import tokenizer_errors
 from ..config import KV_BITS, KV_DTYPES
 from ..rows import token_ids
 from .generate import generate
@@ -93,8 +94,10 @@ class Model:
 
         special: with the texts of special tokens, which are left out otherwise.
         """
-        before = self.tokenizer.decode(list(prompt), skip_special_tokens=not special)
-        whole = self.tokenizer.decode([*prompt, *new], skip_special_tokens=not special)
+        decode = self.tokenizer.decode  # its own errors name the file
+        with tokenizer_errors(self.checkpoint.path):
+            before = decode(list(prompt), skip_special_tokens=not special)
+            whole = decode([*prompt, *new], skip_special_tokens=not special)
         return whole[len(before) :]
 
     def hidden_states(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:

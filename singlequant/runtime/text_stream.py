@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..checkpoint.tokenizer_errors import tokenizer_errors
+
 if TYPE_CHECKING:
     from .model import Model
 
@@ -29,11 +31,12 @@ class TextStream:
     """
 
     def __init__(self, model: Model, prompt: Sequence[int]) -> None:
-        self._tokenizer = model.tokenizer
+        self._tokenizer, self._folder = model.tokenizer, model.checkpoint.path
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token for token, described in added.items() if described.special}
         decoder = self._tokenizer.decoder
-        self._has_byte_tokens = decoder is not None and decoder.decode(["<0x41>"]) == "A"
+        with tokenizer_errors(self._folder):
+            self._has_byte_tokens = decoder is not None and decoder.decode(["<0x41>"]) == "A"
         self._window: list[int] = []
         for token in reversed(prompt):
             if self._is_shown(token):
@@ -66,7 +69,8 @@ class TextStream:
         return new
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._window)
+        with tokenizer_errors(self._folder):
+            return self._tokenizer.decode(self._window)
 
     def _is_shown(self, token: int) -> bool:
         """Whether decoding does not leave the token out."""
