@@ -57,6 +57,40 @@ def test_signal_is_one_line_and_resumable(
     assert sq.quantize_folder(model, out, config, text, resume=True).resumed_layers == 1
 
 
+AGAIN = """
+import os, sys
+from singlequant.cli.main import main
+from singlequant.export.writer import ModelWriter
+
+def kill_amid(name):
+    whole = getattr(ModelWriter, name)
+    def call(*arguments):
+        os.kill(os.getpid(), {number})
+        return whole(*arguments)
+    setattr(ModelWriter, name, call)
+
+kill_amid("write_layer")
+kill_amid("__exit__")
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_amid_the_end_is_one_line_as_well(make_checkpoint, tmp_path, text, number):
+    model, out = make_checkpoint(tmp_path / "model"), tmp_path / "out"
+    script = tmp_path / "singlequant"
+    script.write_text(AGAIN.format(number=int(number)))
+    command = [sys.executable, str(script), "quantize", str(model), str(out), "--calibration",
+               str(text), "--calibration-tokens", "64", "--bits", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    word, code = SIGNALS[number]
+    assert (done.returncode, done.stderr) == (code, f"singlequant: {word}\n")
+    config = sq.QuantConfig(calibration_tokens=64, bits=4)
+    assert sq.quantize_folder(model, out, config, text, resume=True).resumed_layers == 0
+
+
 def test_command_runs_beside_the_main_thread(capsys):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(main(["runtime"])))

@@ -79,17 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """SIGTERM raises `Terminated` and SIGINT KeyboardInterrupt, where this is the main thread:
-    others have no signals. A SIGINT that a shell has ignored stays so."""
+    others have no signals. A SIGINT that a shell has ignored stays so. Where this is the command,
+    one more signal, amid what the first one set off, ends the process at once."""
 
-    def stop(*_: object) -> None:
-        raise Terminated
+    def stop(number: int, _: object) -> None:
+        for other, handler in before.items():
+            if handler is startup.end:
+                signal.signal(other, handler)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
     if signal.getsignal(signal.SIGINT) is startup.end:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
