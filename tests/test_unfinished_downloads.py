@@ -8,6 +8,7 @@ from conftest import write_json
 
 import singlequant as sq
 from singlequant import FormatError
+from singlequant.sweep.text_file import first_tokens
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4359176\n"
 FILES = ["config.json", "model.safetensors.index.json", "model-00002-of-00002.safetensors",
@@ -70,3 +71,13 @@ def test_whole_model_that_was_not_downloaded_is_named(tmp_path, damage):
 def test_small_files_are_no_pointers(model):
     (model / "chat_template.jinja").write_text("version")
     assert sq.load(model).chat_tokens([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("damage", [write_pointer, write_dangling_link])
+def test_text_that_was_not_downloaded_is_named(model, tmp_path, damage):
+    named = damage(tmp_path / "wiki.txt")
+    config = sq.QuantConfig(calibration_tokens=64, calibration_window=8)
+    for use in (lambda text: sq.calibration_windows(sq.load_checkpoint(model), config, text),
+                lambda text: first_tokens(sq.load(model).encode, text)):
+        with pytest.raises(FormatError, match=rf"wiki\.txt: .*{named}"):
+            use(tmp_path / "wiki.txt")

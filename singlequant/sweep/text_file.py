@@ -15,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import is_present
+
 Encode = Callable[[str, bool], NDArray[np.int64]]  # a text, and whether special tokens are added
 
 BYTES_PER_TOKEN = 6  # read at first; more follows while the tokens are too few
@@ -27,7 +29,7 @@ def read_text(path: str | Path) -> str:
 
     ValueError that names the file when it is empty or not UTF-8.
     """
-    with open(path, "rb") as file:
+    with _open(path) as file:
         text = _Reader(path, file).read()
     _require_text(path, text)
     return text
@@ -40,12 +42,13 @@ def first_tokens(encode: Encode, path: str | Path, count: int | None = None) -> 
     fault further on stays unseen. A byte-order mark is no part of the text. ValueError that names
     the file when it is empty or not UTF-8.
     """
-    with open(path, "rb") as file:
+    with _open(path) as file:
         return _first_tokens(encode, _Reader(path, file), count)
 
 
 def is_large(path: str | Path, least: int) -> bool:
     """Whether this is a file, and no pipe, of more than `least` bytes."""
+    is_present(Path(path))
     found = os.stat(path)
     return stat.S_ISREG(found.st_mode) and found.st_size > least
 
@@ -64,11 +67,17 @@ def drawn_windows(
     edges = [part * size // count for part in range(count + 1)]
     shares = np.random.default_rng(seed).random(count)
     windows = np.empty((count, window), np.int64)
-    with open(path, "rb") as file:
+    with _open(path) as file:
         for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
             start = low + int(shares[i] * max(high - low - need, 1))
             windows[i] = _window_at(encode, path, file, start, window)
     return windows
+
+
+def _open(path: str | Path) -> BinaryIO:
+    """The file, unless an unfinished download left something else in its place."""
+    is_present(Path(path))
+    return open(path, "rb")
 
 
 class _Reader:
