@@ -23,6 +23,7 @@ MAX_LISTING_BYTES = 32 << 20  # indices, headers, recipes: an entry for every te
 MAX_TEMPLATE_BYTES = 1 << 20
 REASON = "_reason"  # appended to the name of a number that JSON cannot hold
 MAX_POINTER_BYTES = 1024  # the specification's own limit
+TEMPORARY = ".singlequant.tmp"  # appended to the name of a file that is not whole; ours alone
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 __all__ = [
@@ -61,10 +62,10 @@ def errors_name(path: Path, *instead: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Any]:
     """A binary file to write; it gets the name path only after it was written and synced.
 
-    The folder is synced as well: the new name is durable. If an error occurs, path stays as it was,
-    and an OSError names path.
+    The folder is synced as well: the new name is durable. Until then the file is named
+    PATH.singlequant.tmp. If an error occurs, path stays as it was, and an OSError names path.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with errors_name(path, temporary):  # write() knows no name; nobody asked for the temporary one
         try:
             with temporary.open("wb") as file:

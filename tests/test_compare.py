@@ -167,6 +167,24 @@ def test_damaged_line_is_named(tmp_path, line):
         pass
 
 
+@pytest.mark.parametrize("content", [b"years", b'{"keys": 1', b'{"key": "a", "built": {}}\nyears'])
+def test_file_of_others_is_named_and_left(tmp_path, content):
+    path = tmp_path / "rows.json.partial"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.json\.partial: expected rows"), RowsFile(path):
+        pass
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("end", range(1, 12))
+def test_torn_line_is_cut_off_wherever_it_ends(tmp_path, end):
+    path, whole = tmp_path / "rows.jsonl", b'{"key": "a", "built": {}}\n'
+    path.write_bytes(whole + whole[:end])
+    with RowsFile(path) as rows:
+        assert rows.built == {"a": {}}
+    assert path.read_bytes() == whole
+
+
 def test_two_runs_at_once_are_refused(model, text, tmp_path):
     (tmp_path / "out").mkdir()
     with (RowsFile(tmp_path / "out" / "rows.jsonl"),

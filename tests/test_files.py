@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -28,10 +29,21 @@ def test_name_is_given_after_the_bytes_and_made_durable(tmp_path, monkeypatch):
     assert done == ["file", "name", "folder"]
 
 
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_file_of_others_that_seems_unfinished_is_left(tmp_path, error):
+    (tmp_path / "a.tmp").write_text("years")
+    with contextlib.suppress(KeyboardInterrupt), whole_file(tmp_path / "a") as file:
+        file.write(b"new")
+        if error:
+            raise error
+    assert (tmp_path / "a.tmp").read_text() == "years"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp"} | ({"a"} - {error and "a"})
+
+
 @pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
 def test_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, step):
     def full(*_, **__):
-        temporary = str(tmp_path / "a.tmp")
+        temporary = str(tmp_path / f"a{files.TEMPORARY}")
         name = {"open": (temporary,), "replace": (temporary, None, str(tmp_path / "a"))}
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *name.get(step, ()))
 

@@ -16,6 +16,7 @@ from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.export import partial as partial_module
 from singlequant.export.partial import JOURNAL_FILE
 from singlequant.export.writer import ModelWriter
+from singlequant.files import TEMPORARY
 
 
 def stop_after_layer_0(source, out, error, **options):
@@ -48,8 +49,9 @@ FOREIGN = {
         (folder / "additional_chat_templates" / "thesis.txt").write_text("years")],
     "a link": lambda folder: (folder / "link").symlink_to(folder.parent),
     "a link to nothing": lambda folder: (folder / "link").symlink_to("nowhere"),
-    "a folder of the name of a shard": lambda folder: (
-        folder / "model-00003-of-00003.safetensors").mkdir(),
+    "a folder of the name of a shard": lambda folder: [
+        (folder / "model-00003-of-00003.safetensors").unlink(missing_ok=True),
+        (folder / "model-00003-of-00003.safetensors").mkdir()],
 }
 
 
@@ -149,9 +151,32 @@ def test_finishing_run_takes_along_what_others_put_there_meanwhile(source, out):
 
 def test_kill_while_the_first_journal_is_written_is_no_obstacle(source, out):
     partial(out).mkdir()
-    (partial(out) / f"{JOURNAL_FILE}.tmp").write_text("{")
+    (partial(out) / f"{JOURNAL_FILE}{TEMPORARY}").write_text("{")
     write(source, out)
     assert not partial(out).exists()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_finished_folder_is_replaced_unless_others_put_something_in(source, out, kind):
+    write(source, out)
+    FOREIGN[kind](out)
+    before = contents(out)
+    writer = ModelWriter(out, source, CONFIG, resumable=False, replace=True)
+    with pytest.raises(ValueError, match=f"{out}: expected a folder of an earlier run, found "):
+        writer.__enter__()
+    assert contents(out) == before
+    assert not partial(out).exists()
+
+
+def test_finished_folder_is_replaced(source, out):
+    write(source, out)
+    before = contents(out)
+    with ModelWriter(out, source, CONFIG, resumable=False, replace=True) as writer:
+        assert not out.exists()
+        for i in range(2):
+            writer.write_layer(random_layer(source, CONFIG, i)[0])
+        writer.finish()
+    assert contents(out).keys() == before.keys()
 
 
 # ---- which layers a later run takes over --------------------------------------------------------

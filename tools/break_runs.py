@@ -35,6 +35,7 @@ from pathlib import Path
 
 from singlequant import bundled_model
 from singlequant.cli.main import main as singlequant
+from singlequant.files import TEMPORARY
 
 SHIM = Path(__file__).with_name("fail_calls.c")
 ROUNDING = ["--calibration-tokens", "256"]
@@ -128,7 +129,7 @@ class Command:
     def wrong(self) -> str:
         """What is there under a result's name and should not be; "" if all is well."""
         for name, values in self.found().items():
-            unfinished = ".partial" in name or name.endswith((".tmp", ".jsonl"))
+            unfinished = ".partial" in name or name.endswith((TEMPORARY, ".jsonl"))
             if not unfinished and values != self.expected.get(name):
                 return f"{name} is there with other bytes"
         return ""
@@ -191,7 +192,7 @@ class Command:
         """A run whose call number `at` finds a full disk; what was wrong, or ""."""
         self._start()
         code, error, _, path = self.run(at)
-        named = Path(path).name.removesuffix(".tmp")
+        named = Path(path).name.removesuffix(TEMPORARY)
         lines = error.strip().splitlines()
         problem = self.wrong()
         if not problem and code == 0:

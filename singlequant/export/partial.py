@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import read_json, sync_folder, write_file
+from ..files import TEMPORARY, read_json, sync_folder, write_file
 from ..info import kernel_names
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["JOURNAL_FILE", "PartialFolder", "add_advice", "content_digest"]
 
 JOURNAL_FILE = "singlequant-journal.json"
-TEMPORARY = ".tmp"  # what `whole_file` appends to the name of a file that is not whole
 
 
 class PartialFolder:
@@ -76,13 +75,12 @@ class PartialFolder:
             raise ValueError(f"{journal}: expected the journal of a run, found other JSON: move "
                              f"the folder away")
         own = {name for name in names if isinstance(name, str)}
-        foreign = self._entries(own if ours else set(), ours)[2]
+        foreign = self._entries(self.path, own if ours else set(), ours)[2]
         if foreign:
-            some = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             what = "which the interrupted run did not write" if ours else (
                 f"but no {JOURNAL_FILE} of a run that makes {self._out.name}")
-            raise ValueError(f"{self.path}: expected a folder of an interrupted run, found {some}, "
-                             f"{what}: move that away, or choose another OUT")
+            raise ValueError(f"{self.path}: expected a folder of an interrupted run, found "
+                             f"{_some(foreign)}, {what}: move that away, or choose another OUT")
         self._own |= own
         self.layers = layers
         self._kernels = found.get("kernels")
@@ -107,13 +105,23 @@ class PartialFolder:
 
     def empty(self) -> None:
         """Delete what runs that make OUT wrote here; the journal last, as it names the rest."""
-        files, folders, _ = self._entries(self._own, True)
+        files, folders, _ = self._entries(self.path, self._own, True)
         for name in sorted(files, key=lambda name: name.startswith(JOURNAL_FILE)):
             (self.path / name).unlink(missing_ok=True)
-        for name in folders:
-            with contextlib.suppress(OSError):  # not empty: others' files lie there
-                (self.path / name).rmdir()
+        _remove_empty(self.path, folders)
         self.layers = {}
+
+    def delete_finished(self) -> None:
+        """Delete OUT of an earlier run. ValueError if others put something in."""
+        if not self._out.is_dir() or self._out.is_symlink():
+            return
+        files, folders, foreign = self._entries(self._out, self._own, True)
+        if foreign:
+            raise ValueError(f"{self._out}: expected a folder of an earlier run, found "
+                             f"{_some(foreign)}, which it did not write: move that away")
+        for name in files:
+            (self._out / name).unlink()
+        _remove_empty(self._out, [*folders, "."])
 
     def discard(self) -> None:
         """Delete what the run made: its files, and folders in which nothing else lies."""
@@ -133,7 +141,7 @@ class PartialFolder:
 
     def rename(self) -> None:
         """Give the folder the name OUT, durably; the journal goes."""
-        for name in self._entries(self._own, True)[1]:
+        for name in self._entries(self.path, self._own, True)[1]:
             sync_folder(self.path / name)
         sync_folder(self.path)
         os.rename(self.path, self._out)
@@ -143,8 +151,10 @@ class PartialFolder:
         sync_folder(self._out.parent)
         self.release()
 
-    def _entries(self, own: set[str], journal: bool) -> tuple[list[str], list[str], list[str]]:
-        """(own files, own folders, all else), as relative names. Links are never own.
+    def _entries(
+        self, top: Path, own: set[str], journal: bool
+    ) -> tuple[list[str], list[str], list[str]]:
+        """(own files, own folders, all else) below top, as relative names. Links are never own.
 
         own: names of files. journal: whether the journal is own; what a kill left of writing the
         first one always is.
@@ -155,10 +165,10 @@ class PartialFolder:
         files: list[str] = []
         folders: list[str] = []
         foreign: list[str] = []
-        waiting = [self.path]
+        waiting = [top]
         for folder in waiting:
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                name = os.path.relpath(entry.path, self.path)
+                name = os.path.relpath(entry.path, top)
                 if entry.is_dir(follow_symlinks=False) and name in parents:
                     folders.append(name)
                     waiting.append(Path(entry.path))
@@ -184,6 +194,16 @@ class PartialFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _remove_empty(top: Path, folders: Iterable[str]) -> None:
+    for name in folders:
+        with contextlib.suppress(OSError):  # not empty: others' files lie there
+            (top / name).rmdir()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # ---- what a run reads ---------------------------------------------------------------------------

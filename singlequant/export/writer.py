@@ -90,15 +90,17 @@ class ModelWriter:
         *,
         resume: bool = False,
         resumable: bool = True,
+        replace: bool = False,
         provenance: Mapping[str, Any] | None = None,
         bits: Mapping[str, int] | None = None,
     ) -> None:
         """resumable: False removes finished layers as well when an exception ends the run.
+        replace: delete a finished folder of an earlier run that has the name OUT.
         provenance: JSON values that a resumed run must share, such as a hash of the text. bits:
         of the weights by linear, likewise; those of absent linears are 4."""
         config = config.settled(checkpoint.spec.tied)
         self._out, self._checkpoint, self._config = Path(out), checkpoint, config
-        self._resume, self._resumable = resume, resumable
+        self._resume, self._resumable, self._replace = resume, resumable, replace
         check_run(self._out, checkpoint, config)
         self._total = checkpoint.spec.layers + 1
         self._copies = copied_files(checkpoint.path)
@@ -117,6 +119,8 @@ class ModelWriter:
         }
 
     def __enter__(self) -> ModelWriter:
+        if self._replace:
+            self._folder.delete_finished()
         refuse_existing(self._out)
         going_on = self._folder.open() and self._resume and (self._partial / RECIPE_FILE).is_file()
         try:

@@ -11,7 +11,6 @@ the methods of the package or with functions of an experiment's own.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -258,11 +257,9 @@ class Work:
         job = self.job
         if job.out is None:
             return
-        if job.scratch and job.out.exists():
-            shutil.rmtree(job.out)
         self.writer = ModelWriter(
             job.out, self.view, job.config, resume=job.resume, resumable=not job.scratch,
-            provenance=provenance, bits=self.bits,
+            replace=job.scratch, provenance=provenance, bits=self.bits,
         ).__enter__()
         self.finished = self.writer.finished_layers()
         self.outcome.resumed_layers = len(self.finished)

@@ -18,6 +18,7 @@ from ...harness import Answers, PairedDifference, differences_json
 from ..evaluate import Evaluation
 
 ROWS_FILE = "rows.jsonl"
+BEGIN = b'{"key": "'  # of each of its lines
 STAGES = ("calibrate", "solve", "quantize", "evaluate")
 
 
@@ -137,6 +138,9 @@ class RowsFile:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{self.path}, line {number}: expected a row of a comparison, "
                                  f"found: {error}") from None
+        if torn and not (torn.startswith(BEGIN) or BEGIN.startswith(torn)):
+            raise ValueError(f"{self.path}: expected rows of a comparison, found a last line that "
+                             f"is none: move the file away")
         if torn:
             self._file.truncate(self._file.tell() - len(torn))
 
