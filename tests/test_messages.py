@@ -153,3 +153,16 @@ def test_only_a_panic_drops_what_is_printed_meanwhile(capfd, tmp_path):
         assert keep_panics_quiet(before) is True
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "kept\nkept too\nafter\n"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["eval", "model", "--threads", "9" * 5000], ["eval", "model", f"--{HOSTILE}"], [HOSTILE],
+    ["quantize", "model", "out", "--method", HOSTILE]])
+def test_what_arguments_say_cannot_disturb_the_terminal_either(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert usage[0].startswith("usage: singlequant")
+    assert line.isprintable()
+    assert len(line) < 1000

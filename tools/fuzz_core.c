@@ -149,32 +149,33 @@ fuzz_dense(struct input *in)
     }
 }
 
-/* Whether n times k is within 64 bits by far. */
-static int
-have_product(int64_t n, int64_t k)
+/* n times k; beyond 64 bits -1, which no buffer has. */
+static int64_t
+product(int64_t n, int64_t k)
 {
-    return n > -MOST_BYTES && n < MOST_BYTES && k > -MOST_BYTES && k < MOST_BYTES;
+    int64_t found;
+    return __builtin_mul_overflow(n, k, &found) ? -1 : found;
 }
 
 static void
 fuzz_decode(struct input *in)
 {
     const int64_t count = number(in, up_to(in, 3)), n = number(in, up_to(in, 40));
-    const int64_t k = number(in, up_to(in, 40));
+    const int64_t k = number(in, up_to(in, 40)), elements = product(n, k);
     if (up_to(in, 1)) {
         const int64_t rows = number(in, 1 + up_to(in, 20)), columns = number(in, 1 + up_to(in, 20));
-        const int64_t grid = rows > 0 && columns > 0 && n > 0 && k > 0 && have_product(n, k)
-                                 ? sq_ceil_div(n, rows) * sq_ceil_div(k, columns)
-                                 : 0;
-        uint8_t *codes = matrix(in, count, have_product(n, k) ? n * k : n, 1);
+        const int64_t grid =
+            rows > 0 && columns > 0 && n > 0 && elements > 0 && elements <= MOST_BYTES
+                ? sq_ceil_div(n, rows) * sq_ceil_div(k, columns)
+                : 0;
+        uint8_t *codes = matrix(in, count, elements, 1);
         float *scales = floats(in, count, grid);
-        uint16_t *out = matrix(in, count, have_product(n, k) ? n * k : n, 2);
+        uint16_t *out = matrix(in, count, elements, 2);
         (void)sq_decode_fp8(in->too_large ? NULL : codes, scales, count, n, k, rows, columns, out);
         return;
     }
-    const int64_t blocks = have_product(n, k) ? n * k : n;
-    uint8_t *codes = matrix(in, count, blocks, 16), *scales = matrix(in, count, blocks, 1);
-    uint16_t *out = matrix(in, count, blocks, 64);
+    uint8_t *codes = matrix(in, count, elements, 16), *scales = matrix(in, count, elements, 1);
+    uint16_t *out = matrix(in, count, elements, 64);
     (void)sq_decode_mxfp4(in->too_large ? NULL : codes, scales, count, n, k, out);
 }
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from .. import _C, startup
 from ..checkpoint.tokenizer_errors import keep_panics_quiet
@@ -28,9 +29,17 @@ COMMANDS = (quantize, evaluate, compare, generate, inspect, verify, export, demo
 EXIT_BAD_INPUT = 2
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, the commands' as well, whose messages repeat no more of an argument than others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage, one line, and exit code 2."""
+        super().error(one_line(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="singlequant",
         description="Run large language models in 4 bits on the CPU.",
     )
