@@ -8,8 +8,10 @@ import types
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
+from singlequant.checkpoint.folder import Checkpoint
 from singlequant.cli.main import main
 from singlequant.files import check_file, check_picture
 from singlequant.harness import Answers, PairedDifference, TaskScores
@@ -20,6 +22,7 @@ from singlequant.study.evaluate import CachedScorer
 
 evaluator_module = sys.modules["singlequant.study.compare.evaluator"]
 sweep_module = sys.modules["singlequant.sweep.sweep"]
+run_module = sys.modules["singlequant.study.compare.run"]
 rotate_module = sys.modules["singlequant.methods.solve"]
 COMPARED = ("none", "hadamard")
 
@@ -129,6 +132,30 @@ def test_another_model_in_the_same_folder_has_rows_of_its_own(make_checkpoint, m
     other = compare(make_checkpoint(tmp_path / "other", seed=1), text, out=tmp_path / "out")
     assert all(a.results != b.results for a, b in zip(first.rows, other.rows, strict=True))
     assert figures(compare(model, text, out=tmp_path / "out")) == figures(first)
+
+
+def test_weights_that_changed_between_runs_have_rows_of_their_own(model, text, tmp_path,
+                                                                  monkeypatch):
+    """A weight far from the pages that the fingerprint looks at."""
+    monkeypatch.setattr(Checkpoint, "fingerprint", "the same")
+    first = compare(model, text, out=tmp_path / "out")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] *= -4
+    save_file(tensors, model / "model.safetensors")
+    again = compare(model, text, out=tmp_path / "out")
+    assert figures(again) == figures(compare(model, text))
+    assert figures(again) != figures(first)
+
+
+def test_other_kernels_make_rows_of_their_own(model, text, tmp_path, monkeypatch):
+    compare(model, text, out=tmp_path / "out", methods=("none",))
+    solved, solve = [], sweep_module.solve
+    monkeypatch.setattr(sweep_module, "solve", lambda *a: solved.append(1) or solve(*a))
+    compare(model, text, out=tmp_path / "out", methods=("none",))
+    assert solved == []
+    monkeypatch.setattr(run_module, "kernel_names", lambda: {"table": "other", "blas": "other"})
+    compare(model, text, out=tmp_path / "out", methods=("none",))
+    assert len(solved) == 2
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])  # original, layers 0 and 1, first row

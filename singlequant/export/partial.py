@@ -24,7 +24,8 @@ from ..info import kernel_names
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
 
-__all__ = ["JOURNAL_FILE", "PartialFolder", "add_advice", "content_digest"]
+__all__ = ["JOURNAL_FILE", "PartialFolder", "add_advice", "content_digest", "kernel_names",
+           "source_digest"]
 
 JOURNAL_FILE = "singlequant-journal.json"
 
@@ -222,6 +223,12 @@ def content_digest(checkpoint: Checkpoint, key: str) -> str:
         digest.update(f"{name} {array.dtype} {shape}".encode())
         digest.update(memoryview(array.reshape(-1).view(np.uint8)))
     return digest.hexdigest()
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """sha256 of every byte that the source has of the model's tensors."""
+    keys = (OUTER, *map(str, range(checkpoint.spec.layers)))
+    return hashlib.sha256("".join(content_digest(checkpoint, k) for k in keys).encode()).hexdigest()
 
 
 def _source(checkpoint: Any) -> Checkpoint:

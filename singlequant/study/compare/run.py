@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from ...checkpoint.folder import Checkpoint, open_model
 from ...config import QuantConfig
 from ...distributed import Workers
+from ...export.partial import source_digest
 from ...files import folder_bytes
-from ...info import __version__, machine_info
+from ...info import __version__, kernel_names, machine_info
 from ...methods.registry import METHODS
 from ...methods.spinquant import load_learned
 from ...sweep.measure import anonymous_bytes, measure
@@ -127,6 +128,8 @@ class _Plan:
             "texts": [text.digest for text in self.texts], "tasks": list(options.tasks),
             "task_folder": folder_digest(options.task_folder), "config": None,
         }
+        if (options.out, options.rows_file) != (None, None):  # rows of another run may be there
+            self._facts |= {"content": source_digest(checkpoint), "kernels": kernel_names()}
         if options.tasks:  # rows of before pairs were made have no answers
             self._facts["paired"] = True
         self.original_key = _digest(self._facts)
