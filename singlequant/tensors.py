@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -180,6 +182,7 @@ class TensorFiles:
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self.infos = infos
+        self._states: dict[Path, list[int]] = {}  # of the files when they were mapped
 
     @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:
@@ -187,6 +190,7 @@ class TensorFiles:
         maps = {}
         for path in sorted({info.path for info in self.infos.values()}):
             with path.open("rb") as file:
+                self._states[path] = _state(os.fstat(file.fileno()))
                 maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             shown = "".join(c if c.isprintable() else "?" for c in str(path))
             _C.watch_mapping(
@@ -225,10 +229,26 @@ class TensorFiles:
         if begin < end:
             self._maps[info.path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
+    def require_unchanged(self) -> None:
+        """FormatError that names a file which somebody wrote to since it was mapped.
+
+        A file that got its name in the place of another changes nothing: the map is of the old one.
+        """
+        for path in self._maps:
+            with contextlib.suppress(FileNotFoundError):
+                inode, *now = _state(path.stat())
+                if inode == self._states[path][0] and now != self._states[path][1:]:
+                    raise FormatError(f"{path}: the file changed while it was read")
+
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the files."""
         return sum(path.stat().st_size for path in {i.path for i in self.infos.values()})
+
+
+def _state(found: os.stat_result) -> list[int]:
+    """Which file it is, when it was written to, and its bytes."""
+    return [found.st_ino, found.st_mtime_ns, found.st_size]
 
 
 def check_tensor(

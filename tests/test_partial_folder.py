@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import random_layer
 from packed_folders import CONFIG, partial, write
 from safetensors.numpy import load_file, save_file
 
+from singlequant._C import FormatError
 from singlequant.checkpoint.folder import load_checkpoint
 from singlequant.export import partial as partial_module
 from singlequant.export.partial import JOURNAL_FILE
@@ -221,6 +223,34 @@ def test_resume_refuses_what_was_made_of_other_values(wide, out, name, refused):
     ):
         pass
     assert contents(partial(out)) == before
+
+
+def test_file_that_is_written_to_while_it_is_read_is_named(wide, out):
+    """In place, its size the same. Layer 0 is whole before, and layer 1 does not count."""
+    path = wide.path / "model.safetensors"
+
+    def run():
+        with ModelWriter(out, wide, CONFIG) as writer:
+            writer.write_layer(random_layer(wide, CONFIG, 0)[0])
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"x")
+            os.utime(path, ns=(1, 1))  # clocks of files are coarse
+            writer.write_layer(random_layer(wide, CONFIG, 1)[0])
+
+    with pytest.raises(FormatError, match=f"{path}: the file changed while it was read; 1 finish"):
+        run()
+    assert json.loads((partial(out) / JOURNAL_FILE).read_text())["layers"].keys() == {"outer", "0"}
+
+
+def test_file_in_whose_place_another_comes_is_read_on(wide, out):
+    path = wide.path / "model.safetensors"
+    with ModelWriter(out, wide, CONFIG) as writer:
+        shutil.copy(path, path.with_name("new"))
+        os.replace(path.with_name("new"), path)
+        writer.write_layer(random_layer(wide, CONFIG, 0)[0])
+        path.unlink()
+        writer.write_layer(random_layer(wide, CONFIG, 1)[0])
 
 
 @pytest.mark.parametrize("part", ["table", "blas"])

@@ -97,6 +97,10 @@ class StoredTensors(TensorFiles):
         for part in (name,) if entry is None else entry.parts:
             self._files.release(self._names[part])
 
+    def require_unchanged(self) -> None:
+        """FormatError that names a file which somebody wrote to since it was mapped."""
+        self._files.require_unchanged()
+
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the files."""

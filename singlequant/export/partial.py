@@ -213,7 +213,10 @@ OUTER = "outer"  # the key of the tensors outside the layers
 
 
 def content_digest(checkpoint: Checkpoint, key: str) -> str:
-    """sha256 of every byte that the source has of a layer, or of what is outside the layers."""
+    """sha256 of every byte that the source has of a layer, or of what is outside the layers.
+
+    FormatError if somebody wrote to a file of it since it was opened: nobody knows what was read.
+    """
     source = _source(checkpoint)
     spec = source.spec
     tensors = spec.outer_tensors() if key == OUTER else spec.layer_tensors(int(key))
@@ -222,6 +225,7 @@ def content_digest(checkpoint: Checkpoint, key: str) -> str:
         array = np.ascontiguousarray(source.tensor(name))
         digest.update(f"{name} {array.dtype} {shape}".encode())
         digest.update(memoryview(array.reshape(-1).view(np.uint8)))
+    source.files.require_unchanged()
     return digest.hexdigest()
 
 
