@@ -47,6 +47,12 @@ activation_sections(int bits, int64_t m, int64_t k)
 size_t
 sq_activations_workspace_bytes(int bits, int64_t m, int64_t k)
 {
+    int64_t most; /* bytes; no section has more than four for each value */
+    if (k > SQ_PACKED_K_MAX ||
+        !sq_product(m, sq_activations_ld(k) * (int64_t)sizeof(float), &most) ||
+        most > INT64_MAX / 4) {
+        return SIZE_MAX / 2;
+    }
     const struct sections s = activation_sections(bits, m, k);
     return s.data_bytes + s.scales_bytes + s.sums_bytes;
 }

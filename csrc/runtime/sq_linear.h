@@ -19,7 +19,7 @@ struct sq_activations {
     int32_t *sums; /* [m][ld / SQ_K_ALIGN + 1] for 4 and 8 */
 };
 
-/* Row length and workspace for m tokens of k inputs. */
+/* Row length and workspace for m tokens of k inputs; SIZE_MAX / 2 bytes for what cannot be. */
 int64_t
 sq_activations_ld(int64_t k);
 
