@@ -308,6 +308,10 @@ fuzz_cache(struct input *in)
     if (shape.head_dim > 1024) { /* a matrix of its square, which takes seconds */
         shape.hadamard = 0;
     }
+    const int64_t tables = product(shape.layers, shape.sequences);
+    if (tables > MOST_BYTES && tables >> 40 == 0) { /* memory that there may be, in seconds */
+        return;
+    }
     sq_kv_cache_t *cache = NULL;
     if (sq_kv_cache_create(&shape, &cache) != SQ_OK) {
         HOLDS(!cache);
