@@ -8,6 +8,7 @@ SINGLEQUANT_EMULATE_AMX=1 (tiles in plain C: slow, to test that table on a CPU w
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import numpy
@@ -48,7 +49,13 @@ def kernel_sets():
 
 
 class BuildExt(build_ext):
-    """Compile each kernel file with its own flags; bring OpenBLAS along with an $ORIGIN rpath."""
+    """Compile each kernel file with its own flags; bring OpenBLAS along, found beside it."""
+
+    def build_extensions(self):
+        # Python's own flags may name folders of this machine, where a wheel must not look.
+        linker = self.compiler.linker_so
+        self.compiler.linker_so = [word for word in linker if not word.startswith("-Wl,-rpath")]
+        super().build_extensions()
 
     def build_extension(self, ext):
         ext.extra_objects = list(ext.extra_objects)
@@ -83,11 +90,14 @@ class BuildExt(build_ext):
 
 
 compile_flags = list(COMMON_FLAGS)
-link_flags = ["-Wl,-rpath,$ORIGIN/libs", "-pthread", "-lm"]
+beside = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+link_flags = [f"-Wl,-rpath,{beside}/libs", "-pthread", "-lm"]
 if switch("DEBUG") or switch("SANITIZE"):
     compile_flags += ["-O1", "-g", "-UNDEBUG", "-DSQ_DEBUG"]
 else:
     compile_flags += ["-O3", "-DNDEBUG", "-g0"]
+    if sys.platform == "linux":  # wheels run on systems that are older than the one that builds
+        compile_flags += ["-include", "csrc/core/sq_old_glibc.h"]
 if switch("SANITIZE"):
     # Python's own flags hold -fwrapv, under which signed overflow would go unseen.
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv"]
