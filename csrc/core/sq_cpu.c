@@ -123,7 +123,19 @@ sq_cpu_permit(uint32_t features)
     return 1;
 }
 
-#ifdef __aarch64__
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
+
+uint32_t
+sq_cpu_features(void)
+{
+    int has = 0;
+    size_t bytes = sizeof has;
+    const int failed = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &bytes, NULL, 0);
+    return !failed && has ? SQ_CPU_NEON_DOT : 0;
+}
+#elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 

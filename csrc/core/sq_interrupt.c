@@ -7,6 +7,11 @@
 #include <time.h>
 
 #define ASK_NS INT64_C(100000000)
+#ifdef CLOCK_MONOTONIC_COARSE
+#define COARSE_CLOCK CLOCK_MONOTONIC_COARSE
+#else
+#define COARSE_CLOCK CLOCK_MONOTONIC /* macOS */
+#endif
 
 static _Thread_local struct sq_watch *current;
 static _Atomic int asking; /* threads that ask */
@@ -16,7 +21,7 @@ static int64_t
 coarse_ns(void)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    clock_gettime(COARSE_CLOCK, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 

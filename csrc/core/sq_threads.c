@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "core/sq_cgroup.h"
 #include "core/sq_internal.h"
@@ -301,9 +302,13 @@ sq_get_num_threads(void)
 int
 sq_available_cpus(void)
 {
-    cpu_set_t set;
     const int quota = sq_cgroup_cpus("");
+#ifdef __linux__
+    cpu_set_t set;
     const int allowed = sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+#else
+    const int allowed = (int)sysconf(_SC_NPROCESSORS_ONLN); /* a thread has no affinity */
+#endif
     return (int)sq_max_i64(1, quota ? sq_min_i64(quota, allowed) : allowed);
 }
 

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "core/sq_cpu.h"
 #include "core/sq_internal.h"
 #include "core/sq_threads.h"
 
@@ -178,12 +179,11 @@ amx_loop(int64_t rounds)
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
-#include <sys/auxv.h>
 
 static int
 has_dotprod(void)
 {
-    return (getauxval(AT_HWCAP) >> 20 & 1) != 0; /* HWCAP_ASIMDDP */
+    return (sq_cpu_features() & SQ_CPU_NEON_DOT) != 0;
 }
 
 #ifdef __clang__

@@ -2,15 +2,29 @@
 /* Array converters and the mapping from sq_status to exceptions. */
 #include "python/py_args.h"
 
+#ifdef __APPLE__
+#include <pthread.h>
+#else
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 /* Python runs signal handlers on the main thread alone: no other needs to take the GIL. */
+static int
+is_main_thread(void)
+{
+#ifdef __APPLE__
+    return pthread_main_np();
+#else
+    return syscall(SYS_gettid) == getpid();
+#endif
+}
+
 static int
 wants_stop(void *context)
 {
     struct sq_py_call *call = context;
-    if (syscall(SYS_gettid) != getpid()) {
+    if (!is_main_thread()) {
         return 0;
     }
     PyEval_RestoreThread(call->saved);
