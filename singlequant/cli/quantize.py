@@ -125,20 +125,37 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"factors     none short enough for {factors_text(estimate.poor_factors)}: these "
                   "sites are rotated less well and more slowly")
         return
+    checked = Check(model)
     with opened_workers(arguments) as workers, progress_bar("quantizing", "layer") as update:
         summary = quantize_folder(model, arguments.out, config, arguments.calibration,
                                   resume=arguments.resume, recipe=arguments.recipe,
-                                  progress=update, writing=writing_part(update), workers=workers)
+                                  progress=update, writing=writing_part(update), workers=workers,
+                                  check=None if arguments.no_check else checked)
     print_summary(summary)
-    if not arguments.no_check:
-        print_check(summary.out, model)
+    if checked.error is not None:
+        raise checked.error
+    if checked.result is not None:
+        print_check(checked.result)
 
 
-def print_check(out: Path, model) -> None:
+class Check:
+    """`study.check` of a folder beside `model`; an error is kept, as it spoils no folder."""
+
+    def __init__(self, model) -> None:
+        self.model, self.result, self.error = model, None, None
+
+    def __call__(self, folder: Path):
+        from ..study.check import check
+
+        try:
+            self.result = check(folder, self.model)
+        except Exception as error:
+            self.error = error
+        return self.result
+
+
+def print_check(result) -> None:
     """What quantizing cost, on held-out text."""
-    from ..study.check import check
-
-    result = check(out, model)
     print(f"check       KL {result.kl_mean:.4f} nats per token, perplexity "
           f"{result.reference_perplexity:.2f} -> {result.perplexity:.2f}, on {result.predictions} "
           f"predictions of the bundled held-out text ({result.seconds:.1f} s)")

@@ -24,8 +24,8 @@ from ..info import kernel_names
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
 
-__all__ = ["JOURNAL_FILE", "PartialFolder", "add_advice", "content_digest", "kernel_names",
-           "source_digest"]
+__all__ = ["JOURNAL_FILE", "PartialFolder", "add_advice", "content_digest", "source_digest",
+           "source_of"]
 
 JOURNAL_FILE = "singlequant-journal.json"
 
@@ -217,7 +217,7 @@ def content_digest(checkpoint: Checkpoint, key: str) -> str:
 
     FormatError if somebody wrote to a file of it since it was opened: nobody knows what was read.
     """
-    source = _source(checkpoint)
+    source = source_of(checkpoint)
     spec = source.spec
     tensors = spec.outer_tensors() if key == OUTER else spec.layer_tensors(int(key))
     digest = hashlib.sha256()
@@ -235,7 +235,7 @@ def source_digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("".join(content_digest(checkpoint, k) for k in keys).encode()).hexdigest()
 
 
-def _source(checkpoint: Any) -> Checkpoint:
+def source_of(checkpoint: Any) -> Checkpoint:
     """The checkpoint of the files, where `checkpoint` is a view of it."""
     while hasattr(checkpoint, "source"):
         checkpoint = checkpoint.source

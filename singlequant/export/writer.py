@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..config import QuantConfig
-from ..files import MAX_LISTING_BYTES, read_json, sync_folder
+from ..files import MAX_LISTING_BYTES, read_json, sync_folder, write_file
 from ..info import kernel_names
 from ..methods.registry import METHODS
 from ..models.spec import LinearSpec, ModelSpec, Site, tensor_name
@@ -28,6 +28,7 @@ from ..weights import (
     packing_problem,
     table_shapes,
 )
+from .card import CARD_FILE, Figures, model_card
 from .folder import (
     CONFIG_FILE,
     check_out,
@@ -106,9 +107,10 @@ class ModelWriter:
         self._copies = copied_files(checkpoint.path)
         self._folder = PartialFolder(
             self._out, [RECIPE_FILE, *shard_names(checkpoint.spec.layers), INDEX_FILE,
-                        CONFIG_FILE, *self._copies])
+                        CONFIG_FILE, CARD_FILE, *self._copies])
         self._partial = self._folder.path
         self._finished: set[int] = set()
+        self._completed = False
         self._recipe = {
             "format_version": FORMAT_VERSION,
             "config": config.to_json(),
@@ -193,8 +195,8 @@ class ModelWriter:
         if key != OUTER:
             self._finished.add(int(key))
 
-    def finish(self) -> Path:
-        """Writes index, config, copies and seal, then gives the folder its name. Returns OUT."""
+    def complete(self) -> Path:
+        """Writes index, config and copies, behind which the folder can be opened; where it is."""
         missing = sorted(set(range(self._checkpoint.spec.layers)) - self._finished)
         if missing:
             raise ValueError(
@@ -208,6 +210,21 @@ class ModelWriter:
             config = replace(config, kv_dtype="bfloat16")
         write_json(self._partial / CONFIG_FILE, _packed_config(self._checkpoint, config))
         copy_files(self._checkpoint.path, self._partial, self._copies)
+        self._completed = True
+        return self._partial
+
+    def finish(self, figures: Figures | None = None) -> Path:
+        """Completes the folder, writes the model card, and gives the folder its name. Returns OUT.
+
+        figures: what was measured on the folder that `complete` returned.
+        """
+        if not self._completed:
+            self.complete()
+        shards = [self._partial / name for name in shard_names(self._total - 1)]
+        write_file(self._partial / CARD_FILE, model_card(
+            self._checkpoint, self._config, packed_linears(self._checkpoint, self._config),
+            shards=shards, written=self._recipe["provenance"].get("calibration"),
+            figures=figures))
         self._seal()
         refuse_existing(self._out)
         self._folder.rename()
@@ -219,7 +236,7 @@ class ModelWriter:
         shards = [OUTER, *map(str, range(self._checkpoint.spec.layers))]
         journal = {key: self._folder.layers[key] for key in shards}
         files = {self._shard(key).name: entry[SHARD] for key, entry in journal.items()}
-        files |= files_facts(self._partial, [INDEX_FILE, CONFIG_FILE, *self._copies])
+        files |= files_facts(self._partial, [INDEX_FILE, CONFIG_FILE, CARD_FILE, *self._copies])
         sources = {key: entry["source_sha256"] for key, entry in journal.items()}
         write_json(self._partial / RECIPE_FILE,
                    sealed(self._recipe, files, kernels=kernel_names(), shards=sources))
@@ -380,6 +397,7 @@ def estimate_size(checkpoint: Checkpoint, config: QuantConfig) -> int:
     total = sum((checkpoint.path / n).stat().st_size for n in copied_files(checkpoint.path))
     total += len(json_bytes(_packed_config(checkpoint, config)))
     total += SEAL_LINES * (len(copied_files(checkpoint.path)) + 2 + (spec.layers + 1) * 3 // 2)
+    total += len(model_card(checkpoint, config, packed))
     folded, method = _folded_tensors(checkpoint, config), METHODS[config.method]
     usual, tables = checkpoint.tensors[f"{spec.embed}.weight"], config.table_bits(spec)
     for name, shape in spec.tensors():

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint.folder import Checkpoint, open_model
 from ..config import KV_DTYPES, QuantConfig
 from ..distributed import Workers
+from ..export.card import Figures
 from ..export.writer import ModelWriter, check_run
 from ..files import MAX_LISTING_BYTES, folder_bytes, read_json
 from ..weights import QuantizedLayer
@@ -61,6 +62,7 @@ def quantize_folder(
     progress: Callable[[int, int], None] | None = None,
     writing: Callable[[int, int], None] | None = None,
     workers: Workers | None = None,
+    check: Callable[[Path], Figures | None] | None = None,
 ) -> Summary:
     """Quantize a `save_pretrained` folder into a new folder `out`, in one sweep.
 
@@ -73,6 +75,8 @@ def quantize_folder(
     when it was made of the same model, by the same choice of tokens, with another calibration text.
     workers: of `singlequant.distributed`, which make the layers; the bytes are the same. Seconds
     are then those of all workers together, and peak_memory is of this process.
+    check(folder) measures the folder for its model card, before it is named OUT: `study.check`. The
+    summary counts neither its time nor its memory.
     """
     config = config or QuantConfig()
     out, start = Path(out), time.perf_counter()
@@ -87,23 +91,24 @@ def quantize_folder(
         if recipe is not None:
             _check_text(Path(recipe), checkpoint, config, token_digest(windows))
         prepared = measure(prepare, checkpoint, config, windows)
-        spread = None
+        spread, checked = None, _Check(check, memory)
         if workers is not None:
             spread = stack.enter_context(Spread(workers, out.parent, out.name))
-        (outcome,) = sweep(prepared.value, windows, [Job(config, out, resume=resume)],
-                           progress=progress, written=written_by_model(calibration), spread=spread)
+        job = Job(config, out, resume=resume, check=checked)
+        (outcome,) = sweep(prepared.value, windows, [job], progress=progress,
+                           written=written_by_model(calibration), spread=spread)
     written, settled = written_tokens(calibration, windows), outcome.config or config
     return Summary(
         out=out,
         config=settled,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start - checked.seconds,
         calibration_seconds=outcome.seconds["calibrate"],
         solve_seconds=prepared.seconds + outcome.seconds["solve"],
         quantize_seconds=outcome.seconds["quantize"],
         calibration_tokens=int(windows.size),
         bytes_before=checkpoint.bytes_with_tokenizer,
         bytes_after=folder_bytes(out),
-        peak_memory=memory.peak,
+        peak_memory=checked.peak_memory,
         sites=tuple(sorted(outcome.sites, key=lambda site: site.layer)),
         resumed_layers=outcome.resumed_layers,
         kv_dtype=_kv_dtype(out),
@@ -111,6 +116,21 @@ def quantize_folder(
         writing_seconds=chosen.seconds if written else 0.0,
         table_bits=settled.table_bits(checkpoint.spec),
     )
+
+
+class _Check:
+    """A job's check, if any: it remembers its seconds, and the peak of memory before it."""
+
+    def __init__(self, check: Callable[[Path], Figures | None] | None, memory: PeakMemory) -> None:
+        self._check, self._memory = check, memory
+        self.seconds, self.peak_memory = 0.0, 0
+
+    def __call__(self, folder: Path) -> Figures | None:
+        self._memory.look()
+        self.peak_memory = self._memory.peak
+        measured = measure(lambda: self._check and self._check(folder))
+        self.seconds = measured.seconds
+        return measured.value
 
 
 def save(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from .. import _C
 from ..checkpoint.folder import Checkpoint
 from ..config import QuantConfig
+from ..export.card import Figures
 from ..export.writer import ModelWriter
 from ..info import __version__
 from ..methods.solve import config_int8_step
@@ -58,6 +59,8 @@ class Job:
     it returns. quantize(view, rotations, config) replaces `quantize_layer`, which also takes the
     bits by linear where config.bits is above 4.
     observe(statistics, layer) is called with each layer that was made, after it was written.
+    check(folder) measures the whole folder before it is named OUT, for the model card; its time is
+    no stage's.
     """
 
     config: QuantConfig
@@ -67,6 +70,7 @@ class Job:
     solve: Solve | None = None
     quantize: Quantize = quantize_layer
     observe: Observe | None = None
+    check: Callable[[Path], Figures | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def sweep(
         if layers is None:
             for work in works:
                 if work.outcome.error is None:
-                    work.attempt("quantize", work.finish)
+                    work.finish()
     return tuple(work.outcome for work in works)
 
 
@@ -301,9 +305,14 @@ class Work:
         return layer
 
     def finish(self) -> None:
-        """Give the folder its name."""
-        if self.writer is not None:
-            self.writer.finish()
+        """Complete the folder, measure it where the job asks for that, and give it its name."""
+        if self.writer is None:
+            return
+        folder, figures = self.attempt("quantize", self.writer.complete), None
+        if folder is not None and self.job.check is not None:
+            figures = self.job.check(folder)
+        if folder is not None:
+            self.attempt("quantize", self.writer.finish, figures)
 
     def close(
         self,
