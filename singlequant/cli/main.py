@@ -17,7 +17,18 @@ from .. import _C, startup
 from ..checkpoint.tokenizer_errors import keep_panics_quiet
 from ..info import __version__, show_runtime
 from ..sweep.measure import one_line, reason
-from . import bench, compare, demo, evaluate, export, generate, inspect, quantize, verify
+from . import (
+    bench,
+    compare,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    push,
+    quantize,
+    verify,
+)
 
 
 class Terminated(BaseException):
@@ -25,7 +36,7 @@ class Terminated(BaseException):
 
 
 # In the order of --help.
-COMMANDS = (quantize, evaluate, compare, generate, inspect, verify, export, demo, bench)
+COMMANDS = (quantize, evaluate, compare, generate, inspect, verify, export, push, demo, bench)
 EXIT_BAD_INPUT = 2
 
 
