@@ -28,6 +28,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 __all__ = [
     "check_file",
+    "check_page",
     "check_picture",
     "errors_name",
     "folder_bytes",
@@ -156,6 +157,12 @@ def check_picture(path: str | Path) -> None:
     if suffix[1:].lower() not in known:
         raise ValueError(f"{path}: expected a name that ends in one of {', '.join(sorted(known))}, "
                          f"found {suffix or 'none'}")
+
+
+def check_page(path: str | Path) -> None:
+    """Check that path can name a web page with pictures: `check_file`, and matplotlib is there."""
+    check_file(path)
+    require_matplotlib()
 
 
 def require_matplotlib() -> None:

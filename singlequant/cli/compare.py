@@ -73,6 +73,8 @@ def add(commands) -> None:
     c.add_argument("--json", type=Path, metavar="FILE",
                    help="rows and machine; without --out, a rerun goes on from FILE.partial")
     c.add_argument("--picture", type=Path, metavar="FILE", help="KL of each method as a dot")
+    c.add_argument("--html", type=Path, metavar="PAGE",
+                   help="all of it as one web page, which needs no other file")
 
 
 def options_from(arguments: argparse.Namespace, rows_file: Path | None) -> CompareOptions:
@@ -90,7 +92,7 @@ def options_from(arguments: argparse.Namespace, rows_file: Path | None) -> Compa
 def run(arguments: argparse.Namespace) -> None:
     """What the parsed command line asks for."""
     from ..checkpoint.folder import load_checkpoint
-    from ..files import check_file, check_picture
+    from ..files import check_file, check_page, check_picture
     from ..study.compare import compare
 
     for path in (arguments.csv, arguments.json):
@@ -98,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
             check_file(path)
     if arguments.picture is not None:
         check_picture(arguments.picture)
+    if arguments.html is not None:
+        check_page(arguments.html)
     partial = None
     if arguments.json and not arguments.out:
         partial = arguments.json.with_name(arguments.json.name + ".partial")
@@ -114,6 +118,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.picture:
         result.plot(arguments.picture)
         print(f"written     {arguments.picture}")
+    if arguments.html:
+        print(f"written     {result.to_html(arguments.html)}")
     failed = [row for row in result.rows if row.error]
     if len(failed) == len(result.rows) - 1:
         raise ValueError(f"no method could run: {failed[0].error}")

@@ -45,6 +45,8 @@ def add(commands) -> None:
     c.add_argument("--surface", type=Path, metavar="FILE",
                    help="|activation| over tokens and channels in 3-D, of the site whose peak is "
                         "largest among those asked for")
+    c.add_argument("--html", type=Path, metavar="PAGE",
+                   help="all of it as one web page, which needs no other file")
     add_dequantize(c)
     c.add_argument("--csv", type=Path, metavar="FILE", help="every row and figure")
     c.add_argument("--json", action="store_true", help="print JSON alone")
@@ -61,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
             files.check_picture(picture)
     if arguments.csv is not None:
         files.check_file(arguments.csv)
+    if arguments.html is not None:
+        files.check_page(arguments.html)
     names = ("scheme", "clip", "calibration_tokens")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     model = load_checkpoint(arguments.model, arguments.dequantize)
@@ -74,13 +78,16 @@ def run(arguments: argparse.Namespace) -> None:
         result = outliers.inspect_model(
             model, arguments.method, original,
             dataclasses.replace(config, **given), arguments.calibration, arguments.layer,
-            arguments.site, **thresholds, surface=arguments.surface is not None, progress=update)
+            arguments.site, **thresholds, progress=update,
+            surface=arguments.surface is not None or arguments.html is not None)
     if arguments.csv is not None:
         files.write_file(arguments.csv, result.to_csv())
     if arguments.picture is not None:
         files.save_figure(outliers.plot_overview(result), arguments.picture)
     if arguments.surface is not None:
         files.save_figure(outliers.plot_surface(result), arguments.surface)
+    if arguments.html is not None:
+        result.to_html(arguments.html)
     if arguments.json:
         print(files.json_text(result.to_json()))
         return

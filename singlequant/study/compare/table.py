@@ -168,6 +168,18 @@ class Comparison:
         writer.writerows(records)
         return write_file(path, text.getvalue())
 
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained web page: figures, picture, table and what the words mean.
+
+        The file appears only when whole. ImportError without matplotlib.
+        """
+        from .page import comparison_page
+
+        columns = self._cells()
+        text = sum(header in _TEXT_COLUMNS for header, *_ in columns)
+        best = {row for row, _ in self._best()}
+        return write_file(path, comparison_page(self, columns, text, best, self._notes()))
+
     def to_json(self, path: str | Path) -> Path:
         """Write rows, texts and the machine as JSON; the file appears only when whole."""
         values = {

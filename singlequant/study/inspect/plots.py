@@ -92,6 +92,9 @@ def plot_errors(inspection: Inspection, field: str = "output_error", figure=None
                if inspection.select(method=name, final=True)[0].step]
     if figure is None:
         figure = _figure(2.2 + 1.4 * len(sites), 3.4)
+    require_matplotlib()
+    from matplotlib import rcParams
+
     axis = figure.subplots()
     width = 0.8 / len(series)
     for i, (name, where) in enumerate(series):
@@ -101,7 +104,8 @@ def plot_errors(inspection: Inspection, field: str = "output_error", figure=None
         spans = np.array([[m - min(v), max(v) - m] for m, v in zip(means, values, strict=True)]).T
         at = np.arange(len(sites)) + (i - (len(series) - 1) / 2) * width
         axis.bar(at, means, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
-        axis.errorbar(at, means, np.maximum(spans, 0), fmt="none", ecolor="black", lw=0.8)
+        axis.errorbar(at, means, np.maximum(spans, 0), fmt="none", lw=0.8,
+                      ecolor=rcParams["axes.edgecolor"])
         for x, mean, top in zip(at, means, means + spans[1], strict=True):
             axis.annotate(f"{mean:.2g}", (x, max(top, mean)), (0, 2), fontsize=7, ha="center",
                           textcoords="offset points")

@@ -7,11 +7,13 @@ import csv
 import dataclasses
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files import write_file
 from .measures import Measures
 
 
@@ -109,6 +111,15 @@ class Inspection:
                           "massive": tuple(values["massive"]), "rows": rows})
         except (KeyError, TypeError) as error:
             raise ValueError(f"inspection: expected what to_json writes, found: {error}") from None
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained web page: figures, pictures, tables and what the words mean.
+
+        The file appears only when whole. ImportError without matplotlib.
+        """
+        from .page import inspection_page
+
+        return write_file(path, inspection_page(self))
 
     def to_csv(self) -> str:
         """A line per row; massive_T counts the entries beyond T times the median.

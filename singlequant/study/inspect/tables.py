@@ -55,17 +55,23 @@ def _gains(row: OutlierRow) -> str:
 
 
 def _heading(inspection: Inspection) -> str:
-    massive = [f"MO>{t:g}" for t in inspection.massive]
-    return " ".join(f"{title:>10}" for title in [*massive, *HEADINGS])
+    return " ".join(f"{title:>10}" for title in headings(inspection))
+
+
+def headings(inspection: Inspection) -> list[str]:
+    """What the cells of `figure_cells` are."""
+    return [*(f"MO>{t:g}" for t in inspection.massive), *HEADINGS]
 
 
 def _figures(rows: Sequence[OutlierRow]) -> str:
+    return " ".join(f"{cell:>10}" for cell in figure_cells(rows))
+
+
+def figure_cells(rows: Sequence[OutlierRow]) -> list[str]:
     """One line: counts in sum, the largest of `largest`, means of the rest."""
-    counts = [f"{sum(row.massive[i] for row in rows):>10}" for i in range(len(rows[0].massive))]
-    counts += [f"{max(row.largest for row in rows):>10.1f}",
-               f"{sum(row.normal for row in rows):>10}"]
+    counts = [f"{sum(row.massive[i] for row in rows)}" for i in range(len(rows[0].massive))]
+    counts += [f"{max(row.largest for row in rows):.1f}", f"{sum(row.normal for row in rows)}"]
     means = {name: float(np.mean([getattr(row, name) for row in rows])) for name in FIGURE_FIELDS}
-    counts += [f"{means[name]:>10.2f}" for name in ("peak", "kurtosis")]
-    counts += [f"{means[name]:>10.3f}" for name in ("utilization", "fill", "flatness")]
-    counts += [f"{means[name]:>10.2g}" for name in ("activation_error", "output_error")]
-    return " ".join(counts)
+    counts += [f"{means[name]:.2f}" for name in ("peak", "kurtosis")]
+    counts += [f"{means[name]:.3f}" for name in ("utilization", "fill", "flatness")]
+    return counts + [f"{means[name]:.2g}" for name in ("activation_error", "output_error")]
