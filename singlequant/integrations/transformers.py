@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from . import needs_torch  # noqa: F401
+
+# isort: split
 import functools
 import logging
 import re
