@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from importlib import metadata
 
@@ -50,7 +51,7 @@ def machine_info() -> dict[str, object]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": len(own_cpus()) or os.cpu_count(),
         "threads": _C.get_num_threads(),
         "load": [round(x, 2) for x in os.getloadavg()],
         "system": platform.platform(),
@@ -60,6 +61,11 @@ def machine_info() -> dict[str, object]:
         "blas": _C.blas_info(),
         "kernels": _C.kernels(),
     }
+
+
+def own_cpus() -> list[int]:
+    """The CPUs that this process may use, in order; none where the system does not bind any."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 
 
 def cpu_name() -> str:

@@ -151,16 +151,25 @@ def serve(folders: list[str]) -> None:
         os.dup2(nothing.fileno(), 0)
         os.dup2(nothing.fileno(), 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with open("/proc/self/statm", "rb") as file:
-        own = int(file.read().split()[0]) * resource.getpagesize()
+    own = _address_bytes()
     compiled = functools.lru_cache(maxsize=8)(environment.from_string)
     while head := requests.read(SIZE.size):
         request = requests.read(SIZE.unpack(head)[0])
-        _limit(resource.RLIMIT_AS, own + MEMORY_BYTES + PER_BYTE * len(request))
+        if own is not None:
+            _limit(resource.RLIMIT_AS, own + MEMORY_BYTES + PER_BYTE * len(request))
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS + 1)
         answer = json.dumps(_answer(compiled, request)).encode()
         answers.write(SIZE.pack(len(answer)) + answer)
         answers.flush()
+
+
+def _address_bytes() -> int | None:
+    """Bytes of this process' address space; None on macOS, which does not limit it."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return None
 
 
 def _limit(what: int, value: int) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .. import _C
 from ..config import DEFAULT_CLIP, INT8_STEP, SCHEMES
-from ..info import machine_info
+from ..info import machine_info, own_cpus
 from ..methods.balanced import INT8_SHARE
 from .float32 import Float32Product
 
@@ -124,7 +124,7 @@ def real_cores(seconds: float = 0.5) -> dict[str, Any]:
     CPUs share; ratio None where this process has one CPU. Alone and together take turns, and the
     ratio is of their medians: another's moment on a CPU moves one of them only. seconds: for all.
     """
-    cpus = sorted(os.sched_getaffinity(0))[:2]
+    cpus = own_cpus()[:2]
     if len(cpus) < 2:
         return {"cpus": cpus, "ratio": None}
     step = "int64 multiply-add"
