@@ -169,3 +169,20 @@ def test_error_of_the_check_spoils_no_folder(tmp_path, capsys, monkeypatch):
     assert "expected" in capsys.readouterr().err
     assert "were not measured" in card_of(tmp_path / "out").text
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_interrupt_amid_the_check_is_resumed_to_the_same_bytes(quantized, tmp_path, monkeypatch,
+                                                               capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    command = ["quantize", str(bundled_model()), str(tmp_path / "out"), *FAST]
+    with monkeypatch.context() as patched:
+        patched.setattr("singlequant.study.check.evaluate", stop)
+        assert main(command) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--resume"]) == 0
+    for file in quantized.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not (tmp_path / "out.partial").exists()
