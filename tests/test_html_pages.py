@@ -77,6 +77,13 @@ def test_names_from_outside_are_escaped(made, name):
     assert "&lt;b&gt;model&lt;" in text
 
 
+def test_lines_of_a_picture_have_colours_of_the_page(made):
+    text = (made / "compare.html").read_text()
+    assert "stroke: var(--line)" in text
+    assert "stroke: currentColor" in text
+    assert not re.findall(r"#(?:e[56]){3}|#010203", text)
+
+
 def test_comparison_shows_the_rows_figures(made):
     text = (made / "compare.html").read_text()
     head, *rows = (line.split(",") for line in (made / "rows.csv").read_text().splitlines())

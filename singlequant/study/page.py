@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["card", "details", "facts", "page", "picture", "section", "table"]
 
 # Colours that a picture is drawn in, and what the page shows instead, in light and in dark.
-INK, GRID, FAINT = "#010203", "#e5e5e5", "#7f7f7f"
-SHOWN = {INK: "currentColor", GRID: "var(--line)", FAINT: "var(--faint)"}
+INK = "#010203"
+SHOWN = {INK: "currentColor", "0.9": "var(--line)", "0.5": "var(--faint)"}
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
          "ytick.color": INK, "axes.facecolor": "none", "figure.facecolor": "none",
          "savefig.facecolor": "none", "svg.fonttype": "path", "svg.hashsalt": "singlequant"}
@@ -148,6 +148,7 @@ def picture(draw: Callable[[], Figure], caption: str) -> str:
     matplotlib."""
     require_matplotlib()
     from matplotlib import rc_context
+    from matplotlib.colors import to_hex
 
     text = io.StringIO()
     with rc_context(STYLE):
@@ -159,6 +160,6 @@ def picture(draw: Callable[[], Figure], caption: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg"):]
     for drawn, shown in SHOWN.items():
-        svg = svg.replace(drawn, shown)
+        svg = svg.replace(to_hex(drawn), shown)
     return (f'<figure role="img" aria-label="{escape(caption)}"><div class="wide">{svg}</div>'
             f"<figcaption>{escape(caption)}</figcaption></figure>")
