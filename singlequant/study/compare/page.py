@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...files import not_finite
@@ -39,7 +40,7 @@ def comparison_page(
     from .plots import draw
 
     schemes = [*dict.fromkeys(row.scheme for row in comparison.rows if row.config)]
-    lead = (f"{comparison.model} was quantized in {len(comparison.rows) - 1} ways, by the schemes "
+    lead = (f"{comparison.model} was quantized in {len(comparison.rows) - 1} ways, in "
             f"{' and '.join(schemes)}. Each is measured beside the original on the same text. The "
             f"divergence (KL) says how far a quantized model moved from the original; 0 is none.")
     return page(
@@ -81,7 +82,7 @@ def _measured(comparison: Comparison) -> dict[str, object]:
     found = {
         "texts": ", ".join(comparison.texts),
         "predictions": f"{', '.join(predictions)}, in windows of {comparison.seq_len} tokens",
-        "calibration": comparison.calibration,
+        "calibration": Path(comparison.calibration).name,  # a folder is its owner's
         "CPU": machine.get("cpu"), "threads": machine.get("threads"),
         "kernels": (machine.get("kernels") or {}).get("active"), "date": machine.get("date"),
         "fingerprint": comparison.fingerprint,
