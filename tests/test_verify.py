@@ -112,7 +112,7 @@ def test_added_file_that_would_be_read_is_named(sound, name):
 
 
 def test_file_that_nobody_reads_is_no_fault(sound):
-    (sound / "README.md").write_text("a model card")
+    (sound / "NOTES.md").write_text("a model card")
     assert faults(sound) == []
 
 

@@ -185,7 +185,7 @@ class Spread:
         def ready(index: int, files: tuple[str, ...]) -> Iterator[Call]:
             asked = [w for w in works if index not in w.finished and w.outcome.error is None]
             if asked:
-                jobs = tuple(replace(work.job, out=None) for work in asked)
+                jobs = tuple(replace(work.job, out=None, check=None) for work in asked)
                 bits = tuple(work.bits_of(index) for work in asked)
                 yield Call(make_layer, (stream, index, files, jobs, bits, asked[0].failures),
                            (1, index), partial(made, index, asked))
