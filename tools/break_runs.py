@@ -40,6 +40,7 @@ from singlequant.files import TEMPORARY
 SHIM = Path(__file__).with_name("fail_calls.c")
 ROUNDING = ["--calibration-tokens", "256"]
 START_SECONDS = 0.5  # to import modules, about
+MEMORY = "/dev/shm"  # a sync takes no time there; what a killed process wrote stays all the same
 CLOCK = ("seconds", "peak_memory", "machine")  # what differs from run to run in rows of `compare`
 
 
@@ -225,7 +226,8 @@ def catches_signals(process: int) -> bool:
 @contextlib.contextmanager
 def commands() -> Iterator[list[Command]]:
     """quantize and compare, run once undisturbed."""
-    with tempfile.TemporaryDirectory(prefix="singlequant-break-") as folder:
+    where = MEMORY if os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="singlequant-break-", dir=where) as folder:
         yield [Command(name, Path(folder).resolve()) for name in ("quantize", "compare")]
 
 
