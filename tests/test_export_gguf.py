@@ -134,6 +134,13 @@ def test_scaled_rotary_embedding_is_read_back(scaling, tmp_path):
                                atol=TOLERANCE, rtol=0)
 
 
+def test_epsilon_of_float32_is_the_same(model, tmp_path):
+    """transformers writes 1e-5 as float32 has it into the config.json of SmolLM2."""
+    edit_config(model, rms_norm_eps=9.999999747378752e-06)
+    path = sq.export(model, "gguf", tmp_path / "out") / "model.gguf"
+    assert fields(path)["llama.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
+
+
 def test_yarn_with_factors_that_gguf_has_not_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path / "folder", rope_scaling={
         "rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0,

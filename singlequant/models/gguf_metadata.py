@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,11 @@ def _compared(layer: LayerSpec) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """A number as a file holds it in float32; any other value as it is."""
+    """A value with its numbers as a file holds them in float32."""
+    if is_dataclass(value):
+        return {field.name: _rounded(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
