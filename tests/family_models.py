@@ -414,8 +414,9 @@ def config_of(name: str, variant: str) -> Any:
     kind = getattr(transformers, row.config)
     values = {**TOKENS, **row.sizes, **row.variants[variant].options}
     values |= {key: EPSILON for key in EPSILON_KEYS if hasattr(kind, key)}
-    return kind(
-        **values, attn_implementation=row.attention, experts_implementation="eager")
+    if not transformers.__version__.startswith("4."):  # which would write it to config.json
+        values["experts_implementation"] = "eager"
+    return kind(**values, attn_implementation=row.attention)
 
 
 def random_model(name: str, variant: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
