@@ -13,6 +13,7 @@ from .checkpoint.verify import verify_folder
 from .config import QuantConfig
 from .info import __version__, show_runtime
 from .methods.solve import solve_rotations
+from .progress import progress_bar
 from .rotations import BlockRotation, Factor, LayerRotations, SiteRotation
 from .runtime.model import Model
 from .runtime.open import load
@@ -70,6 +71,7 @@ __all__ = [
     "load_statistics",
     "pack",
     "perplexity",
+    "progress_bar",
     "quantize",
     "quantize_folder",
     "rotate",

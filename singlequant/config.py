@@ -12,6 +12,7 @@ from typing import Any
 
 from . import _C
 from .files import MAX_LISTING_BYTES, read_json
+from .html import table_html
 from .methods.registry import DEFAULT_METHOD, METHODS
 
 KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for unquantized ones
@@ -158,6 +159,13 @@ class QuantConfig:
         if not spec.tied:
             bits[spec.head] = (config.head_bits, kept[1])
         return {name: count for name, (count, stays) in bits.items() if count < 16 and not stays}
+
+    def _repr_html_(self) -> str:
+        default, names = QuantConfig(), [f.name for f in dataclasses.fields(self)]
+        values = [getattr(self, name) for name in names]
+        changed = [i for i, name in enumerate(names) if values[i] != getattr(default, name)]
+        return table_html("QuantConfig", [["field", *names], ["value", *values]], left=2,
+                          bold=changed, notes=["bold: not the default"] if changed else ())
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values; from_json() takes it back."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import _C
 from .config import INT8_STEP
+from .html import table_html
 from .statistics import LayerStatistics
 
 FLOAT16_LARGEST = 65504.0
@@ -357,6 +358,10 @@ class LayerRotations:
     layer: int
     sites: Mapping[str, SiteRotation | BlockRotation]
     statistics: LayerStatistics | None = None  # what they were solved from, for weights "gptq"
+
+    def _repr_html_(self) -> str:
+        columns = [["site", *self.sites], ["rotation", *map(repr, self.sites.values())]]
+        return table_html(f"Layer {self.layer}", columns, left=2)
 
 
 def _checked_balance(balance: Any, k: int) -> NDArray[np.float32]:

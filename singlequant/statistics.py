@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .html import facts_html, table_html
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteStatistics:
@@ -43,6 +45,19 @@ class SiteStatistics:
             f"{len(self.weights)} weight rows)"
         )
 
+    @property
+    def rms(self) -> NDArray[np.float64]:
+        """Root mean square of each input over all tokens [k]."""
+        return np.sqrt(self.sum2 / max(1, self.count))
+
+    @property
+    def largest(self) -> NDArray[np.float64]:
+        """Largest magnitude of each input over all tokens [k]."""
+        return np.maximum(np.abs(self.min), np.abs(self.max))
+
+    def _repr_html_(self) -> str:
+        return facts_html("SiteStatistics", dict(zip(SITE_COLUMNS, _site_cells(self), strict=True)))
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -51,6 +66,13 @@ class LayerStatistics:
     index: int
     sites: Mapping[str, SiteStatistics]
     kv_largest: float = 0.0  # largest magnitude of its keys and values
+
+    def _repr_html_(self) -> str:
+        cells = [_site_cells(site) for site in self.sites.values()]
+        columns = [[name, *values] for name, values in
+                   zip(SITE_COLUMNS, zip(*cells, strict=True), strict=True)]
+        return table_html(f"Layer {self.index}: inputs of its sites",
+                          [["site", *self.sites], *columns])
 
     def inputs_of(self, site: str) -> NDArray[np.float32] | None:
         """The inputs of a site, if kept: nothing else of its statistics is computed for them."""
@@ -63,6 +85,18 @@ class LayerStatistics:
         if isinstance(self.sites, SitesInTurn):
             return site in self.sites.union
         return self.sites[site].borrowed
+
+
+SITE_COLUMNS = ("inputs", "tokens", "largest |x|", "median rms", "largest / median rms")
+
+
+def _site_cells(site: SiteStatistics) -> list[str]:
+    """Values under SITE_COLUMNS: the last one says how far outlier channels stand out."""
+    rms = site.rms
+    median = float(np.median(rms))
+    ratio = f"{rms.max() / median:.1f}" if median > 0 else "-"
+    return [f"{site.k1 * site.k2} = {site.k1} x {site.k2}", str(site.count),
+            f"{site.largest.max():.4g}", f"{median:.4g}", ratio]
 
 
 class SitesInTurn(Mapping[str, SiteStatistics]):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import _C
 from .config import INT8_STEP, QuantConfig, check_clip
+from .html import table_html
 from .rotations import BlockRotation, SiteRotation
 
 WEIGHT_BITS = (4, 5, 6, 8)
@@ -210,6 +211,15 @@ class QuantizedLayer:
             f"QuantizedLayer({self.index}, {len(self.packed)} packed, {len(self.dense)} dense, "
             f"rotations: {sites or 'none'})"
         )
+
+    def _repr_html_(self) -> str:
+        shapes = [f"{n} x {k}" for n, k in (linear.shape for linear in self.packed.values())]
+        columns = [["linear", *self.packed], ["shape", *shapes],
+                   ["bits", *(linear.bits for linear in self.packed.values())],
+                   ["inputs a scale", *(linear.group or linear.shape[1]
+                                        for linear in self.packed.values())]]
+        notes = [f"{site}: {rotation!r}" for site, rotation in self.rotations.items()]
+        return table_html(f"Layer {self.index}", columns, notes=notes)
 
 
 def int8_problem(count: int, k: int, config: QuantConfig) -> str | None:

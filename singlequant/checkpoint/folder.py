@@ -21,6 +21,7 @@ from .._C import FormatError
 from ..config import QuantConfig
 from ..export.packed import PACKED_PARTS, PackedReader, parse_quantization
 from ..files import folder_bytes, is_present, read_json
+from ..html import facts_html, megabytes
 from ..models.families import find_family, language_config
 from ..models.spec import LinearSpec, ModelSpec, NormSpec, norm_channels, tensor_name
 from ..rows import require_finite
@@ -267,6 +268,23 @@ class Checkpoint:
             f"{s.hidden}, {s.parameters / 1e6:.1f}M parameters, {self.dtype}{quant}, "
             f"{files} file{'s' if files > 1 else ''})"
         )
+
+    def facts(self) -> dict[str, str]:
+        """What a person asks of a folder, by name, as text."""
+        s, quant = self.spec, self.quant_config
+        facts = {
+            "folder": str(self.file or self.path), "family": s.family,
+            "sizes": f"{s.layers} layers, hidden {s.hidden}, vocabulary {s.vocab}",
+            "parameters": f"{s.parameters / 1e6:.1f} million",
+            "on disk": megabytes(self.bytes_with_tokenizer),
+        }
+        if quant is None:
+            return facts | {"weights": f"{self.dtype}, not quantized"}
+        return facts | {"scheme": f"{quant.scheme}, method {quant.method}, weights {quant.weights}",
+                        "embedding": self.dtype}
+
+    def _repr_html_(self) -> str:
+        return facts_html("Checkpoint", self.facts())
 
 
 def open_model(model: str | Path | Checkpoint) -> Checkpoint:

@@ -114,6 +114,10 @@ class View:
         """The source's config.json."""
         return self.source.config
 
+    def facts(self) -> dict[str, str]:
+        """The source's."""
+        return self.source.facts()
+
     @property
     def dtype(self) -> str:
         """The source's element type."""

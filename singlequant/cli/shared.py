@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands share: options, lists in options, the progress bar."""
+"""What several commands share: options and lists in options."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from ..config import DEFAULT_TABLE_BITS, KV_BITS, TABLE_BITS
 from ..distributed import EXECUTORS, Workers, open_workers
+from ..progress import ProgressBar, progress_bar as progress_bar
 
 
 def add_command(commands, name: str, run: Callable, help_text: str) -> argparse.ArgumentParser:
@@ -92,35 +92,3 @@ def names(text: str) -> list[str]:
 def integers(text: str) -> list[int]:
     """The numbers of '0,1'."""
     return [int(part) for part in names(text)]
-
-
-class ProgressBar:
-    """A progress callback (done, total) that draws a bar with the time left."""
-
-    def __init__(self, bar: Any, what: str, unit: str) -> None:
-        self._bar = bar  # of tqdm
-        self._shown = self._own = what, unit
-
-    def __call__(self, done: int, total: int) -> None:
-        self._show(self._own, done, total)
-
-    def part(self, what: str, unit: str) -> Callable[[int, int], None]:
-        """The callback of work before or between, which has the bar while it lasts."""
-        return lambda done, total: self._show((what, unit), done, total)
-
-    def _show(self, shown: tuple[str, str], done: int, total: int) -> None:
-        if shown != self._shown:
-            self._shown = self._bar.desc, self._bar.unit = shown
-            self._bar.miniters = 0  # what it learned was of other steps
-            self._bar.reset(total)
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, unit: str) -> Iterator[ProgressBar]:
-    """A progress callback (done, total) that draws a bar with the time left on standard error."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit=unit, leave=False, disable=None) as bar:
-        yield ProgressBar(bar, what, unit)

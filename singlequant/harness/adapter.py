@@ -14,6 +14,7 @@ from typing import Any
 
 from ..checkpoint.chat import ChatTemplateError, reads_roles, render_chat
 from ..checkpoint.special_tokens import special_tokens
+from ..progress import new_bar
 from ..runtime.model import Model
 from ..runtime.open import load
 from .scoring import score_continuations
@@ -242,10 +243,7 @@ class Adapter:
         return texts
 
     def _bar(self, what: str, total: int, disabled: bool) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(desc=what, total=total, unit="request", leave=False,
-                    disable=True if disabled or not self.progress else None)
+        return new_bar(disabled or not self.progress, desc=what, total=total, unit="request")
 
 
 def _first(text: str, stops: list[str]) -> int | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .. import _C
 from ..config import QuantConfig
+from ..html import table_html
 from ..methods.registry import METHODS, find_method
 from ..methods.solve import config_int8_step, solve_site
 from ..rotations import BlockRotation, SiteRotation
@@ -73,6 +74,15 @@ class Report:
                   for linear in self.linears]
         lines += [f"{left.name}: left, {left.reason}" for left in self.left]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        every = (*self.linears, *self.left)
+        shapes = [f"{n} x {k}" for n, k in (linear.shape for linear in every)]
+        bits = [*(str(linear.bits) for linear in self.linears),
+                *(f"left: {left.reason}" for left in self.left)]
+        return table_html(
+            f"{len(self.linears)} linears in {self.config.scheme}, {self.bits:.2f} bits a weight",
+            [["linear", *(linear.name for linear in every)], ["shape", *shapes], ["bits", *bits]])
 
 
 def quantize_(

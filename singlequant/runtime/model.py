@@ -15,6 +15,7 @@ from .._C import FormatError
 from ..checkpoint.chat import render_chat
 from ..checkpoint.tokenizer_errors import tokenizer_errors
 from ..config import KV_BITS, KV_DTYPES
+from ..html import facts_html
 from ..rows import token_ids
 from .generate import generate
 from .layers import build_layer, flat_positions, new_cache
@@ -79,6 +80,10 @@ class Model:
             f"Model({self.checkpoint.path.name!r}, {kind}, layers={self.spec.layers}, "
             f"hidden={self.spec.hidden}, vocab={self.spec.vocab}, kv_bits={self.kv_bits})"
         )
+
+    def _repr_html_(self) -> str:
+        facts = self.checkpoint.facts()
+        return facts_html("Model", facts | {"KV cache": f"{self.kv_bits} bits"})
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -9,16 +9,16 @@ import numpy as np
 
 from ..checkpoint.folder import load_checkpoint
 from ..config import QuantConfig
-from ..files import check_file, folder_bytes, save_figure
+from ..files import check_file, folder_bytes, require_matplotlib, save_figure
 from ..methods.solve import solve_site
 from ..rotations import SiteRotation
 from ..runtime.open import load
 from ..statistics import SiteStatistics
 from ..sweep.calibrate import calibrate
-from ..sweep.layer import transform_inputs
 from ..sweep.run import quantize_folder
 from ..sweep.texts import bundled_model, bundled_text, calibration_windows
 from .evaluate import perplexity
+from .inspect.channels import plot_channels
 
 EQUAL = {"weights": "rtn", "clip": 1.0, "bits": 4.0}  # plain rounding, for all but the defaults
 RUNS = (
@@ -68,8 +68,7 @@ def worst_site(source: Path) -> tuple[str, SiteStatistics, SiteRotation]:
     found = None
     for layer in calibrate(checkpoint, calibration_windows(checkpoint, QuantConfig())):
         for name, site in layer.sites.items():
-            rms = np.sqrt(site.sum2 / site.count)
-            ratio = rms.max() / np.median(rms)
+            ratio = site.rms.max() / np.median(site.rms)
             if found is None or ratio > found[0]:
                 found = ratio, f"layer {layer.index}, inputs of {name}", site
     _, name, site = found
@@ -79,25 +78,9 @@ def worst_site(source: Path) -> tuple[str, SiteStatistics, SiteRotation]:
 def draw(source: Path, picture: Path) -> str:
     """Save the picture; returns the line to print."""
     try:
-        import matplotlib
-    except ImportError:
-        return "no picture: it needs matplotlib (pip install 'singlequant[plots]')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+        require_matplotlib()
+    except ImportError as error:
+        return f"no picture: {error}"
     name, site, rotation = worst_site(source)
-    before = np.abs(site.sample)
-    after = np.abs(transform_inputs(site.sample, rotation))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    channels = np.arange(before.shape[1])
-    for axis, values, title in zip(axes, (before, after), ("before", "after the transformation"),
-                                   strict=True):
-        for quantile, shade in ((1.0, "0.8"), (0.99, "0.55"), (0.5, "0.1")):
-            axis.fill_between(channels, np.quantile(values, quantile, axis=0), color=shade, lw=0,
-                              label=f"{quantile:.0%} of tokens" if quantile < 1 else "largest")
-        axis.set(title=f"{name}: {title}", xlabel="channel", xlim=(0, len(channels) - 1))
-    axes[0].set_ylabel("|activation|")
-    axes[0].legend(frameon=False)
-    save_figure(figure, picture, dpi=120)
-    plt.close(figure)
+    save_figure(plot_channels(site, rotation, name), picture, dpi=120)
     return f"picture: {picture}"

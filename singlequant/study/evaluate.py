@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .. import _C
 from ..distributed import Call, Workers
 from ..files import json_values, not_finite
+from ..html import facts_html
 from ..rows import token_ids
 from ..runtime.model import Model
 
@@ -107,6 +108,17 @@ class Evaluation:
         if self.kl_mean is not None:
             text += f", kl_mean={self.kl_mean:.5f}, top1_agreement={self.top1_agreement:.3f}"
         return text + ")"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {"perplexity": perplexity_text(self.perplexity, ".3f")}
+        if self.kl_mean is not None and self.reference_perplexity is not None:
+            facts["perplexity of the reference"] = perplexity_text(self.reference_perplexity, ".3f")
+            facts["KL to the reference"] = (
+                f"{self.kl_mean:.5f} nats per token, 99th percentile {self.kl_p99:.4f}")
+            facts["same most likely token"] = f"{self.top1_agreement:.1%}"
+        facts["measured on"] = (f"{self.predictions} predictions, windows of {self.seq_len} "
+                                f"tokens, {self.seconds:.1f} s")
+        return facts_html("Evaluation", facts, bold=["perplexity", "KL to the reference"])
 
 
 def default_seq_len(model: Model) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from ..checkpoint.folder import Checkpoint, open_model
 from ..config import QuantConfig
 from ..export.writer import check_run, estimate_size
+from ..html import facts_html, megabytes
 from ..models.spec import ModelSpec
-from ..rotations import poor_factors
+from ..rotations import factors_text, poor_factors
 from .measure import measure
 from .prepare import prepare
 from .sweep import Job, sweep
@@ -30,6 +31,15 @@ class Estimate:
     seconds: float
     peak_memory: int
     poor_factors: dict[str, tuple[int, int]]
+
+    def _repr_html_(self) -> str:
+        return facts_html("Estimate", {
+            "size": f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)} (within a few "
+                    "percent)",
+            "time": f"about {self.seconds:.1f} s (the first layers', scaled up)",
+            "peak memory": f"about {megabytes(self.peak_memory)} besides the mapped weights",
+            "no short factors": factors_text(self.poor_factors) or None,
+        })
 
 
 def dry_run(

@@ -14,6 +14,7 @@ from ..distributed import Workers
 from ..export.card import Figures
 from ..export.writer import ModelWriter, check_run
 from ..files import MAX_LISTING_BYTES, folder_bytes, read_json
+from ..html import facts_html, megabytes
 from ..weights import QuantizedLayer
 from .measure import PeakMemory, measure
 from .prepare import check_outer, prepare
@@ -49,6 +50,21 @@ class Summary:
             f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, "
             f"{self.seconds:.1f} s)"
         )
+
+    def _repr_html_(self) -> str:
+        config = self.config
+        tables = "".join(f", {name} {bits}" for name, bits in self.table_bits.items())
+        return facts_html("Quantized", {
+            "folder": self.out,
+            "scheme": f"{config.scheme}, method {config.method}, weights {config.weights}",
+            "bits": f"{config.bits:.4g} a weight of the linears on average{tables}",
+            "size": f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}",
+            "time": f"{self.seconds:.1f} s: calibrate {self.calibration_seconds:.1f}, solve "
+                    f"{self.solve_seconds:.1f}, quantize and pack {self.quantize_seconds:.1f}",
+            "calibration": f"{self.calibration_tokens} tokens",
+            "peak memory": f"{megabytes(self.peak_memory)} besides the mapped weights",
+            "resumed": f"{self.resumed_layers} layers" if self.resumed_layers else None,
+        }, bold=["size"])
 
 
 def quantize_folder(

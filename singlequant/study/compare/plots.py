@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
+from ...figures import new_figure
 from .rows import Row
 from .table import Comparison, row_name
 
@@ -17,13 +18,11 @@ def draw(comparison: Comparison):
     A panel per scheme and a row of panels per text. The perplexity stands beside each dot. Rows
     that differ in the seed alone are dots of one line.
     """
-    from matplotlib.figure import Figure
-
     texts, original = comparison.texts, comparison.rows[0]
     schemes = list(dict.fromkeys(row.scheme for row in comparison.rows if row.config))
     height = max(len(lines_of(comparison, scheme)) for scheme in schemes)
     size = (1 + 5 * len(schemes), len(texts) * (1.3 + 0.32 * height))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     panels = figure.subplots(len(texts), len(schemes), squeeze=False, sharex="row")
     for (t, text), (s, scheme) in itertools.product(enumerate(texts), enumerate(schemes)):
         _draw_panel(panels[t, s], lines_of(comparison, scheme), t)

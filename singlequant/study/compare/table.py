@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import check_picture, json_text, not_finite, save_figure, write_file
+from ...html import table_html
 from ..evaluate import BEYOND
 from .rows import STAGES, Row
 
@@ -40,6 +41,11 @@ class Comparison:
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join([self.markdown(), *self._notes()]).replace("*", r"\*")
+
+    def _repr_html_(self) -> str:
+        text = sum(c in _TEXT_COLUMNS for c, *_ in self._cells())
+        return table_html(f"{self.model}: {len(self.rows)} rows", self._cells(), text,
+                          {i for i, _ in self._best()}, self._notes())
 
     def table(self) -> str:
         """Aligned columns; `*` marks the lowest divergence from the original in each scheme."""

@@ -6,6 +6,7 @@ rows of the site's weights. `Measures` has the definitions. The gains alone are 
 rows.
 """
 
+from .channels import plot_channels
 from .measures import MASSIVE, NORMAL, NORMAL_SHARE, Measures, measure
 from .plots import plot_errors, plot_heatmaps, plot_overview, plot_surface
 from .result import (
@@ -34,6 +35,7 @@ __all__ = [
     "inspect_model",
     "measure",
     "own_config",
+    "plot_channels",
     "plot_errors",
     "plot_heatmaps",
     "plot_overview",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...figures import new_figure
 from ...files import require_matplotlib
 from .result import Inspection, Surface
 
@@ -22,14 +23,6 @@ FIELD_LABELS = {
 }
 
 
-def _figure(width: float, height: float):
-    """A figure of its own, outside pyplot's global state. Sizes in inches."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot_heatmaps(inspection: Inspection, field: str = "peak", figure=None):
     """Layers x sites of one figure, the original and each method's result side by side.
 
@@ -42,7 +35,7 @@ def plot_heatmaps(inspection: Inspection, field: str = "peak", figure=None):
     panels = [("original", inspection.select(step=0, method=inspection.methods[0]))]
     panels += [(name, inspection.select(final=True, method=name)) for name in inspection.methods]
     if figure is None:
-        figure = _figure(1.6 + 2.4 * len(panels), 1.8 + min(0.32 * len(layers), 12))
+        figure = new_figure(1.6 + 2.4 * len(panels), 1.8 + min(0.32 * len(layers), 12))
     require_matplotlib()
     from matplotlib.colors import LogNorm
 
@@ -91,7 +84,7 @@ def plot_errors(inspection: Inspection, field: str = "output_error", figure=None
     series += [(name, {"final": True, "method": name}) for name in inspection.methods
                if inspection.select(method=name, final=True)[0].step]
     if figure is None:
-        figure = _figure(2.2 + 1.4 * len(sites), 3.4)
+        figure = new_figure(2.2 + 1.4 * len(sites), 3.4)
     require_matplotlib()
     from matplotlib import rcParams
 
@@ -127,7 +120,7 @@ def plot_overview(inspection: Inspection):
     """Heat maps of the peaks above, error bars below: the command's --picture."""
     layers = len({row.layer for row in inspection.rows})
     above = 1.6 + min(0.32 * max(layers, 4), 12)
-    figure = _figure(max(7.5, 1.6 + 2.4 * (1 + len(inspection.methods))), above + 3.4)
+    figure = new_figure(max(7.5, 1.6 + 2.4 * (1 + len(inspection.methods))), above + 3.4)
     figure.suptitle(f"{inspection.model}: outliers before and after", fontsize=11)
     top, bottom = figure.subfigures(2, 1, height_ratios=[above, 3.4])
     plot_heatmaps(inspection, figure=top)
@@ -147,7 +140,7 @@ def plot_surface(inspection: Inspection):
     count = len(surface.panels)
     columns = count if count <= 3 else -(-count // 2)
     lines = -(-count // columns)
-    figure = _figure(5.0 * columns, 0.35 + 3.85 * lines)
+    figure = new_figure(5.0 * columns, 0.35 + 3.85 * lines)
     room = 3.85 / (0.35 + 3.85 * lines)  # of the height, for a line of panels
     figure.set_layout_engine("none")  # it leaves 3-D axes too little room
     top = max(float(cells.max()) for _, cells in surface.panels) or 1.0

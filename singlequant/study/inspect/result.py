@@ -8,13 +8,16 @@ import dataclasses
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...files import write_file
+from ...files import check_picture, save_figure, write_file
 from .measures import Measures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Inspection:
         return (f"Inspection({self.model!r}, {', '.join(self.methods)}, {sites} sites, "
                 f"{len(self.rows)} rows, {self.bits} bits)")
 
+    def _repr_html_(self) -> str:
+        from .tables import inspection_html
+
+        return inspection_html(self)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the inspected sites, in the model's order."""
@@ -92,6 +100,21 @@ class Inspection:
     def select(self, **where: Any) -> list[OutlierRow]:
         """Rows whose fields have these values: select(site="down", final=True)."""
         return [row for row in self.rows if all(getattr(row, k) == v for k, v in where.items())]
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """matplotlib Figure of the outliers before and after; see `plots.plot_overview`.
+
+        Saved to `path` when given: the suffix is the format, and the file appears only when whole.
+        ImportError without matplotlib.
+        """
+        if path is not None:
+            check_picture(path)
+        from .plots import plot_overview
+
+        figure = plot_overview(self)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values, without the surface; from_json() takes it back."""

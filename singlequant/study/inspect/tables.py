@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...html import table_html
 from .result import FIGURE_FIELDS, GAIN_FIELDS, Inspection, OutlierRow
 
 HEADINGS = ("largest", "NO", "peak²/rms²", "kurtosis", "utiliz.", "fill", "flatness", "act. err",
@@ -47,6 +48,25 @@ def step_table(inspection: Inspection) -> str:
     ):
         lines.append(f"{method:<{width}} {site:<8} {name:<{label}} {_figures(rows)}")
     return "\n".join(lines)
+
+
+def inspection_html(inspection: Inspection) -> str:
+    """Every site, as it is and after each whole method: over the layers, as `step_table`."""
+    lines = []
+    for site in inspection.sites:
+        original = inspection.select(site=site, step=0, method=inspection.methods[0])
+        lines.append([site, "original", *figure_cells(original)])
+        for method in inspection.methods:
+            done = inspection.select(site=site, method=method, final=True)
+            if done[0].step:
+                lines.append([site, method, *figure_cells(done)])
+    columns = zip(["site", "after", *headings(inspection)], *lines, strict=True)
+    layers = len({row.layer for row in inspection.rows})
+    return table_html(
+        f"{inspection.model}: inputs of {layers} layers", [*columns], left=2,
+        bold=[i for i, line in enumerate(lines) if line[1] == "original"],
+        notes=[f"means over the layers, sums of MO and NO, the largest of them; {inspection.bits}"
+               f"-bit activations, {inspection.calibration_tokens} calibration tokens"])
 
 
 def _gains(row: OutlierRow) -> str:
