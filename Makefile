@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: help build test ladder amx neon asan fuzz memory broken lint bench notebooks
+.PHONY: help build test ladder amx neon asan fuzz memory broken lint bench notebooks docs
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 $(VENV)/bin/pytest:
@@ -37,3 +37,6 @@ bench: build ## the linear against float32 and the machine's peaks
 	$(VENV)/bin/singlequant bench
 notebooks: build ## execute the notebooks
 	$(VENV)/bin/pytest tests/test_notebooks.py
+docs: build ## the pages, the reference and the executed notebooks as a site: build/docs/index.html
+	$(VENV)/bin/pip install -q -e '.[docs]'
+	VENV=$(VENV) tools/build_docs.sh build/docs

@@ -65,8 +65,9 @@ def inspection_html(inspection: Inspection) -> str:
     return table_html(
         f"{inspection.model}: inputs of {layers} layers", [*columns], left=2,
         bold=[i for i, line in enumerate(lines) if line[1] == "original"],
-        notes=[f"means over the layers, sums of MO and NO, the largest of them; {inspection.bits}"
-               f"-bit activations, {inspection.calibration_tokens} calibration tokens"])
+        notes=["MO and NO are sums over the layers, largest is the largest, the rest are means",
+               f"{inspection.bits}-bit activations, {inspection.calibration_tokens} calibration "
+               f"tokens"])
 
 
 def _gains(row: OutlierRow) -> str:
