@@ -54,6 +54,7 @@ nb_execution_excludepatterns = [f"notebooks/{path.name}"
                                 for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
                                 if lacks_extra(path)]
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 for path in nb_execution_excludepatterns:
     print(f"SKIPPED: {path} is not executed, as a package it needs is not installed")
 

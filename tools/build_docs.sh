@@ -8,3 +8,5 @@ trees=$(mktemp -d)
 trap 'rm -rf "$trees"' EXIT
 export PYTHONDONTWRITEBYTECODE=1
 "${VENV:-.venv}/bin/python" -m sphinx -W --keep-going -q -d "$trees" -c docs . "$site"
+echo '<!DOCTYPE html><title>singlequant</title><meta http-equiv="refresh" content="0; url=docs/index.html">' \
+    >"$site/index.html"

@@ -11,11 +11,14 @@ from ...figures import new_figure
 from ...rotations import BlockRotation, SiteRotation
 from ...statistics import SiteStatistics
 from ...sweep.layer import transform_inputs
+from .plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHADES = ((1.0, "0.8", "largest"), (0.99, "0.55", "99% of tokens"), (0.5, "0.1", "50% of tokens"))
+# Quantile of the tokens, colour, name.
+SHADES = ((1.0, COLOURS[5], "largest token"), (0.99, COLOURS[1], "99 % of the tokens"),
+          (0.5, "black", "half of the tokens"))
 
 
 def plot_channels(
@@ -33,8 +36,9 @@ def plot_channels(
     for axis, values, when in zip(axes, (before, after), ("before", "after the transformation"),
                                   strict=True):
         for quantile, shade, label in SHADES:
-            axis.fill_between(channels, np.quantile(values, quantile, axis=0), color=shade, lw=0,
-                              label=label)
+            # lines, as an area of one channel among thousands is thinner than a pixel
+            axis.vlines(channels, 0, np.quantile(values, quantile, axis=0), color=shade, lw=1.5,
+                        label=label)
         axis.set(title=f"{title}: {when}", xlabel="channel", xlim=(0, len(channels) - 1))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("|activation|")
