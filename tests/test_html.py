@@ -10,6 +10,7 @@ from conftest import make_checkpoint
 
 import singlequant as sq
 from singlequant.html import facts_html, table_html
+from singlequant.study import inspect
 
 VOID = {"br", "hr", "img"}
 
@@ -131,6 +132,31 @@ def test_inspection_and_comparison_show_their_tables():
     best = min(compared.rows[1:], key=lambda r: r.results[0].kl_mean)
     assert f"{best.results[0].kl_mean:.5f}*" in shown
     assert "* lowest KL of its scheme" in shown
+
+
+def test_channels_are_drawn_before_and_after(source):
+    pytest.importorskip("matplotlib")
+    config = sq.QuantConfig(method="hadamard", bits=4.0, calibration_tokens=64)
+    layer = next(sq.calibrate(source, sq.calibration_windows(source, config)))
+    site, rotation = layer.sites["down"], next(sq.solve_rotations([layer], config)).sites["down"]
+    before, after = inspect.plot_channels(site, rotation, "inputs of down").axes
+    rotated = sq.rotate(site.sample, rotation.left.matrix(), rotation.right.matrix())
+    for axis, values in ((before, site.sample), (after, rotated)):
+        tops = np.array([line[1, 1] for line in axis.collections[0].get_segments()])
+        np.testing.assert_allclose(tops, np.abs(values).max(axis=0), rtol=1e-4)
+    assert before.get_ylim() == after.get_ylim()
+    assert before.get_title() == "inputs of down: before"
+
+
+def test_overview_of_an_inspection_is_saved_whole_or_refused_at_once(tmp_path):
+    pytest.importorskip("matplotlib")
+    config = sq.QuantConfig("w4a4", calibration_tokens=64)
+    found = sq.inspect_model(sq.bundled_model(), ["hadamard"], config=config, layer=0, site="o")
+    figure = found.plot(tmp_path / "outliers.png")
+    assert (tmp_path / "outliers.png").read_bytes().startswith(b"\x89PNG")
+    assert found.model in figure.get_suptitle()
+    with pytest.raises(ValueError, match="outliers.doc"):
+        found.plot(tmp_path / "outliers.doc")
 
 
 CELLS = (
