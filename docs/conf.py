@@ -108,6 +108,8 @@ def setup(app) -> None:
 # ---- looks ----------------------------------------------------------------------------------
 
 html_theme = "furo"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_title = "singlequant"
 html_copy_source = False
 html_show_sourcelink = False
