@@ -43,5 +43,5 @@ def plot_channels(
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("|activation|")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="upper right")  # where there is room
     return figure
