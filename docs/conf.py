@@ -62,6 +62,7 @@ for path in nb_execution_excludepatterns:
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True}
 # Shown without what they need where it is not installed.
@@ -72,6 +73,8 @@ default_role = "py:obj"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 
+ARRAY = re.compile(r"numpy\.ndarray\[tuple\[typing\.Any, \.\.\.\], "
+                   r"numpy\.dtype\[(?:numpy|typing)\.(\w+)\]\]")
 # Docstrings are plain text with `names`: what reStructuredText reads as markup is escaped.
 MARKUP = re.compile(r"(`[^`]+`)|([*|\\]|_\b)")
 
@@ -100,9 +103,15 @@ def comments(cls: type) -> dict[str, str]:
                 node.end_lineno, "type: ").startswith("type: ")}
 
 
+def short_types(app, what, name, obj, options, signature, returned):
+    """The signature with NumPy's types as the source spells them."""
+    return tuple(text and ARRAY.sub(r"NDArray[\1]", text) for text in (signature, returned))
+
+
 def setup(app) -> None:
     """What Sphinx calls."""
     app.connect("autodoc-process-docstring", plain_text)
+    app.connect("autodoc-process-signature", short_types)
 
 
 # ---- looks ----------------------------------------------------------------------------------
