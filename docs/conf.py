@@ -73,8 +73,8 @@ default_role = "py:obj"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 
-ARRAY = re.compile(r"numpy\.ndarray\[tuple\[typing\.Any, \.\.\.\], "
-                   r"numpy\.dtype\[(?:numpy|typing)\.(\w+)\]\]")
+ARRAY = re.compile(r"~?numpy\.ndarray\[tuple\[~?typing\.Any, \.\.\.\], "
+                   r"~?numpy\.dtype\[~?(?:numpy|typing)\.(\w+)\]\]")
 # Docstrings are plain text with `names`: what reStructuredText reads as markup is escaped.
 MARKUP = re.compile(r"(`[^`]+`)|([*|\\]|_\b)")
 
