@@ -160,6 +160,20 @@ def test_damaged_folder_is_refused(packed, tmp_path):
         push_folder(tmp_path / "old", "owner/small", dry_run=True)
 
 
+def test_folder_with_another_byte_is_refused_and_one_with_a_longer_card_is_not(packed, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(packed, folder)
+    with (folder / "README.md").open("a") as card:
+        card.write("\nThanks to all.\n")
+    assert "README.md" in push_folder(folder, "owner/small", dry_run=True).files
+    shard = folder / "model-00003-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model-00003-of-00003\.safetensors: sha256: expected"):
+        push_folder(folder, "owner/small", dry_run=True)
+
+
 def test_without_huggingface_hub_the_extra_is_named(packed, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'singlequant\[hub\]'"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint, load_checkpoint
+from ..checkpoint.verify import verify_folder
 from ..export.card import CARD_FILE
 from ..export.folder import CONFIG_FILE, copied_files
 from ..export.partial import JOURNAL_FILE
@@ -40,7 +41,7 @@ def push_folder(
 ) -> Pushed:
     """Upload a packed folder to the Hub's repository OWNER/NAME, which is made if it is not there.
 
-    Every layer is read first. Only the files of docs/format.md are uploaded. private: of a
+    The folder is verified first. Only the files of docs/format.md are uploaded. private: of a
     repository that is made; one that is there must be private as well. message: of the commit.
     dry_run: check, and upload nothing. The token is huggingface_hub's own, of HF_TOKEN or
     `hf auth login`. ValueError or FormatError for a folder that is not whole; ConnectionError with
@@ -109,8 +110,10 @@ def _check_name(repo_id: str) -> None:
 
 
 def _whole_folder(folder: Path, progress: Callable[[int, int], None] | None) -> Checkpoint:
-    """The opened folder, of which every layer was read. ValueError or FormatError if it is not a
-    packed one, or not whole."""
+    """The opened folder, which was verified: the card alone may differ, as people add to it.
+
+    ValueError or FormatError if it is not a packed one, or not whole.
+    """
     if (folder / JOURNAL_FILE).exists() or folder.resolve().name.endswith(".partial"):
         raise ValueError(f"{folder}: expected a packed folder that is whole, found that of an "
                          f"unfinished run: finish it with --resume")
@@ -118,11 +121,9 @@ def _whole_folder(folder: Path, progress: Callable[[int, int], None] | None) -> 
     if not checkpoint.quantized:
         raise ValueError(f"{folder}: expected a packed folder, as quantize writes, found a model "
                          f"that is not quantized")
-    _ = checkpoint.outer, checkpoint.final_norm
-    for i in range(checkpoint.spec.layers):
-        checkpoint.layer(i)
-        if progress:
-            progress(i + 1, checkpoint.spec.layers)
+    for fault in verify_folder(folder, progress=progress):
+        if not fault.startswith(f"{folder / CARD_FILE}: "):
+            raise ValueError(fault)
     return checkpoint
 
 
