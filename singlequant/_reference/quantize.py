@@ -223,8 +223,21 @@ def gptq_factor(gram, damping=0.01, order=False, overwrite=False):
     return np.linalg.cholesky(h[np.ix_(p, p)]), p.astype(np.int32)
 
 
-def gptq_round(weights, factor, permutation, bits=4, group=0, search=False, bfloat16=False):
-    """The paper's algorithm 1 as its authors run it: errors go through the inverse's factor."""
+def gptq_feedback(factor):
+    """The factor, which `gptq_round` then takes in codes of 8 bits."""
+    return np.asarray(factor, np.float64)
+
+
+def gptq_round(
+    weights, factor, permutation, bits=4, group=0, search=False, bfloat16=False, feedback=None
+):
+    """The paper's algorithm 1 as its authors run it: errors go through the inverse's factor.
+
+    With feedback in the form of LDL feedback (QuIP, theorem 6).
+    """
+    if feedback is not None:
+        return _round_in_codes(weights, feedback, permutation, bits, group,
+                               {"search": search, "bfloat16": bfloat16})
     order = np.asarray(permutation)[::-1]
     static = not group or not np.array_equal(order, np.arange(len(order)))
     factor = np.asarray(factor, np.float64)[::-1, ::-1]
@@ -252,18 +265,16 @@ def _rounded(x):
     return dequantize(*quantize(np.ascontiguousarray(x, F32), 8)[:2]).astype(np.float64)
 
 
-def gptq_round_in_codes(weights, factor, permutation, bits=4, group=0, search=False):
-    """`gptq_round` in the form of LDL feedback (QuIP, theorem 6), columns in the factor's order.
-
-    What errors do in other blocks of 128 columns comes of errors and a factor in codes of 8 bits.
-    """
-    weights, lower = np.asarray(weights, F32), np.asarray(factor, np.float64)
+def _round_in_codes(weights, lower, permutation, bits, group, given):
+    """Columns in the factor's order. What errors do in other blocks of 128 columns comes of errors
+    and a factor in codes of 8 bits."""
+    weights = np.asarray(weights, F32)
     k = len(lower)
     order = np.asarray(permutation)
     static = not group or not np.array_equal(order, np.arange(k)[::-1])
     group = group or k
     codes = np.zeros(weights.shape, np.int8)
-    scales = quantize(weights, bits, group, search=search)[1]
+    scales = quantize(weights, bits, group, **given)[1]
     values, errors = weights[:, order].astype(np.float64), np.zeros(weights.shape)
     half = 2 ** (bits - 1)
 
@@ -285,7 +296,7 @@ def gptq_round_in_codes(weights, factor, permutation, bits=4, group=0, search=Fa
                     first, j + 1)
                 turned = np.linalg.solve(lower[first : j + 1, first : j + 1].T, known.T).T
                 now = (values[:, first : j + 1] + turned)[:, ::-1]
-                scales[:, [order[j] // group]] = quantize(now.astype(F32), bits, search=search)[1]
+                scales[:, [order[j] // group]] = quantize(now.astype(F32), bits, **given)[1]
             scale = scales[:, order[j] // group].astype(np.float64)
             code = values[:, j] + sums[:, j - block] / lower[j, j]
             code = code / np.where(scale, scale, np.inf)
