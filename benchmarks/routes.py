@@ -5,7 +5,7 @@
 It needs the torch extra. Windows of the bundled held-out text go through `singlequant.load` with a
 cache of 32 bits, through transformers with our modules, and through the scores that the harness
 asks for. Differences are from the native route: the largest of a logit, that of the perplexity in
-percent, and the largest of a window's log-likelihood in nats.
+percent with the standard error over windows, and the largest of a window's log-likelihood in nats.
 """
 
 import argparse
@@ -60,9 +60,12 @@ def agreement(folder, count, length):
         found += likelihoods(theirs, tokens[None])
     harness = through_harness(native, windows)
     ours, theirs = perplexity(expected, windows), perplexity(found, windows)
+    means = (np.array(expected) - found) / (windows.shape[1] - 1)  # of a window's tokens
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
     return {"scheme": native.checkpoint.quant_config.scheme, "windows": len(windows),
             "length": length, "largest_logit": largest, "logit": off, "perplexity": ours,
             "perplexity_transformers": theirs, "percent": 100 * abs(theirs / ours - 1),
+            "percent_stderr": 100 * error,
             "harness": max(abs(a - b) for a, b in zip(harness, expected, strict=True))}
 
 
@@ -74,13 +77,15 @@ def main(argv=None):
     common.add_output(parser)
     arguments = parser.parse_args(argv)
     rows = []
-    print("scheme  largest logit  off by    perplexity  in transformers  off by      harness off")
+    print("scheme  largest logit  off by    perplexity  in transformers  off by                 "
+          "  harness off")
     for folder in arguments.folder:
         row = agreement(folder, arguments.windows, arguments.length)
         rows.append({"folder": str(folder), **row})
         print(f"{row['scheme']:<7} {row['largest_logit']:13.1f}  {row['logit']:<8.2g}  "
               f"{row['perplexity']:10.4f}  {row['perplexity_transformers']:15.4f}  "
-              f"{row['percent']:.5f} %   {row['harness']:g} nats", flush=True)
+              f"{row['percent']:.5f} % +- {row['percent_stderr']:.5f}   {row['harness']:g} nats",
+              flush=True)
     common.write_result({"rows": rows}, arguments.json)
 
 
