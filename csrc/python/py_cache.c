@@ -401,6 +401,27 @@ cache_release(PyObject *object, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+/* found <- a layer, a sequence and a position of the cache. 0, or -1 with an exception. */
+static int
+take_place(const KVCache *self, PyObject *args, PyObject *kwargs, const char *format, char **names,
+           long long found[3])
+{
+    const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
+    const long long most[3] = {shape->layers - 1, shape->sequences - 1, shape->capacity};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &found[0], &found[1],
+                                     &found[2])) {
+        return -1;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (found[i] < 0 || found[i] > most[i]) {
+            PyErr_Format(PyExc_ValueError, "%s: expected 0 to %lld, got %lld", names[i], most[i],
+                         found[i]);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 PyDoc_STRVAR(forget_doc,
              "forget($self, /, layer, sequence, position)\n--\n\n"
              "Give the pages of a sequence back that end before a position, in one layer: no later "
@@ -412,18 +433,9 @@ cache_forget(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"layer", "sequence", "position", NULL};
     KVCache *self = (KVCache *)object;
-    const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
-    const long long most[3] = {shape->layers - 1, shape->sequences - 1, shape->capacity};
     long long found[3];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL:forget", names, &found[0], &found[1],
-                                     &found[2])) {
+    if (take_place(self, args, kwargs, "LLL:forget", names, found)) {
         return NULL;
-    }
-    for (int i = 0; i < 3; i++) {
-        if (found[i] < 0 || found[i] > most[i]) {
-            return PyErr_Format(PyExc_ValueError, "%s: expected 0 to %lld, got %lld", names[i],
-                                most[i], found[i]);
-        }
     }
     if (sq_py_cache_lock(self)) {
         return NULL;
@@ -449,18 +461,10 @@ cache_read(PyObject *object, PyObject *args, PyObject *kwargs)
     static char *names[] = {"layer", "sequence", "count", NULL};
     KVCache *self = (KVCache *)object;
     const struct sq_kv_shape *shape = sq_kv_cache_shape(self->cache);
-    const long long most[3] = {shape->layers - 1, shape->sequences - 1, shape->capacity};
     long long found[3];
     PyObject *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL:read", names, &found[0], &found[1],
-                                     &found[2])) {
+    if (take_place(self, args, kwargs, "LLL:read", names, found)) {
         return NULL;
-    }
-    for (int i = 0; i < 3; i++) {
-        if (found[i] < 0 || found[i] > most[i]) {
-            return PyErr_Format(PyExc_ValueError, "%s: expected 0 to %lld, got %lld", names[i],
-                                most[i], found[i]);
-        }
     }
     const npy_intp dims[3] = {found[2], shape->kv_heads, shape->head_dim};
     PyArrayObject *keys = sq_py_empty(3, dims, NPY_FLOAT);
