@@ -189,7 +189,7 @@ struct linear_job {
 static int
 reads_thin(const sq_packed_t *w, const struct sq_activations *a)
 {
-    return a->bits <= 8 && a->m <= w->kernels->thin_rows;
+    return a->bits <= 8 && w->kernels->thin_rows && a->m <= w->kernels->thin_rows;
 }
 
 /* The inputs begin .. end - 1 of panel p as the job's kernels read them; NULL: no memory. */

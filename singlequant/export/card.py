@@ -125,7 +125,7 @@ def _front_matter(checkpoint: Checkpoint, config: QuantConfig, base: str | None,
     values |= _kept_facts(checkpoint.path / CARD_FILE)
     values |= {"quantized_by": f"singlequant {__version__}",
                "tags": ["singlequant", config.scheme, f"{int(mean)}-bit", "quantized", "cpu"]}
-    return [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    return [f"{key}: {json.dumps(value, allow_nan=False)}" for key, value in values.items()]
 
 
 def _kept_facts(card: Path) -> dict[str, Any]:
