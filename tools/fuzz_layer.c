@@ -3,6 +3,7 @@
 #include "fuzz_input.h"
 
 #include "core/sq_internal.h"
+#include "core/sq_states.h"
 #include "kernels/sq_kernels.h"
 
 enum { SITES = 16, EXPERTS = 3, PACKED = 40 };
@@ -208,7 +209,7 @@ run_layer(struct input *in, const struct sq_layer *layer)
         position[t] = start + t;
     }
     sq_kv_cache_t *cache = NULL;
-    struct sq_record record[SITES] = {{NULL, 0, 0, 0}};
+    struct sq_record record[SITES] = {{.rows = NULL}};
     struct sq_pass pass = {.tokens = {m, start + m, sequence, position}};
     pass.hidden = floats(in, m, layer->hidden);
     const size_t bytes = sq_layer_workspace_bytes(layer, m, start + m);
@@ -220,7 +221,7 @@ run_layer(struct input *in, const struct sq_layer *layer)
         (void)sq_layer_forward(layer, &pass, 0, up_to(in, 1) ? record : NULL);
     }
     for (int i = 0; i < SITES; i++) {
-        free(record[i].rows);
+        sq_states_free(record[i].rows, record[i].mapped);
     }
     sq_kv_cache_destroy(cache);
     free(pass.workspace);
