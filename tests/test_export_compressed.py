@@ -6,8 +6,8 @@ import json
 import family_models as zoo
 import numpy as np
 import pytest
-from conftest import SENTENCES, copy_golden, make_checkpoint
-from safetensors.numpy import load_file
+from conftest import copy_golden, make_checkpoint
+from exported_folders import quantized, settings, stored
 
 import singlequant as sq
 from singlequant import _C
@@ -22,15 +22,6 @@ ACTIVATION_NOISE = 0.05  # of the logits' norm: scales of 8 bits are max / 127.5
 TO = "compressed-tensors"
 
 
-def quantized(folder, out, **options):
-    text = out.with_name("text.txt")
-    text.write_text(SENTENCES[:600])
-    config = sq.QuantConfig(**{"scheme": "w4a16", "method": "none", "weights": "rtn", "bits": 4,
-                               "calibration_tokens": 128, "head_bits": 16, "embedding_bits": 16,
-                               **options})
-    return sq.quantize_folder(folder, out, config, text).out
-
-
 @pytest.fixture
 def exported(model, tmp_path):
     """A function that quantizes and exports: (packed folder, exported folder)."""
@@ -38,15 +29,6 @@ def exported(model, tmp_path):
         packed = quantized(model, tmp_path / "packed", **options)
         return packed, sq.export(packed, TO, tmp_path / "out", dtype=dtype)
     return make
-
-
-def stored(folder):
-    return {name: array for path in sorted(folder.glob("*.safetensors"))
-            for name, array in load_file(path).items()}
-
-
-def settings(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def logits(model, tokens):

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import SENTENCES, make_checkpoint
-from safetensors.numpy import load_file
+from exported_folders import stored
 
 import singlequant as sq
 from singlequant import _C
@@ -35,11 +35,6 @@ def quantized(folder, out, **options):
 def square(tmp_path):
     """A model whose widths both split alike: 64 = 8 * 8, 128 = 8 * 16."""
     return make_checkpoint(tmp_path / "model", hidden=64, intermediate=128, dtype="float32")
-
-
-def stored(folder):
-    return {name: array for path in sorted(folder.glob("*.safetensors"))
-            for name, array in load_file(path).items()}
 
 
 def sizes_of_vllm_ascend(n):

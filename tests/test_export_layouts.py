@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`export --to gptq` and `awq`: unpacked by the published formulas, and opened by transformers."""
 
-import json
-
 import family_models as zoo
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SENTENCES, make_checkpoint
-from safetensors.numpy import load_file
+from conftest import make_checkpoint
+from exported_folders import quantized, settings, stored
 
 import singlequant as sq
 from singlequant import _C
@@ -17,30 +15,12 @@ from singlequant.checkpoint.folder import load_checkpoint
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
-def quantized(folder, out, **options):
-    text = out.with_name("text.txt")
-    text.write_text(SENTENCES[:600])
-    config = sq.QuantConfig(**{"scheme": "w4a16", "method": "none", "weights": "rtn", "bits": 4,
-                               "calibration_tokens": 128, "head_bits": 16, "embedding_bits": 16,
-                               **options})
-    return sq.quantize_folder(folder, out, config, text).out
-
-
 @pytest.fixture
 def exported(model, tmp_path):
     def make(to, dtype="float16", **options):
         packed = quantized(model, tmp_path / "packed", **options)
         return packed, sq.export(packed, to, tmp_path / "out", dtype=dtype)
     return make
-
-
-def stored(folder):
-    return {name: array for path in sorted(folder.glob("*.safetensors"))
-            for name, array in load_file(path).items()}
-
-
-def settings(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def rounded(linear):

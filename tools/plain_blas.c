@@ -42,15 +42,6 @@ sq_blas_gemm_nt(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, c
 }
 
 void
-sq_blas_syrk_sub(int64_t n, int64_t k, const float *a, int64_t ld_a, float *c, int64_t ld_c)
-{
-    for (int64_t i = 0; i < n; i++) {
-        sq_blas_gemm(0, 1, 1, i + 1, k, -1.0f, a + i * ld_a, ld_a, a, ld_a, 1.0f, c + i * ld_c,
-                     ld_c);
-    }
-}
-
-void
 sq_blas_trsm(int transpose, int64_t m, int64_t n, const float *l, int64_t ld_l, float *b,
              int64_t ld_b)
 {

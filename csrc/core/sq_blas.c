@@ -22,9 +22,6 @@ scipy_cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, floa
                   const float *a, int ld_a, const float *b, int ld_b, float beta, float *c,
                   int ld_c);
 extern void
-scipy_cblas_ssyrk(int order, int uplo, int trans, int n, int k, float alpha, const float *a,
-                  int ld_a, float beta, float *c, int ld_c);
-extern void
 scipy_cblas_strsm(int order, int side, int uplo, int trans, int diag, int m, int n, float alpha,
                   const float *a, int ld_a, float *b, int ld_b);
 extern void
@@ -70,13 +67,6 @@ sq_blas_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
     scipy_cblas_sgemm(ROW_MAJOR, transpose_a ? TRANSPOSE : NO_TRANSPOSE,
                       transpose_b ? TRANSPOSE : NO_TRANSPOSE, (int)m, (int)n, (int)k, alpha, a,
                       (int)ld_a, b, (int)ld_b, beta, c, (int)ld_c);
-}
-
-void
-sq_blas_syrk_sub(int64_t n, int64_t k, const float *a, int64_t ld_a, float *c, int64_t ld_c)
-{
-    scipy_cblas_ssyrk(ROW_MAJOR, LOWER, NO_TRANSPOSE, (int)n, (int)k, -1.0f, a, (int)ld_a, 1.0f, c,
-                      (int)ld_c);
 }
 
 void

@@ -24,10 +24,6 @@ sq_blas_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
              const float *a, int64_t ld_a, const float *b, int64_t ld_b, float beta, float *c,
              int64_t ld_c);
 
-/* Lower triangle of c [n][ld_c] -= a a^T, a [n][k]; the upper one is left alone. */
-void
-sq_blas_syrk_sub(int64_t n, int64_t k, const float *a, int64_t ld_a, float *c, int64_t ld_c);
-
 /* b [m][ld_b] <- b op(l)^-1, l [n][ld_l] lower triangular; its upper triangle is not read. */
 void
 sq_blas_trsm(int transpose, int64_t m, int64_t n, const float *l, int64_t ld_l, float *b,

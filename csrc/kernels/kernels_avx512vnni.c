@@ -3,7 +3,6 @@
 #define TILE_BITS 512
 #define TILE_MR 12 /* 12 rows x 32 outputs are 24 accumulators of 32 registers */
 #define TILE_DOT _mm512_dpbusd_epi32
-#define TILE_DOT_256 _mm256_dpbusd_epi32
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
 #include "kernels/kernels_x86_rows_template.h"

@@ -7,7 +7,7 @@
  *   TILE_MR          rows of a tile; with 2 vectors of sums a row they must fit the registers
  *   TILE_DOT(s,u,a)  s + the dot products of 4 unsigned by 4 signed bytes, 32-bit (vpdpbusd);
  *                    undefined: 16-bit sums of vpmaddubsw, widened before they can overflow
- *   TILE_DOT_256     the same on 256 bits, where TILE_DOT is
+ *   TILE_DOT_256     the same, for tiles of 256 bits that have TILE_DOT
  *   TILE_GEMM        defined: gemm_f32 and gemm_half too
  * Legal: 256, 4, none (AVX2) | 256, 4 .. 6, VEX vpdpbusd (AVX-VNNI) | 512, 12, EVEX vpdpbusd.
  *
