@@ -209,8 +209,21 @@ class DaskWorkers(Workers):
     @property
     def count(self) -> int:
         """Calls that run at a time: Dask's threads."""
-        threads = self._client.scheduler_info(n_workers=-1)["workers"].values()
-        return max(1, sum(worker["nthreads"] for worker in threads))
+        return self._asked(lambda: max(1, sum(
+            worker["nthreads"]
+            for worker in self._client.scheduler_info(n_workers=-1)["workers"].values())))
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        return self._asked(super()._submit, function, *arguments)
+
+    def _asked(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What Dask answers. Once its client is closed, it answers with errors of many types."""
+        try:
+            return ask(*arguments, **options)
+        except Exception as error:
+            if self._client.status == "running":
+                raise
+            raise self._lost() from error
 
     def _require_workers(self) -> None:
         if self._client.status != "running":

@@ -162,6 +162,16 @@ def test_killed_scheduler_is_named_and_the_run_goes_on(cluster, job, tmp_path, c
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
 
 
+def test_client_that_is_closed_says_that_the_connection_was_lost(cluster):
+    one = cluster(1)
+    with DaskWorkers(one.address) as workers:
+        assert workers.count == 1
+        workers._client.close()
+        for use in (lambda: workers.count, lambda: workers._submit(os.getpid)):
+            with pytest.raises(ConnectionError, match=f"{one.address}: the connection was lost"):
+                use()
+
+
 def test_call_that_kills_worker_after_worker_ends_the_run(cluster):
     with (
         DaskWorkers(cluster(4).address) as workers,
