@@ -111,23 +111,12 @@ turn_unit(const struct row_group *group, int64_t byte, const int scales, vec_i v
     turn_dwords(v);
 }
 
-/* Asks for all lines of `bytes` bytes; where there is no memory nothing happens. */
-static ALWAYS_INLINE void
-prefetch_lines(const uint8_t *from, int64_t bytes)
-{
-    enum { LINE_BYTES = 64 };
-    UNROLL
-    for (int64_t i = 0; i < bytes; i += LINE_BYTES) {
-        _mm_prefetch((const char *)from + i, _MM_HINT_T1);
-    }
-}
-
 /* Asks for as many lines as a unit has, one behind the other: what the NR rows after these have
  * comes in the order of memory, whatever the order of their use is. */
 static ALWAYS_INLINE void
 prefetch_unit(const uint8_t **ahead)
 {
-    prefetch_lines(*ahead, LANES * UNIT_BYTES);
+    ask_lines(*ahead, LANES * UNIT_BYTES);
     *ahead += LANES * UNIT_BYTES;
 }
 
@@ -356,7 +345,7 @@ gemm_rows_of(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows
  * are read a fifth faster than by pieces, for which NR rows are as many streams at once. */
 enum {
     ALONG_TOKENS = 2,
-    ALONG_LEAST = 32 /* blocks */,
+    ALONG_LEAST = TILE_BITS == 512 ? 16 : 24, /* blocks */
     ALONG_ROWS = 8,
     ALONG_BLOCKS = 128,
     ALONG_AHEAD = 4096 /* bytes */,
@@ -501,7 +490,7 @@ multiply_eight_blocks(const uint8_t *w, const int8_t *x, const int bits)
 }
 #endif
 
-/* Codes and scales of `count` blocks, fewer than eight, with zeros up to eight. */
+/* Codes and scales of the last blocks of a table, fewer than eight, with zeros up to eight. */
 struct row_tail {
     uint8_t codes[EIGHT * SQ_ROW_BLOCK];
     uint16_t scales[EIGHT];
@@ -512,27 +501,29 @@ copy_tail(const uint8_t *codes, int64_t bytes, const uint16_t *scales, int64_t c
           struct row_tail *tail)
 {
     memset(tail, 0, sizeof *tail);
-    memcpy(tail->codes, codes, (size_t)bytes);
-    memcpy(tail->scales, scales, (size_t)count * sizeof *scales);
+    memcpy(tail->codes, codes, (size_t)sq_min_i64(bytes, sizeof tail->codes));
+    memcpy(tail->scales, scales, (size_t)sq_min_i64(count, EIGHT) * sizeof *scales);
 }
 
-/* products [blocks], zeros up to a multiple of eight: what row r's blocks from number `first` on
- * add to the total of row `row` of x. */
+/* products [blocks], and what fills the last eight of them: what row r's blocks from number `first`
+ * on add to the total of row `row` of x. The last eight may reach into the next row, whose codes
+ * meet zeros. */
 static ALWAYS_INLINE void
 multiply_row(const struct sq_code_rows *w, int64_t r, const struct sq_token_rows *x, int64_t row,
              int64_t first, int64_t blocks, const int bits, float *products)
 {
-    const int64_t block_bytes = SQ_ROW_BLOCK * bits / 8, at = row * x->ld + first;
-    const int64_t row_bytes = sq_code_row_bytes(bits, w->k);
-    const uint8_t *codes = w->codes + r * row_bytes + first * block_bytes;
-    const uint16_t *w_scales = w->scales + r * sq_code_row_scales(w->k) + first;
-    int64_t bytes = row_bytes - first * block_bytes;
+    const int64_t eight_bytes = EIGHT * SQ_ROW_BLOCK * bits / 8, at = row * x->ld + first;
+    const int64_t row_bytes = sq_code_row_bytes(bits, w->k), row_scales = sq_code_row_scales(w->k);
+    const uint8_t *codes = w->codes + r * row_bytes + first / EIGHT * eight_bytes;
+    const uint16_t *w_scales = w->scales + r * row_scales + first;
+    int64_t bytes = (w->rows - r) * row_bytes - first / EIGHT * eight_bytes; /* up to the end */
+    int64_t scales = (w->rows - r) * row_scales - first;
     struct row_tail tail;
     for (int64_t b = 0; b < blocks; b += EIGHT) {
         const int8_t *a = x->codes + (at + b) * SQ_ROW_BLOCK;
-        prefetch_lines(codes + ALONG_AHEAD, EIGHT * block_bytes);
-        if (bytes < EIGHT * block_bytes) {
-            copy_tail(codes, bytes, w_scales, blocks - b, &tail);
+        ask_lines(codes + ALONG_AHEAD, EIGHT * SQ_ROW_BLOCK * bits / 8);
+        if (bytes < eight_bytes || scales < EIGHT) {
+            copy_tail(codes, bytes, w_scales, scales, &tail);
             codes = tail.codes;
             w_scales = tail.scales;
         }
@@ -544,9 +535,10 @@ multiply_row(const struct sq_code_rows *w, int64_t r, const struct sq_token_rows
         const __m256 w_scale = _mm256_castsi256_ps(load_eight_scales((const uint8_t *)w_scales));
         const __m256 scale = _mm256_mul_ps(w_scale, _mm256_load_ps(x->scales + at + b));
         _mm256_store_ps(products + b, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sums)));
-        codes += EIGHT * block_bytes;
+        codes += eight_bytes;
         w_scales += EIGHT;
-        bytes -= EIGHT * block_bytes;
+        bytes -= eight_bytes;
+        scales -= EIGHT;
     }
 }
 

@@ -25,6 +25,7 @@
 
 #include "core/sq_internal.h"
 #include "kernels/sq_kernels.h"
+#include "kernels/thin_panels.h"
 
 enum {
     SUB = 16, /* outputs of a sub-panel */
@@ -589,6 +590,7 @@ sum_chains(const int chains, struct code_rows *a, const uint8_t **w, int64_t sub
     }
     int64_t b = 0;
     for (; IS_THIN(bits) && b < blocks; b += RUN_BLOCKS) {
+        ask_lines(*w + SQ_PANEL_AHEAD, RUN_BLOCKS * BLOCK_BYTES(bits));
         UNROLL
         for (int i = 0; i < RUN_BLOCKS; i++) {
             multiply_thin(1, VECS_OF_SUB, a, i, *w, sub_bytes, bits, acc[i % chains]);
@@ -597,6 +599,7 @@ sum_chains(const int chains, struct code_rows *a, const uint8_t **w, int64_t sub
         *w += RUN_BLOCKS * BLOCK_BYTES(bits);
     }
     for (; b + chains <= blocks; b += chains) {
+        ask_lines(*w + SQ_PANEL_AHEAD, chains * BLOCK_BYTES(bits));
         UNROLL
         for (int c = 0; c < chains; c++) {
             multiply_block(1, VECS_OF_SUB, a, 0, *w, sub_bytes, bits, acc[c]);

@@ -15,8 +15,8 @@
 
 #include "core/sq_internal.h"
 
-/* Bytes ahead of the widening that memory is asked for: with few tokens it waits for memory. */
-enum { SQ_THIN_AHEAD = 8192 };
+/* Bytes ahead of those that are read of panels that memory is asked for: few tokens wait for it. */
+enum { SQ_PANEL_AHEAD = 8192 };
 
 #define SQ_EACH_BYTE(x) ((uint64_t)(x)*UINT64_C(0x0101010101010101))
 
@@ -25,6 +25,16 @@ static inline int
 is_thin(int bits)
 {
     return bits == 5 || bits == 6;
+}
+
+/* Asks for the lines of `bytes` bytes. It is a hint: where there is no memory nothing happens. */
+static ALWAYS_INLINE void
+ask_lines(const uint8_t *from, const int bytes)
+{
+    UNROLL
+    for (int i = 0; i < bytes; i += SQ_ALIGN_BYTES) {
+        __builtin_prefetch(from + i, 0, 2);
+    }
 }
 
 static ALWAYS_INLINE uint64_t
@@ -47,9 +57,7 @@ widen_blocks(const uint8_t *restrict thin, int64_t bytes, int zero, uint8_t *res
     const uint64_t flip = SQ_EACH_BYTE(128 ^ zero);
     for (int64_t b = 0; b < bytes; b += block) {
         const uint8_t *high = thin + block / 2;
-        for (int i = 0; i < block / 8 * bits; i += SQ_ALIGN_BYTES) {
-            __builtin_prefetch(thin + SQ_THIN_AHEAD + i); /* past the end, too: it is a hint */
-        }
+        ask_lines(thin + SQ_PANEL_AHEAD, block / 8 * bits);
         UNROLL
         for (int e = 0; e < planes; e++) {
             const int first = e * words, half = first / low_words, shift = 4 - e * upper;
