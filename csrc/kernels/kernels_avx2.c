@@ -90,14 +90,13 @@ sq_gemm_f32_6x16__avx2(int64_t m, int64_t n, int64_t k, const float *a, int64_t 
 }
 
 static void
-sq_gemm_page__avx2(int is_bf16, int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
-                   const uint16_t *b, int64_t ld_b, float *c, int64_t ld_c)
+sq_gemm_page__avx2(const struct sq_page_args *args)
 {
-    if (is_bf16) {
-        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 1);
+    if (args->is_bf16) {
+        gemm_page(args, 1);
     }
     else {
-        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 0);
+        gemm_page(args, 0);
     }
 }
 

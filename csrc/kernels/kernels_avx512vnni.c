@@ -67,14 +67,13 @@ sq_gemm_f32_12x32__avx512vnni(int64_t m, int64_t n, int64_t k, const float *a, i
 }
 
 static void
-sq_gemm_page__avx512vnni(int is_bf16, int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
-                         const uint16_t *b, int64_t ld_b, float *c, int64_t ld_c)
+sq_gemm_page__avx512vnni(const struct sq_page_args *args)
 {
-    if (is_bf16) {
-        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 1);
+    if (args->is_bf16) {
+        gemm_page(args, 1);
     }
     else {
-        gemm_page(m, n, k, a, ld_a, b, ld_b, c, ld_c, 0);
+        gemm_page(args, 0);
     }
 }
 

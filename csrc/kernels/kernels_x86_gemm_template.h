@@ -455,11 +455,16 @@ gemm_narrow(struct narrow_args s, int64_t m, int64_t n, const enum narrow kind)
 
 enum { PAGE_ROWS = 4, PAGE_VECS = TILE_BITS == 256 ? 2 : 4, PAGE_AHEAD = 16 };
 
-/* c [rows][vecs * LANES]: the chains of gemm_f32, with b widened in registers. */
+/* c [rows][vecs * LANES] for row `row` on and column `column` on: the chains of gemm_f32, with b
+ * widened in registers. */
 static ALWAYS_INLINE void
-tile_page(int64_t k, const float *a, int64_t ld_a, const uint16_t *b, int64_t ld_b, float *c,
-          int64_t ld_c, const int rows, const int vecs, const int is_bf16)
+tile_page(const struct sq_page_args *s, int64_t row, int64_t column, const int rows, const int vecs,
+          const int is_bf16)
 {
+    const float *a = s->a + row * s->ld_a;
+    const uint16_t *b = s->b + column;
+    const uint16_t *next = s->next ? s->next + column : b + PAGE_AHEAD * s->ld_b;
+    float *c = s->c + row * s->ld_c + column;
     vec_f acc[PAGE_ROWS][PAGE_VECS];
     UNROLL
     for (int r = 0; r < rows; r++) {
@@ -468,21 +473,21 @@ tile_page(int64_t k, const float *a, int64_t ld_a, const uint16_t *b, int64_t ld
             acc[r][v] = VEC(setzero_ps)();
         }
     }
-    for (int64_t p = 0; p < k; p++, b += ld_b) {
-        vec_f row[PAGE_VECS];
+    for (int64_t p = 0; p < s->k; p++, b += s->ld_b, next += s->ld_b) {
+        vec_f wide[PAGE_VECS];
         UNROLL
         for (int v = 0; v < vecs; v++) {
-            row[v] = load_widened_halves(b + LANES * v, LANES, is_bf16);
+            wide[v] = load_widened_halves(b + LANES * v, LANES, is_bf16);
             if (v * LANES % 32 == 0) { /* a line of memory */
-                _mm_prefetch((const char *)(b + PAGE_AHEAD * ld_b + LANES * v), _MM_HINT_T0);
+                _mm_prefetch((const char *)(next + LANES * v), _MM_HINT_T0);
             }
         }
         UNROLL
         for (int r = 0; r < rows; r++) {
-            const vec_f value = VEC(set1_ps)(a[r * ld_a + p]);
+            const vec_f value = VEC(set1_ps)(a[r * s->ld_a + p]);
             UNROLL
             for (int v = 0; v < vecs; v++) {
-                acc[r][v] = VEC(fmadd_ps)(value, row[v], acc[r][v]);
+                acc[r][v] = VEC(fmadd_ps)(value, wide[v], acc[r][v]);
             }
         }
     }
@@ -490,41 +495,39 @@ tile_page(int64_t k, const float *a, int64_t ld_a, const uint16_t *b, int64_t ld
     for (int r = 0; r < rows; r++) {
         UNROLL
         for (int v = 0; v < vecs; v++) {
-            VEC(storeu_ps)(c + r * ld_c + LANES * v, acc[r][v]);
+            VEC(storeu_ps)(c + r * s->ld_c + LANES * v, acc[r][v]);
         }
     }
 }
 
 static ALWAYS_INLINE void
-strip_page(int64_t n, int64_t k, const float *a, int64_t ld_a, const uint16_t *b, int64_t ld_b,
-           float *c, int64_t ld_c, const int rows, const int is_bf16)
+strip_page(const struct sq_page_args *s, int64_t row, const int rows, const int is_bf16)
 {
     int64_t j = 0;
-    for (; j + PAGE_VECS * LANES <= n; j += PAGE_VECS * LANES) {
-        tile_page(k, a, ld_a, b + j, ld_b, c + j, ld_c, rows, PAGE_VECS, is_bf16);
+    for (; j + PAGE_VECS * LANES <= s->n; j += PAGE_VECS * LANES) {
+        tile_page(s, row, j, rows, PAGE_VECS, is_bf16);
     }
-    for (; j < n; j += LANES) {
-        tile_page(k, a, ld_a, b + j, ld_b, c + j, ld_c, rows, 1, is_bf16);
+    for (; j < s->n; j += LANES) {
+        tile_page(s, row, j, rows, 1, is_bf16);
     }
 }
 
 static ALWAYS_INLINE void
-gemm_page(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const uint16_t *b,
-          int64_t ld_b, float *c, int64_t ld_c, const int is_bf16)
+gemm_page(const struct sq_page_args *s, const int is_bf16)
 {
-    for (int64_t i = 0; i < m; i += PAGE_ROWS, a += PAGE_ROWS * ld_a, c += PAGE_ROWS * ld_c) {
-        switch (sq_min_i64(PAGE_ROWS, m - i)) {
+    for (int64_t i = 0; i < s->m; i += PAGE_ROWS) {
+        switch (sq_min_i64(PAGE_ROWS, s->m - i)) {
             case 1:
-                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 1, is_bf16);
+                strip_page(s, i, 1, is_bf16);
                 break;
             case 2:
-                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 2, is_bf16);
+                strip_page(s, i, 2, is_bf16);
                 break;
             case 3:
-                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 3, is_bf16);
+                strip_page(s, i, 3, is_bf16);
                 break;
             default:
-                strip_page(n, k, a, ld_a, b, ld_b, c, ld_c, 4, is_bf16);
+                strip_page(s, i, 4, is_bf16);
         }
     }
 }

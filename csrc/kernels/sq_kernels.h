@@ -12,6 +12,16 @@
 #include "kernels/code_rows.h"
 #include "kernels/gptq_lanes.h"
 
+/* Arguments of c [m][n] = a [m][k] b [k][n] for b in 16-bit floats. */
+struct sq_page_args {
+    int is_bf16; /* else float16 */
+    int64_t m, n, k, ld_a, ld_b, ld_c;
+    const float *a;
+    const uint16_t *b;
+    float *c;
+    const uint16_t *next; /* as large as b, for memory to bring near meanwhile; NULL: unknown */
+};
+
 /* Arguments of the packed microkernels: rows of activations against one panel of nr outputs. */
 struct sq_panel_args {
     int64_t m;             /* rows, any number from 1 */
@@ -99,10 +109,9 @@ struct sq_kernels {
     void (*gemm_f32)(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a, const float *b,
                      int64_t ld_b, float *c, int64_t ld_c);
 
-    /* The same for b in 16-bit floats, float16 or bfloat16, and n a multiple of 16: for few rows.
-     * NULL: there is none. */
-    void (*gemm_page)(int is_bf16, int64_t m, int64_t n, int64_t k, const float *a, int64_t ld_a,
-                      const uint16_t *b, int64_t ld_b, float *c, int64_t ld_c);
+    /* The same for b in 16-bit floats, and n a multiple of 16: for few rows. NULL: there is none.
+     */
+    void (*gemm_page)(const struct sq_page_args *args);
 
     /* y [m][n] = x [m][k] w^T for 16-bit w [n][k]: float16, or bfloat16 when is_bf16. For few
      * tokens: w is widened in registers. An element's sum is in a fixed order, whatever m and n

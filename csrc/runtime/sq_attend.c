@@ -221,10 +221,19 @@ reads_halves(const struct attention_job *j, int64_t rows, int64_t columns)
     return j->kernels->gemm_page && rows <= HALF_PAGE_ROWS && columns % SCORE_ALIGN == 0;
 }
 
-static int
-is_bfloat16(const struct attention_job *j)
+/* Where a page of 16-bit floats lies that will be read: the keys that an item begins with. NULL
+ * where there is no such item. A guess is enough. */
+static const uint16_t *
+first_keys(const struct attention_job *j, int64_t item)
 {
-    return sq_kv_cache_shape(j->cache)->bfloat16;
+    if (item >= j->items) {
+        return NULL;
+    }
+    const struct token_block *block = &j->blocks[item / j->a->kv_heads];
+    const int64_t page = window_start(j->a, j->position[block->begin]) / SQ_PAGE_TOKENS;
+    return sq_cache_half_keys(
+        j->cache,
+        sq_cache_block(j->cache, j->layer, j->sequence[block->begin], page, item % j->a->kv_heads));
 }
 
 /* scores [rows][ld] of columns positions from the first page on. A page's row of keys is read in
@@ -239,8 +248,21 @@ score_pages(const struct attention_job *j, const struct item *i, int64_t columns
         const uint8_t *block = block_of(j, i, page);
         const uint16_t *halves = sq_cache_half_keys(j->cache, block);
         if (halves && reads_halves(j, i->rows, n)) {
-            j->kernels->gemm_page(is_bfloat16(j), i->rows, n, d, i->queries, d, halves,
-                                  SQ_PAGE_TOKENS, i->scores + c, i->ld);
+            const int is_last = c + SQ_PAGE_TOKENS >= columns;
+            const struct sq_page_args args = {
+                .is_bf16 = sq_kv_cache_shape(j->cache)->bfloat16,
+                .m = i->rows,
+                .n = n,
+                .k = d,
+                .a = i->queries,
+                .ld_a = d,
+                .b = halves,
+                .ld_b = SQ_PAGE_TOKENS,
+                .c = i->scores + c,
+                .ld_c = i->ld,
+                .next = is_last ? sq_cache_half_values(j->cache, block_of(j, i, i->first_page))
+                                : sq_cache_half_keys(j->cache, block_of(j, i, page + 1))};
+            j->kernels->gemm_page(&args);
             continue;
         }
         const float *keys = sq_cache_keys(j->cache, j->kernels, block, i->tile);
@@ -265,8 +287,20 @@ mix_pages(const struct attention_job *j, const struct item *i, int64_t first_row
         const uint8_t *block = block_of(j, i, page);
         const uint16_t *halves = sq_cache_half_values(j->cache, block);
         if (halves && reads_halves(j, rows, d)) {
-            j->kernels->gemm_page(is_bfloat16(j), rows, d, to - from, shares, i->ld,
-                                  halves + slot * d, d, i->part, d);
+            const struct sq_page_args args = {
+                .is_bf16 = sq_kv_cache_shape(j->cache)->bfloat16,
+                .m = rows,
+                .n = d,
+                .k = to - from,
+                .a = shares,
+                .ld_a = i->ld,
+                .b = halves + slot * d,
+                .ld_b = d,
+                .c = i->part,
+                .ld_c = d,
+                .next = to > last ? first_keys(j, atomic_load(&j->next))
+                                  : sq_cache_half_values(j->cache, block_of(j, i, page + 1))};
+            j->kernels->gemm_page(&args);
         }
         else {
             const float *values =
