@@ -112,6 +112,10 @@ class PackedTable:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def in_memory(self) -> PackedTable:
+        """The same table in memory of its own. NumPy puts large arrays into huge pages."""
+        return PackedTable(self.codes.copy(), self.scales.copy(), self.shape)
+
     def gather(self, index: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows index [m] as float32 [m, width]. ValueError outside of the table."""
         return _C.gather_codes(*self._bytes, self.bits, self.shape[1], index)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DTYPES, edit_config, write_json, write_weights
+from memory import anonymous_bytes
 from safetensors.numpy import load_file
 
 import singlequant as sq
@@ -159,14 +160,6 @@ def test_shards_may_be_symbolic_links(make_checkpoint, tmp_path):
         os.rename(file, blob)
         file.symlink_to(blob)
     assert load_checkpoint(path).embedding.shape == (320, 64)
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is no file's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("needs RssAnon in /proc/self/status")
 
 
 def test_tensors_stay_in_the_file(make_checkpoint, tmp_path):

@@ -9,6 +9,7 @@
 #include "core/sq_blas.h"
 #include "core/sq_cgroup.h"
 #include "core/sq_cpu.h"
+#include "core/sq_huge.h"
 #include "kernels/sq_kernels.h"
 #include "core/sq_threads.h"
 
@@ -232,6 +233,7 @@ init_process(void)
         return -1;
     }
     sq_threads_init();
+    sq_huge_init();
     sq_blas_init();
     return 0;
 }

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "core/sq_huge.h"
 #include "core/sq_internal.h"
 #include "core/sq_threads.h"
 #include "kernels/sq_kernels.h"
@@ -228,6 +229,18 @@ set_sizes(sq_packed_t *w, int64_t n, int64_t k, int64_t g, int64_t int8_inputs, 
     return SQ_OK;
 }
 
+static size_t
+panels_bytes(const sq_packed_t *w)
+{
+    return (size_t)(w->n_panels * w->panel_stride_bytes);
+}
+
+static size_t
+scales_bytes(const sq_packed_t *w)
+{
+    return (size_t)(w->n_panels * w->groups * w->kernels->nr) * sizeof(float);
+}
+
 sq_status
 sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const float *scales,
                  int64_t n, int64_t k, int64_t g, int64_t int8_inputs, int bits, sq_packed_t **out)
@@ -238,14 +251,13 @@ sq_packed_create(const struct sq_kernels *kernels, const int32_t *words, const f
     *out = NULL;
     sq_packed_t sizes = {.kernels = kernels};
     SQ_TRY(set_sizes(&sizes, n, k, g, int8_inputs, bits));
-    const int64_t n_scales = sizes.n_panels * sizes.groups * kernels->nr;
     sq_packed_t *w = sq_alloc(sizeof *w);
-    uint8_t *panels = sq_alloc((size_t)(sizes.n_panels * sizes.panel_stride_bytes));
-    float *panel_scales = sq_alloc((size_t)n_scales * sizeof(float));
+    uint8_t *panels = sq_huge_alloc(panels_bytes(&sizes));
+    float *panel_scales = sq_huge_alloc(scales_bytes(&sizes));
     if (!w || !panels || !panel_scales) {
         free(w);
-        free(panels);
-        free(panel_scales);
+        sq_huge_free(panels, panels_bytes(&sizes));
+        sq_huge_free(panel_scales, scales_bytes(&sizes));
         return SQ_ERR_NOMEM;
     }
     *w = sizes;
@@ -266,8 +278,8 @@ void
 sq_packed_destroy(sq_packed_t *w)
 {
     if (w) {
-        free((void *)w->panels);
-        free((void *)w->scales);
+        sq_huge_free((void *)w->panels, panels_bytes(w));
+        sq_huge_free((void *)w->scales, scales_bytes(w));
         free(w);
     }
 }
@@ -295,8 +307,7 @@ sq_packed_bits(const sq_packed_t *w)
 size_t
 sq_packed_bytes(const sq_packed_t *w)
 {
-    return (size_t)(w->n_panels * w->panel_stride_bytes) +
-           (size_t)(w->n_panels * w->groups * w->kernels->nr) * sizeof(float);
+    return panels_bytes(w) + scales_bytes(w);
 }
 
 const struct sq_kernels *

@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "core/sq_huge.h"
 #include "core/sq_internal.h"
 #include "kernels/sq_kernels.h"
 #include "runtime/sq_cache_block.h"
@@ -117,7 +118,7 @@ empty_pool(sq_kv_cache_t *c, int64_t keep)
         struct free_page *page = c->pool;
         c->pool = page->next;
         c->pooled--;
-        free(page);
+        sq_huge_free(page, (size_t)c->page_bytes);
     }
     atomic_store(&c->bytes, (c->used + c->pooled) * c->page_bytes);
 }
@@ -131,7 +132,7 @@ sq_kv_cache_destroy(sq_kv_cache_t *cache)
     const int64_t tables = cache->tables ? cache->shape.layers * cache->shape.sequences : 0;
     for (int64_t i = 0; i < tables; i++) {
         for (int64_t page = 0; page < cache->tables[i].count; page++) {
-            free(cache->tables[i].pages[page]);
+            sq_huge_free(cache->tables[i].pages[page], (size_t)cache->page_bytes);
         }
         free(cache->tables[i].pages);
     }
@@ -264,7 +265,7 @@ fill_pool(sq_kv_cache_t *c, int64_t count)
         return SQ_ERR_NOMEM;
     }
     while (c->pooled < count) {
-        struct free_page *page = sq_alloc((size_t)c->page_bytes);
+        struct free_page *page = sq_huge_alloc((size_t)c->page_bytes);
         if (!page) {
             return SQ_ERR_NOMEM;
         }

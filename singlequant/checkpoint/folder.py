@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from .._C import FormatError
 from ..config import QuantConfig
-from ..export.packed import PACKED_PARTS, PackedReader, parse_quantization
+from ..export.packed import PACKED_PARTS, TABLE_PARTS, PackedReader, parse_quantization
 from ..files import folder_bytes, is_present, read_json
 from ..html import facts_html, megabytes
 from ..models.families import find_family, language_config
@@ -165,9 +165,10 @@ class Checkpoint:
         return Linear(name, weight, None if bias is None else _rows(linear, bias))
 
     def release_packed(self, name: str) -> None:
-        """Give back the memory of a packed linear's pages, once nobody reads them any more."""
-        for part in PACKED_PARTS:
-            self.files.release(f"{name}.{part}")
+        """Give back the memory of a packed linear's or table's pages, once nobody reads them."""
+        for part in {*PACKED_PARTS, *TABLE_PARTS}:
+            if f"{name}.{part}" in self.files.infos:
+                self.files.release(f"{name}.{part}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as the place where it lies, which is opened again: workers see the same path."""

@@ -67,6 +67,7 @@ class Model:
         self.spec = checkpoint.spec
         config = checkpoint.quant_config  # an unquantized head has no use for these bits
         self.outer = Outer(checkpoint, 16 if config is None else config.head_input_bits)
+        self.outer.hold_head(checkpoint)
         self._layers = [build_layer(checkpoint, i) for i in range(self.spec.layers)]
         self._decoder = _C.Decoder(self._layers)
 

@@ -1,0 +1,163 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Regions of a few huge pages each, cut into granules that a byte map tells the state of. */
+#include "core/sq_huge.h"
+
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/sq_internal.h"
+
+#define GRANULE_BYTES ((size_t)4096)
+#define REGION_BYTES (4 * SQ_HUGE_PAGE_BYTES)
+#define GRANULES (REGION_BYTES / GRANULE_BYTES)
+/* What is smaller wastes much of a granule; what is larger has huge pages of its own. */
+#define LEAST_BYTES (4 * GRANULE_BYTES)
+#define MOST_BYTES (REGION_BYTES / 2)
+
+struct region {
+    struct region *next;
+    char *memory; /* [REGION_BYTES] */
+    size_t free;  /* granules */
+    uint8_t used[GRANULES];
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct region *regions; /* guarded by the lock */
+
+/* An address sanitizer sees a block's ends when it comes from malloc. */
+#if !defined(MADV_HUGEPAGE) || defined(__SANITIZE_ADDRESS__)
+enum { HAS_REGIONS = 0 };
+#elif defined(__has_feature)
+enum { HAS_REGIONS = !__has_feature(address_sanitizer) };
+#else
+enum { HAS_REGIONS = 1 };
+#endif
+
+/* Whether a block of so many bytes lies in a region. */
+static int
+is_shared(size_t bytes)
+{
+    return HAS_REGIONS && bytes >= LEAST_BYTES && bytes < MOST_BYTES;
+}
+
+static size_t
+granules_of(size_t bytes)
+{
+    return (bytes + GRANULE_BYTES - 1) / GRANULE_BYTES;
+}
+
+/* The first of `count` free granules in a row; GRANULES: there are none. */
+static size_t
+find_run(const struct region *r, size_t count)
+{
+    size_t run = 0;
+    for (size_t i = 0; i < GRANULES; i++) {
+        run = r->used[i] ? 0 : run + 1;
+        if (run == count) {
+            return i + 1 - count;
+        }
+    }
+    return GRANULES;
+}
+
+/* With the lock held: an empty region in front of the others; NULL: no memory. */
+static struct region *
+add_region(void)
+{
+    struct region *r = calloc(1, sizeof *r);
+    char *memory = sq_alloc(REGION_BYTES);
+    if (!r || !memory) {
+        free(r);
+        free(memory);
+        return NULL;
+    }
+    r->memory = memory;
+    r->free = GRANULES;
+    r->next = regions;
+    regions = r;
+    return r;
+}
+
+/* With the lock held: a block of `count` granules. */
+static void *
+take(size_t count)
+{
+    struct region *r = regions;
+    size_t first = GRANULES;
+    for (; r; r = r->next) {
+        if (r->free >= count && (first = find_run(r, count)) < GRANULES) {
+            break;
+        }
+    }
+    if (!r) {
+        first = 0;
+        r = add_region();
+    }
+    if (!r) {
+        return NULL;
+    }
+    memset(r->used + first, 1, count);
+    r->free -= count;
+    return r->memory + first * GRANULE_BYTES;
+}
+
+void *
+sq_huge_alloc(size_t bytes)
+{
+    if (!is_shared(bytes)) {
+        return sq_alloc(bytes);
+    }
+    pthread_mutex_lock(&lock);
+    void *block = take(granules_of(bytes));
+    pthread_mutex_unlock(&lock);
+    return block;
+}
+
+void
+sq_huge_free(void *block, size_t bytes)
+{
+    if (!block || !is_shared(bytes)) {
+        free(block);
+        return;
+    }
+    const size_t count = granules_of(bytes);
+    const uintptr_t address = (uintptr_t)block;
+    pthread_mutex_lock(&lock);
+    struct region **link = &regions, *r = regions;
+    while (address - (uintptr_t)r->memory >= REGION_BYTES) {
+        link = &r->next;
+        r = *link;
+        SQ_ASSERT(r);
+    }
+    memset(r->used + (address - (uintptr_t)r->memory) / GRANULE_BYTES, 0, count);
+    r->free += count;
+    const int is_empty = r->free == GRANULES;
+    if (is_empty) {
+        *link = r->next;
+    }
+    pthread_mutex_unlock(&lock);
+    if (is_empty) {
+        free(r->memory);
+        free(r);
+    }
+}
+
+static void
+before_fork(void)
+{
+    pthread_mutex_lock(&lock);
+}
+
+static void
+after_fork(void)
+{
+    pthread_mutex_unlock(&lock);
+}
+
+void
+sq_huge_init(void)
+{
+    pthread_atfork(before_fork, after_fork, after_fork);
+}
