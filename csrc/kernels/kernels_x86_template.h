@@ -436,6 +436,7 @@ struct tile_memory {
     vec_f total[TILE_MR][2]; /* of the groups so far */
     vec_i wide[TILE_MR][2];  /* of the group so far, where sums are of 16 bits */
     int32_t offset[TILE_MR][OFFSET_GROUPS];
+    int asks; /* memory for what comes in the panel, as the first to read it */
 };
 
 /* The products of `blocks` blocks from *a and *w on, which move on. They are added to the tile's
@@ -453,7 +454,11 @@ sum_piece(const int rows, struct code_rows *a, const uint8_t **w, int64_t sub_by
             acc[r][v] = NARROW_SUMS(bits) ? VEC_ZERO() : VEC(set1_epi32)(offset[r * OFFSET_GROUPS]);
         }
     }
+    const int subs = tile->asks ? 2 * LANES / SUB : 0;
     for (int64_t b = 0; b < blocks; b += RUN_BLOCKS) {
+        for (int v = 0; v < subs; v++) {
+            ask_lines(*w + v * sub_bytes + SQ_PANEL_AHEAD, RUN_BLOCKS * BLOCK_BYTES(bits));
+        }
         multiply_run(rows, 2, a, *w, sub_bytes, bits, acc);
         advance(a, rows, RUN_BLOCKS);
         *w += RUN_BLOCKS * BLOCK_BYTES(bits);
@@ -506,6 +511,7 @@ tile_body(const struct sq_panel_args *args, int64_t row, const int rows, int64_t
     const float *scales = args->w_scales + sub * SUB;
     struct code_rows a = code_rows(args, row, rows);
     struct tile_memory memory, *tile = &memory;
+    tile->asks = row == 0;
     UNROLL
     for (int r = 0; r < rows; r++) {
         tile->total[r][0] = tile->total[r][1] = VEC(setzero_ps)();
