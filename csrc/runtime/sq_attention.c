@@ -11,8 +11,9 @@
 #include "runtime/sq_rows.h"
 
 enum {
-    ROTARY_GRAIN = 1 << 15, /* elements of q turned in one chunk, about */
-    STORE_GRAIN = 1 << 14,  /* elements of k stored in one chunk, about */
+    ROTARY_GRAIN = 1 << 13, /* elements of q turned in one chunk, about */
+    STORE_GRAIN = 1 << 12,  /* elements of k stored in one chunk, about */
+    STORE_TOKENS = 32,      /* of an item, about */
 };
 
 static sq_status
@@ -110,6 +111,7 @@ struct store_job {
     const struct sq_kernels *kernels;
     sq_kv_cache_t *cache;
     int64_t layer, m;
+    int64_t part; /* tokens that an item stores */
 };
 
 static void
@@ -144,15 +146,16 @@ rotate_tokens(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* By kv heads, because the 4-bit keys of two neighbouring tokens share a byte. */
+/* Items are parts of the tokens times kv heads. */
 static void
 store_heads(void *context, int64_t begin, int64_t end, int thread)
 {
     const struct store_job *j = context;
     const int64_t d = j->a->head_dim, kv = j->a->kv_heads;
     (void)thread;
-    for (int64_t h = begin; h < end; h++) {
-        for (int64_t t = 0; t < j->m; t++) {
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t h = item % kv, first = item / kv * j->part;
+        for (int64_t t = first; t < sq_min_i64(j->m, first + j->part); t++) {
             const int64_t page = j->position[t] / SQ_PAGE_TOKENS;
             uint8_t *block = sq_cache_block(j->cache, j->layer, j->sequence[t], page, h);
             sq_cache_store(j->cache, j->kernels, block, j->position[t] % SQ_PAGE_TOKENS,
@@ -228,10 +231,14 @@ sq_attention_project(const struct sq_attention *a, struct sq_reader *reader,
                           .kernels = sq_kernels_active(),
                           .cache = cache,
                           .layer = layer,
-                          .m = m};
+                          .m = m,
+                          /* the 4-bit keys of two neighbouring tokens share a byte */
+                          .part = sq_kv_cache_shape(cache)->bits == 4
+                                      ? sq_max_i64(1, m)
+                                      : sq_min_i64(sq_max_i64(1, m), STORE_TOKENS)};
     sq_parallel_for(m, sq_max_i64(1, ROTARY_GRAIN / (a->heads * d)), rotate_tokens, &j);
-    sq_parallel_for(a->kv_heads, sq_max_i64(1, STORE_GRAIN / sq_max_i64(1, m * d)), store_heads,
-                    &j);
+    sq_parallel_for(a->kv_heads * sq_ceil_div(m, j.part), sq_max_i64(1, STORE_GRAIN / (j.part * d)),
+                    store_heads, &j);
     return SQ_OK;
 }
 

@@ -9,7 +9,7 @@
 static inline int64_t
 sq_row_grain(int64_t width)
 {
-    enum { ROW_GRAIN = 1 << 13 }; /* elements of a chunk */
+    enum { ROW_GRAIN = 1 << 12 }; /* elements of a chunk */
     return sq_max_i64(1, ROW_GRAIN / sq_max_i64(width, 1));
 }
 
