@@ -326,25 +326,26 @@ def test_failing_calls_leak_nothing(name):
 # ---- the GIL ------------------------------------------------------------------------------------
 
 BIG = f32(1024, 2048)
+TALL = np.tile(BIG, (8, 1))
 SQUARE, ORTHOGONAL = f64(100, 100), _C.random_orthogonal(256, 0)
 LONG_CHAIN = (2048, False, np.tile([[0, 1]], (20_000, 1)).astype(np.int32), f64(20_000))
 LONG_TURN, FLAT_TURN = _C.Rotation(2048, LONG_CHAIN), _C.Rotation(2048, np.eye(32), np.eye(64))
 BIG_WORDS = RNG.integers(-(2**31), 2**31, (2048, 256)).astype(np.int32)
 BIG_WEIGHT = _C.PackedWeight(BIG_WORDS, np.ones((2048, 1), np.float32), 2048)
 LONG_CALLS = {
-    "quantize": lambda: _C.quantize(BIG, 4, 0, True, 1.0, True),
+    "quantize": lambda: _C.quantize(TALL, 4, 0, True, 1.0, True),
     "linear": lambda: _C.linear(BIG, BIG_WEIGHT, 16),
     "linear_dense": lambda: _C.linear_dense(BIG, BIG),
     "quantize_rows": lambda: _C.quantize_rows(BIG, 4),
     "rotate": lambda: _C.rotate(BIG, LONG_TURN),
     "axis_gram": lambda: _C.axis_gram(BIG, 64, 32),
     "align_blocks": lambda: _C.align_blocks([SQUARE @ SQUARE.T], [SQUARE @ SQUARE.T], 0.1),
-    "block_energy": lambda: _C.block_energy([SQUARE], [SQUARE]),
+    "block_energy": lambda: _C.block_energy([SQUARE] * 40, [SQUARE] * 40),
     "block_gram": lambda: _C.block_gram(BIG, 512),
     "kl_divergence": lambda: _C.kl_divergence(BIG, -BIG),
     "principal_directions": lambda: _C.principal_directions(SQUARE @ SQUARE.T),
     "chain_from_matrix": lambda: _C.chain_from_matrix(ORTHOGONAL),
-    "column_moments": lambda: _C.column_moments(BIG),
+    "column_moments": lambda: _C.column_moments(TALL),
     "quantize_weight": lambda: _C.quantize_weight(BIG, 0, True, FLAT_TURN),
 }
 
