@@ -336,6 +336,21 @@ def test_silu_mul_covers_the_whole_range(table):
 
 
 @pytest.mark.parametrize("n", SIZES)
+def test_tables_of_one_cpu_give_silu_and_softmax_the_same_bits(n, request):
+    """They evaluate one polynomial in one order; the generic table calls libm."""
+    rng, active, found = np.random.default_rng(n), _C.kernels()["active"], set()
+    x = (rng.standard_normal((2, n)) * 30).astype(np.float32)
+    request.addfinalizer(lambda: _C.use_kernels(active))
+    for name in TABLES:
+        if name != "generic":
+            _C.use_kernels(name)
+            shares = np.concatenate([x[0], np.full(40, np.nan, np.float32)])
+            _C.kernel_softmax(shares, n, 0.125)
+            found.add(silu(*x).tobytes() + shares.tobytes())
+    assert len(found) <= 1
+
+
+@pytest.mark.parametrize("n", SIZES)
 def test_softmax_is_close_to_twin(table, guarded, n):
     rng = np.random.default_rng(n)
     for spread in (0.1, 3.0, 50.0):

@@ -5,6 +5,7 @@
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
 #include "kernels/kernels_x86_rows_template.h"
+#include "kernels/kernels_x86_exp_template.h"
 #include "kernels/panel_dwords.h"
 #include "kernels/thin_panels.h"
 
@@ -122,14 +123,6 @@ horizontal_min(__m256 x)
     __m128 v = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     v = _mm_min_ps(v, _mm_movehl_ps(v, v));
     return _mm_cvtss_f32(_mm_min_ss(v, _mm_movehdup_ps(v)));
-}
-
-static ALWAYS_INLINE float
-horizontal_max(__m256 x)
-{
-    __m128 v = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
-    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
 }
 
 /* Two running sums of four float64 lanes: elements 0..3 and 4..7 of each eight. */
@@ -382,90 +375,16 @@ sq_rms_norm_row__avx2(const float *x, const float *weight, int64_t n, float eps,
     _mm256_maskstore_ps(y + i, mask, _mm256_mul_ps(scaled, _mm256_maskload_ps(weight + i, mask)));
 }
 
-/* exp(x) = 2^n exp(r), n = rint(x / ln 2), r = x - n ln 2 in two parts (Cody and Waite), exp(r) by
- * Cephes' expf polynomial of degree 7; relative error below 3e-7 where the result is normal (a test
- * measures it). 2^n is applied in two factors, so that the result runs to Inf above and through the
- * subnormals to 0 below; beyond +-104 x is clamped, where that has happened already. NaN stays NaN:
- * max and min return their second operand then. */
-static ALWAYS_INLINE __m256
-exponential(__m256 x)
-{
-    x = _mm256_max_ps(_mm256_set1_ps(-104.0f), x);
-    x = _mm256_min_ps(_mm256_set1_ps(104.0f), x);
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
-                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    __m256 p = _mm256_set1_ps(1.9875691500e-4f);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
-    p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
-    const __m256i exponent = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
-    const __m256i half = _mm256_srai_epi32(exponent, 1);
-    const __m256i rest = _mm256_sub_epi32(exponent, half);
-    const __m256i two_half = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-    const __m256i two_rest = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
-    return _mm256_mul_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(two_half)),
-                         _mm256_castsi256_ps(two_rest));
-}
-
-static ALWAYS_INLINE __m256
-silu_times(__m256 gate, __m256 up)
-{
-    const __m256 e = exponential(_mm256_xor_ps(gate, _mm256_set1_ps(-0.0f)));
-    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1.0f), e)), up);
-}
-
 static void
 sq_silu_mul__avx2(const float *gate, const float *up, int64_t n, float *y)
 {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(y + i, silu_times(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
-    }
-    const __m256i mask = lane_mask(n - i);
-    _mm256_maskstore_ps(
-        y + i, mask,
-        silu_times(_mm256_maskload_ps(gate + i, mask), _mm256_maskload_ps(up + i, mask)));
+    silu_mul(gate, up, n, y);
 }
 
-/* The sum has 8 lanes by index mod 8; what lies from n on is never read. */
 static void
 sq_softmax_row__avx2(float *x, int64_t n, int64_t n_padded, float scale)
 {
-    const __m256 factor = _mm256_set1_ps(scale), lowest = _mm256_set1_ps(-INFINITY);
-    const int64_t whole = n & ~(int64_t)7;
-    const __m256i mask = lane_mask(n - whole);
-    const __m256 tail = _mm256_mul_ps(_mm256_maskload_ps(x + whole, mask), factor);
-    __m256 max = _mm256_blendv_ps(lowest, tail, _mm256_castsi256_ps(mask));
-    for (int64_t i = 0; i < whole; i += 8) {
-        max = _mm256_max_ps(max, _mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
-    }
-    const __m256 top = _mm256_set1_ps(horizontal_max(max));
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t i = 0; i < whole; i += 8) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), factor);
-        const __m256 e = exponential(_mm256_sub_ps(scaled, top));
-        _mm256_storeu_ps(x + i, e);
-        sum = _mm256_add_ps(sum, e);
-    }
-    const __m256 e_tail =
-        _mm256_and_ps(exponential(_mm256_sub_ps(tail, top)), _mm256_castsi256_ps(mask));
-    sum = _mm256_add_ps(sum, e_tail);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    four = _mm_add_ss(four, _mm_movehdup_ps(four));
-    const __m256 total = _mm256_broadcastss_ps(four);
-    for (int64_t i = 0; i < whole; i += 8) {
-        _mm256_storeu_ps(x + i, _mm256_div_ps(_mm256_loadu_ps(x + i), total));
-    }
-    _mm256_maskstore_ps(x + whole, mask, _mm256_div_ps(e_tail, total));
-    if (n_padded > n) {
-        memset(x + n, 0, (size_t)(n_padded - n) * sizeof *x);
-    }
+    softmax_row(x, n, n_padded, scale);
 }
 
 /* ---- 16-bit floats ---------------------------------------------------------------------- */

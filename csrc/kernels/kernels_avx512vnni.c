@@ -6,6 +6,7 @@
 #define TILE_GEMM
 #include "kernels/kernels_x86_template.h"
 #include "kernels/kernels_x86_rows_template.h"
+#include "kernels/kernels_x86_exp_template.h"
 #include "kernels/thin_panels.h"
 
 #include "core/sq_cpu.h"
@@ -91,6 +92,18 @@ sq_gemm_rows__avx512vnni(const struct sq_code_rows *w, int64_t n, const struct s
     gemm_rows(w, n, x, m, y, ld_y);
 }
 
+static void
+sq_silu_mul__avx512vnni(const float *gate, const float *up, int64_t n, float *y)
+{
+    silu_mul(gate, up, n, y);
+}
+
+static void
+sq_softmax_row__avx512vnni(float *x, int64_t n, int64_t n_padded, float scale)
+{
+    softmax_row(x, n, n_padded, scale);
+}
+
 /* ---- 16-bit floats ---------------------------------------------------------------------- */
 
 static ALWAYS_INLINE int
@@ -142,6 +155,8 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_page = sq_gemm_page__avx512vnni,
     .gemm_half = sq_gemm_half__avx512vnni,
     .gemm_rows = sq_gemm_rows__avx512vnni,
+    .silu_mul = sq_silu_mul__avx512vnni,
+    .softmax_row = sq_softmax_row__avx512vnni,
     .f16_to_f32 = sq_f16_to_f32__avx512vnni,
     .bf16_to_f32 = sq_bf16_to_f32__avx512vnni,
 };
