@@ -345,8 +345,8 @@ gemm_rows_of(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows
  * are read a fifth faster than by pieces, for which NR rows are as many streams at once. */
 enum {
     ALONG_TOKENS = 2,
-    ALONG_LEAST = TILE_BITS == 512 ? 16 : 24, /* blocks */
-    ALONG_ROWS = 8,
+    ALONG_LEAST = 16, /* blocks */
+    ALONG_ROWS = LANES,
     ALONG_BLOCKS = 128,
     ALONG_AHEAD = 4096 /* bytes */,
     EIGHT = 8
@@ -396,14 +396,19 @@ add_neighbours(__m512i a, __m512i b)
                             _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
 }
 
-/* The products of eight blocks of codes at w with x, summed block by block. */
+/* The products of `count` blocks of codes at w with x, an even number, summed block by block, and
+ * zeros up to eight. */
 static ALWAYS_INLINE __m256i
-multiply_eight_blocks(const uint8_t *w, const int8_t *x, const int bits)
+multiply_blocks(const uint8_t *w, const int8_t *x, const int bits, const int count)
 {
     enum { PAIRS = EIGHT / 2, PAIR_CODES = 2 * SQ_ROW_BLOCK };
     __m512i dots[PAIRS];
     UNROLL
     for (int i = 0; i < PAIRS; i++) {
+        if (2 * i >= count) {
+            dots[i] = _mm512_setzero_si512();
+            continue;
+        }
         const __m512i codes = load_two_blocks(w + i * PAIR_CODES * bits / 8, bits);
         dots[i] = TILE_DOT(_mm512_setzero_si512(), codes, _mm512_load_si512(x + i * PAIR_CODES));
     }
@@ -477,13 +482,18 @@ sum_eight(const __m256i v[EIGHT])
                             _mm256_permute2x128_si256(a, b, 0x31));
 }
 
-/* The products of eight blocks of codes at w with x, summed block by block. */
+/* The products of `count` blocks of codes at w with x, summed block by block, and zeros up to
+ * eight. */
 static ALWAYS_INLINE __m256i
-multiply_eight_blocks(const uint8_t *w, const int8_t *x, const int bits)
+multiply_blocks(const uint8_t *w, const int8_t *x, const int bits, const int count)
 {
     __m256i dots[EIGHT];
     UNROLL
     for (int i = 0; i < EIGHT; i++) {
+        if (i >= count) {
+            dots[i] = _mm256_setzero_si256();
+            continue;
+        }
         dots[i] = multiply_one_block(w + i * SQ_ROW_BLOCK * bits / 8, x + i * SQ_ROW_BLOCK, bits);
     }
     return sum_eight(dots);
@@ -527,7 +537,8 @@ multiply_row(const struct sq_code_rows *w, int64_t r, const struct sq_token_rows
             codes = tail.codes;
             w_scales = tail.scales;
         }
-        __m256i sums = multiply_eight_blocks(codes, a, bits);
+        __m256i sums = blocks - b > 2 ? multiply_blocks(codes, a, bits, EIGHT)
+                                      : multiply_blocks(codes, a, bits, 2);
         if (!IS_SIGNED(bits)) {
             sums = _mm256_add_epi32(
                 sums, _mm256_load_si256((const __m256i *)(const void *)(x->offsets + at + b)));
@@ -546,15 +557,17 @@ multiply_row(const struct sq_code_rows *w, int64_t r, const struct sq_token_rows
 static ALWAYS_INLINE void
 sum_products(float products[ALONG_ROWS][ALONG_BLOCKS], int64_t blocks, float *totals)
 {
-    float sums[ALONG_ROWS];
-    memcpy(sums, totals, sizeof sums);
-    for (int64_t b = 0; b < blocks; b++) {
-        UNROLL
-        for (int r = 0; r < ALONG_ROWS; r++) {
-            sums[r] += products[r][b];
+    const struct row_group group = row_group(products, sizeof products[0]);
+    vec_f sums = VEC(loadu_ps)(totals);
+    for (int64_t b = 0; b < blocks; b += UNIT_DWORDS) {
+        vec_i unit[UNIT_DWORDS];
+        turn_unit(&group, b * (int64_t)sizeof(float), 0, unit);
+        const int64_t count = sq_min_i64(UNIT_DWORDS, blocks - b);
+        for (int64_t d = 0; d < count; d++) {
+            sums = VEC(add_ps)(sums, VEC_AS_FLOAT(unit[d]));
         }
     }
-    memcpy(totals, sums, sizeof sums);
+    VEC(storeu_ps)(totals, sums);
 }
 
 static ALWAYS_INLINE void

@@ -51,6 +51,7 @@ typedef __m256 vec_f;
 #define VEC_OR _mm256_or_si256
 #define VEC_XOR _mm256_xor_si256
 #define VEC_ZERO _mm256_setzero_si256
+#define VEC_AS_FLOAT _mm256_castsi256_ps
 #define VEC_LOAD(p) _mm256_load_si256((const __m256i *)(p))
 #define VEC_STORE(p, x) _mm256_store_si256((__m256i *)(void *)(p), x)
 /* Integer sums may be reassociated by the compiler, which then keeps products instead of sums in
@@ -64,6 +65,7 @@ typedef __m512 vec_f;
 #define VEC_OR _mm512_or_si512
 #define VEC_XOR _mm512_xor_si512
 #define VEC_ZERO _mm512_setzero_si512
+#define VEC_AS_FLOAT _mm512_castsi512_ps
 #define VEC_LOAD(p) _mm512_load_si512(p)
 #define VEC_STORE(p, x) _mm512_store_si512(p, x)
 #define KEEP_ORDER(x) __asm__("" : "+v"(x))
