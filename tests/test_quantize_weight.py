@@ -18,7 +18,7 @@ from singlequant.rows import ROWS_PER_BLOCK
 from singlequant.sweep.calibrate import calibrate
 from singlequant.sweep.layer import GptqFactor, quantize_layer, quantize_linear, transform_rows
 from singlequant.sweep.run import quantize_folder
-from singlequant.sweep.sweep import read_ahead
+from singlequant.sweep.stream import read_ahead
 from singlequant.sweep.texts import calibration_windows
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]

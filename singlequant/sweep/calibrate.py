@@ -31,7 +31,7 @@ from ..runtime.outer import Outer
 from ..statistics import LayerStatistics, SitesInTurn, SiteStatistics
 from .experts import borrow
 from .states import kept, map_states
-from .stream import stream_layer
+from .stream import read_ahead, stream_layer
 
 if TYPE_CHECKING:
     from .prepare import View
@@ -176,6 +176,8 @@ def _pass_layers(checkpoint, windows, bits, skip, progress) -> Iterator[Passed]:
         if index <= last:
             wanted = index not in skip
             found = pass_layer(checkpoint, index, hidden, windows.shape[1], bits, wanted)
+            if index < last:
+                read_ahead(checkpoint, index + 1)
             if wanted:
                 yield found
             del found

@@ -12,13 +12,13 @@ from typing import Any
 MOST_OF_A_WORD, MOST_OF_A_LINE = 200, 600  # characters that a message shows
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process now, in bytes; 0 where /proc/self/status does not say.
+def anonymous_bytes(process: int | str = "self") -> int:
+    """Anonymous memory of a process now, this one by default, in bytes; 0 where /proc does not say.
 
     File-backed pages (the mapped weights) do not count.
     """
     try:
-        with open("/proc/self/status") as file:
+        with open(f"/proc/{process}/status") as file:
             for line in file:
                 if line.startswith("RssAnon:"):
                     return int(line.split()[1]) * 1024

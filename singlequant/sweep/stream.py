@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
+from typing import TYPE_CHECKING
 
 from .. import _C
 from ..models.spec import LayerSpec, ModelSpec
 from ..rotations import Factor, SiteRotation
 from ..rows import require_finite
 from ..runtime.layers import assemble, build_layer
+
+if TYPE_CHECKING:
+    from .prepare import View
 
 BYTES_MAX = 1 << 31  # of a layer's weights in 8 bits: a larger layer is read where it lies
 
@@ -57,3 +62,22 @@ def _hadamard(k: int) -> _C.Rotation | None:
     """The Hadamard on both axes of k inputs, as the core takes it; None for one input."""
     left, right = (Factor(n, True, (), ()) for n in _C.factor_sizes(k))
     return SiteRotation(left, right).of_inputs
+
+
+def read_ahead(checkpoint: View, index: int) -> threading.Thread | None:
+    """Start reading layer `index` into the page cache, beside the work; None behind the last.
+
+    Takes no memory of the process: the pages are the file's own, and the system's to drop.
+    """
+    if index >= checkpoint.spec.layers:
+        return None
+    source = getattr(checkpoint, "source", checkpoint)  # a view would compute the weights
+    weights = [linear.weight for linear in source.layer(index).linears.values()]
+
+    def advise() -> None:
+        for weight in weights:
+            _C.will_need(weight)
+
+    thread = threading.Thread(target=advise, daemon=True)
+    thread.start()
+    return thread

@@ -11,7 +11,6 @@ the methods of the package or with functions of an experiment's own.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
-from ..checkpoint.folder import Checkpoint
 from ..config import QuantConfig
 from ..export.card import Figures
 from ..export.writer import ModelWriter
@@ -211,7 +208,6 @@ def sweep_layer(
     statistics = measured.value
     if statistics is None:
         return None
-    read_ahead(getattr(view, "source", view), statistics.index + 1)
     solved: dict[Any, Measured] = {}
     for work in works:
         work.outcome.add("calibrate", measured)  # alone, it would need them as well
@@ -335,21 +331,3 @@ def _counts(statistics: LayerStatistics, layer: QuantizedLayer) -> list[SiteCoun
                    statistics.borrowed(name))
         for name, r in layer.rotations.items()
     ]
-
-
-def read_ahead(checkpoint: Checkpoint, index: int) -> threading.Thread | None:
-    """Start reading layer `index` into the page cache, beside the work; None behind the last.
-
-    Takes no memory of the process: the pages are the file's own, and the system's to drop.
-    """
-    if index >= checkpoint.spec.layers:
-        return None
-    weights = [linear.weight for linear in checkpoint.layer(index).linears.values()]
-
-    def advise() -> None:
-        for weight in weights:
-            _C.will_need(weight)
-
-    thread = threading.Thread(target=advise, daemon=True)
-    thread.start()
-    return thread
