@@ -21,7 +21,8 @@ import singlequant as sq
 from singlequant.distributed import ProcessWorkers
 
 from . import common
-from .made_model import LLAMA_2_7B, Widths, write_checkpoint
+from .made_model import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, Widths, write_checkpoint
+from .tables import between
 
 MARKS = ("<!-- table of benchmarks.scale -->", "<!-- end -->")
 RESULTS = Path(__file__).parent / "results"
@@ -53,9 +54,9 @@ class Large:
 
 
 MODELS = (
-    Large("13B, mse, 4 bits", Widths(5120, 13824, 40, 32000), 40, quick=True),
+    Large("13B, mse, 4 bits", LLAMA_2_13B, 40, quick=True),
     Large("7B", LLAMA_2_7B, 32),
-    Large("70B", Widths(8192, 28672, 64, 128256, 8), 80),
+    Large("70B", LLAMA_2_70B, 80),
     Large("405B", Widths(16384, 53248, 128, 128256, 8), 126, apart=False),
     Large("1T, 384 experts", Widths(7168, 2048, 64, 163840, 64, 384), 61, apart=False),
 )
@@ -334,9 +335,7 @@ def pass_text(costs: Costs) -> str:
 
 def with_table(page: str, costs: Costs, source: str) -> str:
     """The page with the table of these costs between its marks."""
-    begin, rest = page.split(MARKS[0])
-    made = "\n\n".join(["", source, table(costs), pass_text(costs), ""])
-    return f"{begin}{MARKS[0]}{made}{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    return between(page, MARKS, "\n\n".join([source, table(costs), pass_text(costs)]))
 
 
 def newest_costs() -> Path:

@@ -33,3 +33,9 @@ def percent(value: float | None) -> str:
 
 def times(value: float) -> str:
     return f"{value:.2f}x"
+
+
+def between(page: str, marks: tuple[str, str], text: str) -> str:
+    """A page with a text in place of what stands between two marks of it."""
+    begin, rest = page.split(marks[0])
+    return f"{begin}{marks[0]}\n\n{text}\n\n{marks[1]}{rest.split(marks[1])[1]}"
