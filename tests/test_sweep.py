@@ -16,6 +16,7 @@ from conftest import SENTENCES as TEXT
 from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
+from singlequant.export.packed import outer_tensors
 from singlequant.methods.solve import solve_layer
 from singlequant.sweep.estimate import dry_run
 from singlequant.sweep.layer import quantize_layer
@@ -248,6 +249,21 @@ def test_dry_run_writes_nothing_and_tells_the_size(model, tmp_path, text):
     assert abs(estimate.bytes_after - summary.bytes_after) <= 0.05 * summary.bytes_after
     assert estimate.bytes_before == summary.bytes_before
     assert estimate.seconds > 0
+
+
+def test_dry_run_counts_embedding_and_head(model, text, monkeypatch):
+    asked = []
+
+    def slow(tensors, bits):
+        asked.append(bits)
+        time.sleep(1)
+        return outer_tensors(tensors, bits)
+
+    monkeypatch.setattr("singlequant.sweep.estimate.outer_tensors", slow)
+    recipe = config(head_bits=6)
+    assert dry_run(model, recipe, text).seconds > 1
+    assert asked == [recipe.table_bits(sq.load_checkpoint(model).spec)]
+    assert 6 in asked[0].values()
 
 
 def test_peak_memory_sees_an_allocation():

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from ..checkpoint.folder import Checkpoint, open_model
 from ..config import QuantConfig
+from ..export.packed import outer_tensors
+from ..export.partial import OUTER, content_digest, source_of
 from ..export.writer import check_run, estimate_size
 from ..html import facts_html, megabytes
 from ..models.spec import ModelSpec
 from ..rotations import factors_text, poor_factors
 from .measure import measure
-from .prepare import prepare
+from .prepare import View, prepare
 from .sweep import Job, sweep
-from .texts import calibration_windows, written_by_model
+from .texts import calibration_windows
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def dry_run(
     up by weights.
 
     Most models have layers of one size. Others begin with dense ones before those with experts.
-    What looks at the whole model before the first layer is done in full.
+    What looks at the whole model before the first layer is done in full, and so are embedding and
+    head. What the disk takes does not count.
     calibration, writing: as for `quantize_folder`. The time of a text that the model writes counts.
     """
     config = config or QuantConfig()
@@ -60,20 +63,27 @@ def dry_run(
         config = config.settled(checkpoint.spec.tied)  # before a method unties the head
     check_run(None, checkpoint, config)
     chosen = measure(calibration_windows, checkpoint, config, calibration, writing)
-    windows, written = chosen.value, written_by_model(calibration) is not None
+    windows = chosen.value
     prepared = measure(prepare, checkpoint, config, windows)
     weights = _weights(checkpoint.spec)
     count = min(max(2, weights.index(max(weights)) + 1), len(weights))
     (first,) = sweep(prepared.value, windows, [Job(config)], layers=count)
+    outer = measure(_outer, prepared.value, first.config or config)
     each = sum(first.seconds.values()) - first.choosing
     layers = first.choosing + each * sum(weights) / sum(weights[:count])
     return Estimate(
         checkpoint.bytes_with_tokenizer, estimate_size(prepared.value, config),
-        prepared.seconds + layers + (chosen.seconds if written else 0),
-        max(prepared.peak_memory, first.peak_memory),
+        chosen.seconds + prepared.seconds + layers + outer.seconds,
+        max(prepared.peak_memory, first.peak_memory, outer.peak_memory),
         poor_factors({name: site.k for kind in checkpoint.spec.kinds
                       for name, site in kind.sites.items()}),
     )
+
+
+def _outer(view: View, config: QuantConfig) -> None:
+    """What a run does to the tensors outside the layers: they are rounded, their source hashed."""
+    outer_tensors(view.outer, config.table_bits(view.spec))
+    content_digest(source_of(view), OUTER)
 
 
 def _weights(spec: ModelSpec) -> list[int]:
