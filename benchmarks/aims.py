@@ -46,6 +46,7 @@ AVX2_AIMS = [
 ]
 READ_SHARE, BARE_SHARE, TRANSFORM_SHARE = 0.85, {True: 0.65, False: 0.75}, {True: 0.3, False: 0.15}
 THREADS, OVER_16_BIT, OVER_INT4 = 1.8, 2.3, 1.0
+OVER_GPTQ = 5.0
 
 
 def linear_aims(result: Mapping[str, Any], amx: bool) -> list[Aim]:
@@ -114,4 +115,7 @@ def aims(machine: Machine) -> list[Aim]:
         found += ladder_aims(result)
     for name, result in machine.of("end-to-end"):
         found += end_to_end_aims(end_to_end_title(name), result)
+    for _, result in machine.of("side-by-side"):
+        found.append(Aim("Quantizing", "the whole of GPTQ over llm-compressor's", OVER_GPTQ,
+                         result["ratio"]))
     return found

@@ -1,6 +1,7 @@
 """How two processes on the same CPUs share them: decode alone, and two at once.
 
-    python -m benchmarks.bench_sharing [MODEL] [--tokens 128] [--rounds 7] [--json FILE]
+    python -m benchmarks.bench_sharing [MODEL] [--tokens 128] [--rounds 7]
+        [--json FILE] [--keep]
 
 Each process decodes one sequence with a thread on every CPU, as if it were alone. Alone and
 together take turns. `sum over alone` is the tokens per second of both together over those of one
@@ -32,7 +33,7 @@ def parse(argv):
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    common.add_output(parser)
+    common.add_output(parser, "sharing")
     return parser.parse_args(argv)
 
 
@@ -101,8 +102,9 @@ def main(argv=None):
     found = summary(rounds, arguments.tokens)
     print(f"alone {found['alone']:.1f} tokens/s, {PROCESSES} at once {found['together']:.1f}: sum "
           f"over alone {found['sum_over_alone']:.2f}, CPU time a token {found['cpu_time']:.2f}x")
-    common.write_result({"environment": environment, "processes": PROCESSES, **found,
-                         "rounds": rounds}, arguments.json)
+    common.write_result({"environment": environment, "model": arguments.model.name,
+                         "processes": PROCESSES, **found, "rows": rounds},
+                        arguments.json, arguments.keep and "sharing")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any
 
 from . import bench_peers
 
-KINDS = ("peers", "ladder", "end-to-end", "quantize", "transform", "attention",
-         "memory")
+KINDS = ("peers", "ladder", "end-to-end", "side-by-side", "quantize", "transform", "attention",
+         "memory", "sharing")
 FILE = re.compile(r"(\d{4}-\d\d-\d\d)-(.+)\.json")
 AMX_STEP = "tdpbsud"
 RIVALS = ("int4", "int8", "16-bit", "32-bit")

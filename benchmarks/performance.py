@@ -11,6 +11,7 @@ the profile and the bound) follows its tables. No figure stands here: all come f
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -194,6 +195,33 @@ def quantize_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def side_by_side_section(result: Mapping[str, Any]) -> str:
+    """GPTQ of a whole model beside llm-compressor's."""
+    runs = len(result["rows"]["ours"])
+    lines = [[name, number(statistics.median(seconds)),
+              f"{number(min(seconds))} - {number(max(seconds))}"]
+             for name, seconds in result["rows"].items()]
+    return "\n\n".join([
+        "### Quantizing beside llm-compressor",
+        command("quantize_side_by_side", result["environment"]),
+        f"GPTQ of {result['model']} on {result['tokens']} tokens and {result['threads']} threads, "
+        f"4 bits a weight, one scale for each output channel. Seconds, the median of {runs} "
+        f"run{'s' * (runs > 1)}. Ours are from folder to folder, with the rotations. Theirs are of "
+        f"`oneshot` alone: {result['peer']}.",
+        table(["", "seconds", "least to most"], lines)])
+
+
+def sharing_section(result: Mapping[str, Any]) -> str:
+    """Two processes on the same CPUs beside one."""
+    return "\n\n".join([
+        "### Processes on the same CPUs", command("bench_sharing", result["environment"]),
+        f"{result['model']} decodes one sequence, in one process and in {result['processes']} at "
+        "once. Each has a thread for every CPU.",
+        table(["tokens/s alone", "of all at once", "ratio", "CPU time of a token"],
+              [[number(result["alone"]), number(result["together"]),
+                times(result["sum_over_alone"]), times(result["cpu_time"])]])])
+
+
 def transform_section(result: Mapping[str, Any]) -> str:
     """Dense factors, Hadamards and chains, width by width."""
     forms = ("quantize", "dense", "hadamard", "chain")
@@ -238,8 +266,9 @@ def machine_section(machine: Machine) -> str:
     text += [peers_section(result) for _, result in machine.of("peers")]
     text += [ladder_section(result) for _, result in machine.of("ladder")]
     text += [end_to_end_section(name, result) for name, result in machine.of("end-to-end")]
-    for kind, section in (("quantize", quantize_section), ("transform", transform_section),
-                          ("attention", attention_section)):
+    for kind, section in (("quantize", quantize_section), ("side-by-side", side_by_side_section),
+                          ("transform", transform_section), ("attention", attention_section),
+                          ("sharing", sharing_section)):
         text += [section(result) for _, result in machine.of(kind)]
     notes = machine.path / "notes.md"
     if notes.exists():

@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"ours {medians['ours']:.1f} s, llm-compressor {medians['llm-compressor']:.1f} s, "
           f"{ratio:.1f} times as long")
     common.write_result({"what": "quantize side by side", "environment": environment,
-                         "model": checkpoint.name, "tokens": int(windows.size), "rows": rows,
-                         "peer": peer["version"], "ratio": ratio},
+                         "model": checkpoint.name, "tokens": int(windows.size),
+                         "threads": threads, "rows": rows, "peer": peer["version"],
+                         "ratio": ratio},
                         arguments.json, arguments.keep and "quantize-side-by-side")
 
 

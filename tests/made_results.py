@@ -100,3 +100,14 @@ def made_attention():
     row = {"model": "LLaMA-3-8B", "kv_bits": 8, "batch": 16, "context": 2048, "speedup": 2.75,
            "microseconds_per_token": 250.0, "without_context": 12.5, "gb_per_second": 14.5}
     return {"what": "attention", "environment": ENVIRONMENT, "rows": [row]}
+
+
+def made_side_by_side():
+    return {"what": "quantize side by side", "environment": ENVIRONMENT, "model": "small",
+            "tokens": 1024, "threads": 2, "ratio": 4.25, "peer": "llm-compressor 1",
+            "rows": {"ours": [10.5, 20.5, 30.5], "llm-compressor": [81.5, 87.1, 95.5]}}
+
+
+def made_sharing():
+    return {"environment": ENVIRONMENT, "model": "small", "processes": 2, "alone": 125.0,
+            "together": 118.0, "sum_over_alone": 0.94, "cpu_time": 1.06, "rows": []}

@@ -36,8 +36,8 @@ def test_bench_sharing_puts_two_processes_beside_one(packed, tmp_path, capsys):
     path = tmp_path / "sharing.json"
     bench_sharing.main([str(packed), "--tokens", "16", "--rounds", "2", "--json", str(path)])
     found = json.loads(path.read_text())
-    assert len(found["rounds"]) == 2
-    assert all(len(r["together"]) == 2 and r["alone"]["cpu_seconds"] > 0 for r in found["rounds"])
+    assert len(found["rows"]) == 2
+    assert all(len(r["together"]) == 2 and r["alone"]["cpu_seconds"] > 0 for r in found["rows"])
     assert found["sum_over_alone"] == found["together"] / found["alone"]
     assert f"sum over alone {found['sum_over_alone']:.2f}" in capsys.readouterr().out
 

@@ -10,6 +10,8 @@ from made_results import (
     made_ladder,
     made_peers,
     made_quantize,
+    made_sharing,
+    made_side_by_side,
     made_transform,
     run,
 )
@@ -27,7 +29,9 @@ def results(tmp_path):
                         ("2025-01-02-end-to-end", made_end_to_end()),
                         ("2025-01-02-quantize", made_quantize()),
                         ("2025-01-02-transform", made_transform()),
-                        ("2025-01-02-attention", made_attention())):
+                        ("2025-01-02-attention", made_attention()),
+                        ("2025-01-02-quantize-side-by-side", made_side_by_side()),
+                        ("2025-01-02-sharing", made_sharing())):
         (folder / f"{name}.json").write_text(json.dumps(value))
     (folder / "notes.md").write_text("The profile says why.\n")
     summary = tmp_path / "summary.md"
@@ -59,6 +63,9 @@ def test_page_holds_the_figures_of_the_newest_files(results):
     assert "| mse | clip search | 1.12 |" in page
     assert "| 4096 | 64 x 64 | 1.50 | 12.2 | 20.5 | 333 | 97.0 | 14% |" in page
     assert "| LLaMA-3-8B | 16 | 2048 | 8 | 250 | 12.5 | 14.5 | 2.75x |" in page
+    assert "| ours | 20.5 | 10.5 - 30.5 |" in page
+    assert "| llm-compressor | 87.1 | 81.5 - 95.5 |" in page
+    assert "| 125 | 118 | 0.94x | 1.06x |" in page
     assert "The profile says why." in page
 
 
@@ -76,6 +83,7 @@ def test_page_says_which_aims_are_met(results):
         "our W4A4, decode, batch 64, over the fastest 16-bit | >= 2.30x | 2.30x | met |",
         "our W4A4, decode, batch 64, over the fastest int4 | >= 1.00x | 0.92x | not met |",
         "our W4A8, decode, batch 64, over the fastest int4 | >= 1.00x | 1.20x | met |",
+        "the whole of GPTQ over llm-compressor's | >= 5.00x | 4.25x | not met |",
     ):
         assert line in page, line
     assert "our W4A16, decode" not in page
