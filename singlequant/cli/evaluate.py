@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .shared import (
     add_command,
@@ -16,6 +19,9 @@ from .shared import (
     opened_workers,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    from ..harness import PairedDifference, TaskScores
 
 
 def add(commands) -> None:
@@ -40,6 +46,11 @@ def add(commands) -> None:
                    help="also run the tasks on this model, and print the difference from it, "
                         "question by question, with its standard error")
     c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    c.add_argument("--output", type=Path, metavar="DIR",
+                   help="write lm-evaluation-harness's own results file there, as lm_eval's "
+                        "--output_path does")
+    c.add_argument("--log-samples", action="store_true", default=None,
+                   help="with --output: also the answer to each question, as lm_eval does")
     add_kv_bits(c)
     add_workers(c)
     add_dequantize(c)
@@ -61,23 +72,56 @@ def run(arguments: argparse.Namespace) -> None:
             print(json_text({"kv_bits": model.kv_bits, "perplexity": None,
                              "perplexity_reason": str(error)}))
         raise
-    tasks, original, paired = None, None, {}
-    if arguments.tasks is not None:
-        tasks, original, paired = score_named_tasks(model, arguments)
+    tasks = None if arguments.tasks is None else score_named_tasks(model, arguments)
     if arguments.json:
-        from ..harness import differences_json
-
         printed = {"kv_bits": model.kv_bits} | (result.to_json() if result else {})
-        printed |= {"tasks": tasks} if tasks else {}
-        if original is not None:
-            printed |= {"original": original, "paired": differences_json(paired)}
-        print(json_text(printed))
+        print(json_text(printed | (tasks.to_json() if tasks else {})))
         return
     print(f"kv_bits         {model.kv_bits}")
     if result:
         print_evaluation(result)
-    for task, metrics in (tasks or {}).items():
-        print_task(task, metrics, (original or {}).get(task, {}), paired.get(task, {}))
+    if tasks:
+        tasks.print()
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedTasks:
+    """The scores of --tasks, those of --against or None, and the paired differences."""
+
+    found: TaskScores
+    original: TaskScores | None
+    paired: Mapping[str, Mapping[str, PairedDifference]]
+
+    @property
+    def files(self) -> list[Path]:
+        """What was written."""
+        return [*self.found.files, *(self.original.files if self.original else ())]
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints of them."""
+        from ..harness import differences_json
+
+        printed: dict[str, Any] = {"tasks": with_seconds(self.found)}
+        if self.original is not None:
+            printed |= {"original": with_seconds(self.original),
+                        "paired": differences_json(self.paired)}
+        return printed | ({"files": [str(path) for path in self.files]} if self.files else {})
+
+    def print(self) -> None:
+        """A line per metric, one for the seconds of a task, and the files."""
+        others = self.original.metrics if self.original else {}
+        for task, metrics in self.found.metrics.items():
+            print_task(task, metrics, others.get(task, {}), self.paired.get(task, {}))
+            if task in self.found.seconds:
+                print(f"{task:<24} {'seconds':<16} {self.found.seconds[task]:.1f}")
+        for path in self.files:
+            print(f"wrote           {path}")
+
+
+def with_seconds(scores: TaskScores) -> dict[str, dict[str, float]]:
+    """Metrics by task, the seconds that a task's requests took among them."""
+    return {task: {**metrics, **({"seconds": scores.seconds[task]} if task in scores.seconds
+                                 else {})} for task, metrics in scores.metrics.items()}
 
 
 def print_task(task: str, metrics, original, paired) -> None:
@@ -110,7 +154,9 @@ def check_eval(arguments: argparse.Namespace) -> None:
              "--executor": ("--text", arguments.executor, arguments.text),
              "--task-folder": ("--tasks", arguments.task_folder, arguments.tasks),
              "--against": ("--tasks", arguments.against, arguments.tasks),
-             "--limit": ("--tasks", arguments.limit, arguments.tasks)}
+             "--limit": ("--tasks", arguments.limit, arguments.tasks),
+             "--output": ("--tasks", arguments.output, arguments.tasks),
+             "--log-samples": ("--output", arguments.log_samples, arguments.output)}
     for option, (needed, given, there) in needs.items():
         if given is not None and there is None:
             raise ValueError(f"{option}: needs {needed}")
@@ -154,18 +200,19 @@ def print_evaluation(result) -> None:
         print(f"top1_agreement  {result.top1_agreement:.4f}")
 
 
-def score_named_tasks(model, arguments: argparse.Namespace):
-    """(metrics of --tasks, those of --against or None, the paired differences), by task."""
+def score_named_tasks(model, arguments: argparse.Namespace) -> NamedTasks:
+    """--tasks run on the model, and on --against."""
     from .. import harness
     from ..runtime.open import load
 
-    how = (names(arguments.tasks), arguments.task_folder, arguments.limit, sys.stderr.isatty())
+    how = (names(arguments.tasks), arguments.task_folder, arguments.limit, sys.stderr.isatty(),
+           arguments.output, bool(arguments.log_samples))
     if arguments.against is None:
-        return harness.evaluate_tasks(model, *how), None, {}
+        return NamedTasks(harness.score_tasks(model, *how), None, {})
     original = load(arguments.against, dequantize=arguments.dequantize)
     found, expected = (harness.score_tasks(scored, *how) for scored in (model, original))
-    paired = harness.paired_differences(found.answers, expected.answers)
-    return found.metrics, expected.metrics, paired
+    return NamedTasks(found, expected,
+                      harness.paired_differences(found.answers, expected.answers))
 
 
 def stderr_name(metric: str) -> str:

@@ -7,13 +7,16 @@ import bisect
 import functools
 import json
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.chat import ChatTemplateError, reads_roles, render_chat
 from ..checkpoint.special_tokens import special_tokens
+from ..info import runtime_info
 from ..progress import new_bar
 from ..runtime.model import Model
 from ..runtime.open import load
@@ -34,6 +37,7 @@ class Adapter:
     model_args="path=DIR". max_length: tokens of the longest input (default: the model's maximum).
     Batches are made by tokens: batch_size is accepted and has no effect. progress shows bars.
     chat_template_args and enable_thinking go to the chat template, as with the harness's own hf.
+    `seconds` counts by task how long its requests took.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Adapter:
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length: expected 1 to {limit}, got {max_length}")
         self.progress = progress
+        self.seconds: dict[str | None, float] = defaultdict(float)
         self.chat_template_args = dict(chat_template_args or {})
         if enable_thinking is not None:
             self.chat_template_args["enable_thinking"] = enable_thinking
@@ -123,11 +128,34 @@ class Adapter:
             logger.warning("the chat template refused the messages: without the system's now")
             return render_chat(checkpoint, others, **variables)
 
+    def get_model_info(self) -> dict[str, Any]:
+        """What a results file of the harness says of the model in its `config`."""
+        checkpoint, spec = self.model.checkpoint, self.model.spec
+        config = checkpoint.quant_config
+        return {"model_num_parameters": sum(prod(shape) for _, shape in spec.tensors()),
+                "model_dtype": checkpoint.dtype if config is None else config.scheme,
+                "kv_bits": self.model.kv_bits, "task_seconds": dict(self.seconds),
+                "singlequant": runtime_info()}
+
+    def _by_task(self, requests: list, answered: Callable[[list], list]) -> list:
+        """The answers to requests, a task after the other: so the seconds of each are known."""
+        tasks, answers = defaultdict(list), [None] * len(requests)
+        for index, request in enumerate(requests):
+            tasks[getattr(request, "task_name", None)].append(index)
+        for task, indices in tasks.items():
+            begin = time.perf_counter()
+            found = answered([requests[index] for index in indices])
+            self.seconds[task] += time.perf_counter() - begin
+            for index, answer in zip(indices, found, strict=True):
+                answers[index] = answer
+        return answers
+
     def loglikelihood(
         self, requests: list, disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, greedy) of each request's (context, continuation)."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)
+        whole, hidden = super().loglikelihood, disable_tqdm or not self.progress
+        return self._by_task(requests, lambda some: whole(some, disable_tqdm=hidden))
 
     def _loglikelihood_tokens(
         self,
@@ -151,6 +179,9 @@ class Adapter:
         Texts beyond max_length go in the harness's windows, each token predicted once. No special
         token is predicted.
         """
+        return self._by_task(requests, lambda some: self._rolling(some, disable_tqdm))
+
+    def _rolling(self, requests: list, disable_tqdm: bool) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows, owners = [], []
@@ -174,6 +205,9 @@ class Adapter:
         Options: until, max_gen_toks, do_sample, temperature, top_k, top_p. A context that leaves
         no room for max_gen_toks loses its first tokens.
         """
+        return self._by_task(requests, lambda some: self._generate_until(some, disable_tqdm))
+
+    def _generate_until(self, requests: list, disable_tqdm: bool) -> list[str]:
         arguments = [request.args for request in requests]
         alike = defaultdict(list)
         for index, (_, options) in enumerate(arguments):

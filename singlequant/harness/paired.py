@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Metrics as `evaluate_tasks` gives them, and the answers behind them, by task."""
+    """Metrics as `evaluate_tasks` gives them, and the answers behind them, by task.
+
+    seconds: that a task's requests took, without the reading of its documents. files: written.
+    """
 
     metrics: Mapping[str, Mapping[str, float]]
     answers: Mapping[str, Answers]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    files: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from ..runtime.model import Model
 from .adapter import model_class, require_lm_eval
 from .paired import TaskScores, answers_of, metric_name
+from .results import ResultsFolder
 from .tasks import bundled_tasks, defined_name, is_local, local_configs, write_view
 
 BOOTSTRAP_ITERATIONS = 1000  # for the few metrics without a closed-form standard error
@@ -28,16 +29,21 @@ def evaluate_tasks(
     task_folder: str | Path | None = None,
     limit: int | None = None,
     progress: bool = False,
+    output: str | Path | None = None,
+    log_samples: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Zero-shot metrics of lm-evaluation-harness: task -> metric -> value.
 
     A metric's standard error is the metric `NAME_stderr`. Tasks are, in this order, those of the
     YAML files under task_folder, the package's own (`stdlib_continuation`, `stdlib_perplexity`)
     and the harness's. Local tasks touch neither the network nor the user's caches; data_files are
-    relative to the YAML file that names them. limit: documents per task. ValueError for an
-    unknown task, ImportError without lm_eval.
+    relative to the YAML file that names them. limit: documents per task. output: also write the
+    harness's own results file there, as its --output_path does, and with log_samples the answer to
+    each question, as --log_samples does. ValueError for an unknown task, ImportError without
+    lm_eval.
     """
-    return _run(model, tasks, task_folder, limit, progress, by_question=False).metrics
+    folder = None if output is None else ResultsFolder(output, log_samples)
+    return _run(model, tasks, task_folder, limit, progress, folder, by_question=log_samples).metrics
 
 
 def score_tasks(
@@ -46,28 +52,41 @@ def score_tasks(
     task_folder: str | Path | None = None,
     limit: int | None = None,
     progress: bool = False,
+    output: str | Path | None = None,
+    log_samples: bool = False,
 ) -> TaskScores:
     """`evaluate_tasks`, and what the model scored on each question, for `paired_differences`."""
-    return _run(model, tasks, task_folder, limit, progress, by_question=True)
+    folder = None if output is None else ResultsFolder(output, log_samples)
+    return _run(model, tasks, task_folder, limit, progress, folder, by_question=True)
 
 
 def _run(
     model: Model, tasks: Sequence[str], task_folder: str | Path | None, limit: int | None,
-    progress: bool, by_question: bool,
+    progress: bool, folder: ResultsFolder | None, by_question: bool,
 ) -> TaskScores:
-    require_lm_eval()
-    tasks = list(tasks)
-    if not tasks:
-        raise ValueError("tasks: expected at least one, got none")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1, got {limit}")
+    with found_tasks(tasks, task_folder, progress) as manager:
+        return _scores(model, list(tasks), manager, limit, progress, folder, by_question)
+
+
+@contextlib.contextmanager
+def found_tasks(
+    tasks: Sequence[str], task_folder: str | Path | None = None, progress: bool = False
+) -> Iterator[Any]:
+    """lm_eval's TaskManager of the tasks that `evaluate_tasks` names, while the harness is quiet.
+
+    ValueError for a task that there is not, ImportError without lm_eval.
+    """
+    require_lm_eval()
+    if not tasks:
+        raise ValueError("tasks: expected at least one, got none")
     if task_folder is not None and not Path(task_folder).is_dir():
         raise ValueError(f"task_folder: expected a folder, got {task_folder}")
     folders = [bundled_tasks()] + ([] if task_folder is None else [Path(task_folder)])
     configs = local_configs(folders)
     with tempfile.TemporaryDirectory(prefix="singlequant-tasks-") as work, _quiet(progress):
-        manager = _task_manager(tasks, configs, Path(work))
-        return _scores(model, tasks, manager, limit, progress, by_question)
+        yield _task_manager(list(tasks), configs, Path(work))
 
 
 def _task_manager(tasks: list[str], configs: dict[Path, dict[str, Any]], work: Path) -> Any:
@@ -88,18 +107,21 @@ def _task_manager(tasks: list[str], configs: dict[Path, dict[str, Any]], work: P
 
 def _scores(
     model: Model, tasks: list[str], manager: Any, limit: int | None, progress: bool,
-    by_question: bool,
+    folder: ResultsFolder | None, by_question: bool,
 ) -> TaskScores:
     import lm_eval
 
+    tracker = folder.begin() if folder else None
+    adapter = model_class()(model, progress=progress)
     results = lm_eval.simple_evaluate(
-        model=model_class()(model, progress=progress), tasks=tasks, task_manager=manager,
-        limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=by_question,
+        model=adapter, tasks=tasks, task_manager=manager, limit=limit,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=by_question,
     )
     metrics = {task: _numbers(values) for task, values in results["results"].items()}
     samples = results["samples"] if by_question else {}
-    return TaskScores(metrics, {task: answers_of(found, metrics.get(task, {}))
-                                for task, found in samples.items()})
+    answers = {task: answers_of(found, metrics.get(task, {})) for task, found in samples.items()}
+    files = folder.save(tracker, results, str(model.checkpoint.path)) if folder else []
+    return TaskScores(metrics, answers, dict(adapter.seconds), files)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
