@@ -169,10 +169,10 @@ def test_rotated_family_computes_the_same_or_is_refused(golden, tmp_path):
     out, tokens = tmp_path / "rotated", np.load(golden / "tokens.npy")[None]
     if golden.name not in zoo.COMMUTING:
         with pytest.raises(ValueError, match="expected RMSNorms in front"):
-            sq.export(golden, "rotated-hf", out)
+            sq.export(golden, "rotated-hf", out, fuse="rotation")
         assert not list(tmp_path.glob("rotated*"))
         return
-    sq.export(golden, "rotated-hf", out, dtype="float32")
+    sq.export(golden, "rotated-hf", out, dtype="float32", fuse="rotation")
     np.testing.assert_allclose(logits(out, tokens), logits(golden, tokens), atol=TOLERANCE, rtol=0)
     found, spec = load_checkpoint(out), load_checkpoint(golden).spec
     assert {name for name, _ in found.spec.tensors()} == (
@@ -187,7 +187,8 @@ def test_packed_folder_is_rotated_once(method, model, tmp_path):
     config = sq.QuantConfig("w4a16", method, "rtn", bits=4, calibration_tokens=128, **WHOLE_TABLES)
     packed = quantized(model, tmp_path / "packed", config)
     plain = sq.export(packed, "hf", tmp_path / "plain", dtype="float32")
-    rotated = sq.export(packed, "rotated-hf", tmp_path / "rotated", dtype="float32")
+    rotated = sq.export(packed, "rotated-hf", tmp_path / "rotated", dtype="float32",
+                        fuse="rotation")
     tokens = zoo.random_tokens(40)[None]
     np.testing.assert_allclose(logits(rotated, tokens), logits(packed, tokens), atol=TOLERANCE,
                                rtol=0)
@@ -198,8 +199,9 @@ def test_packed_folder_is_rotated_once(method, model, tmp_path):
 
 def test_seed_gives_the_rotation(model, tmp_path):
     seeds = {"a": 0, "b": 0, "c": 1}
-    found = {name: load_checkpoint(sq.export(model, "rotated-hf", tmp_path / name, seed=seed))
-             .fingerprint for name, seed in seeds.items()}
+    found = {name: load_checkpoint(sq.export(model, "rotated-hf", tmp_path / name, seed=seed,
+                                             fuse="rotation")).fingerprint
+             for name, seed in seeds.items()}
     assert found["a"] == found["b"] != found["c"]
 
 

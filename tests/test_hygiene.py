@@ -61,6 +61,7 @@ CALLS = {
     "block_energy": (f64(3, 4, 4), f64(3, 4, 4)),
     "block_gram": (f32(5, 12), 4, f64(3, 4, 4)),
     "column_moments": (f32(9, 70).astype(np.float16),),
+    "block_peaks": (f32(9, 64), f32(64), 32),
     "duquant_blocks": (f32(5, 12), _C.duquant_steps(4, 3, 0)),
     "zigzag": (f64(12), 4),
     "axis_gram": (f32(5, 12), 3, 4),
@@ -346,6 +347,7 @@ LONG_CALLS = {
     "principal_directions": lambda: _C.principal_directions(SQUARE @ SQUARE.T),
     "chain_from_matrix": lambda: _C.chain_from_matrix(ORTHOGONAL),
     "column_moments": lambda: _C.column_moments(TALL),
+    "block_peaks": lambda: _C.block_peaks(TALL, TALL[0], 32),
     "quantize_weight": lambda: _C.quantize_weight(BIG, 0, True, FLAT_TURN),
 }
 

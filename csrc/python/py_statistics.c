@@ -129,6 +129,55 @@ done:
 }
 
 PyDoc_STRVAR(
+    block_peaks_doc,
+    "block_peaks(weight, scale, block)\n--\n\n"
+    "Sums [k] float64 over the rows of weight [n, k], its columns multiplied by scale [k]: of "
+    "each\n"
+    "block of inputs, the square of the row's largest magnitude, by the input that has it.\n"
+    "ValueError for NaN or Inf, and where block does not divide k.");
+
+static PyObject *
+block_peaks(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"weight", "scale", "block", NULL};
+    PyObject *weight, *factors;
+    PyArrayObject *w = NULL, *scale = NULL, *peaks = NULL;
+    long long block;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL:block_peaks", names, &weight, &factors,
+                                     &block)) {
+        return NULL;
+    }
+    w = sq_py_array(weight, NPY_FLOAT32, 2, "weight");
+    scale = w ? sq_py_array(factors, NPY_FLOAT32, 1, "scale") : NULL;
+    if (!scale || sq_py_check_dim(scale, 0, PyArray_DIM(w, 1), "scale")) {
+        goto done;
+    }
+    npy_intp k = PyArray_DIM(w, 1);
+    if (block < 1 || k < 1 || k % block) {
+        PyErr_Format(PyExc_ValueError, "block: expected a divisor of k = %lld, got %lld",
+                     (long long)k, block);
+        goto done;
+    }
+    peaks = sq_py_empty(1, &k, NPY_FLOAT64);
+    if (!peaks) {
+        goto done;
+    }
+    sq_status status;
+    SQ_BEGIN_NOGIL(PyArray_SIZE(w));
+    status = sq_block_peaks(PyArray_DATA(w), PyArray_DIM(w, 0), k, PyArray_DATA(scale), block,
+                            PyArray_DATA(peaks));
+    SQ_END_NOGIL;
+    if (status != SQ_OK) {
+        sq_py_raise(module, status, "weight or scale");
+        Py_CLEAR(peaks);
+    }
+done:
+    Py_XDECREF(w);
+    Py_XDECREF(scale);
+    return (PyObject *)peaks;
+}
+
+PyDoc_STRVAR(
     axis_gram_doc,
     "axis_gram(x, k1, k2)\n--\n\n"
     "The Gram matrix [k1, k1] float64 of the first axis: the sum over the rows of x [m, k1 * k2]\n"
@@ -260,6 +309,6 @@ done:
 }
 
 PyMethodDef sq_py_statistics_methods[] = {
-    SQ_METHOD(axis_gram),        SQ_METHOD(column_moments), SQ_METHOD(statistics_update),
-    SQ_METHOD(statistics_merge), {NULL, NULL, 0, NULL},
+    SQ_METHOD(axis_gram),         SQ_METHOD(block_peaks),      SQ_METHOD(column_moments),
+    SQ_METHOD(statistics_update), SQ_METHOD(statistics_merge), {NULL, NULL, 0, NULL},
 };

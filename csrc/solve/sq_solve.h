@@ -36,6 +36,13 @@ sq_status
 sq_column_moments(sq_dtype dtype, const void *w, int64_t n, int64_t k, double *max_abs /* [k] */,
                   double *sum2 /* [k] */);
 
+/* peaks [k] <- of each block of `block` inputs of w [n][k] in float32, columns multiplied by
+ * scale [k]: the sum of (largest magnitude)^2 over the rows, by the input that has it, the first of
+ * equal ones. float64 chains over the rows. NaN or Inf: SQ_ERR_NONFINITE. Parallel over blocks. */
+sq_status
+sq_block_peaks(const float *w, int64_t n, int64_t k, const float *scale, int64_t block,
+               double *peaks);
+
 /* ---- Givens rotations ------------------------------------------------------------------- */
 
 /* theta = pi/4 - atan2(b, a), which makes both entries sqrt((a^2 + b^2) / 2). */

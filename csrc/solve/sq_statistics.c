@@ -314,3 +314,55 @@ sq_column_moments(sq_dtype dtype, const void *w, int64_t n, int64_t k, double *m
     sq_parallel_for(sq_ceil_div(k, COLUMN_CHUNK), 1, column_chunks, &job);
     return atomic_load(&job.nonfinite) ? SQ_ERR_NONFINITE : SQ_OK;
 }
+
+struct peaks_job {
+    const float *w, *scale;
+    int64_t n, k, block;
+    double *peaks;
+};
+
+static void
+peak_blocks(void *context, int64_t begin, int64_t end, int thread)
+{
+    struct peaks_job *job = context;
+    (void)thread;
+    for (int64_t b = begin; b < end; b++) {
+        const int64_t first = b * job->block;
+        const float *scale = job->scale + first;
+        double *peaks = job->peaks + first;
+        memset(peaks, 0, (size_t)job->block * sizeof *peaks);
+        for (int64_t row = 0; row < job->n; row++) {
+            const float *x = job->w + row * job->k + first;
+            int64_t at = 0;
+            double peak = fabs((double)x[0] * scale[0]);
+            for (int64_t c = 1; c < job->block; c++) {
+                const double v = fabs((double)x[c] * scale[c]);
+                at = v > peak ? c : at;
+                peak = v > peak ? v : peak;
+            }
+            peaks[at] += peak * peak;
+        }
+    }
+}
+
+sq_status
+sq_block_peaks(const float *w, int64_t n, int64_t k, const float *scale, int64_t block,
+               double *peaks)
+{
+    int64_t count;
+    if (!w || !scale || !peaks) {
+        return SQ_ERR_NULL;
+    }
+    if (n < 0 || k < 1 || block < 1 || k % block) {
+        return SQ_ERR_SHAPE;
+    }
+    if (!sq_product(n, k, &count)) {
+        return SQ_ERR_RANGE;
+    }
+    if (!sq_all_finite(w, count) || !sq_all_finite(scale, k)) {
+        return SQ_ERR_NONFINITE;
+    }
+    struct peaks_job job = {.w = w, .scale = scale, .n = n, .k = k, .block = block, .peaks = peaks};
+    sq_parallel_for(k / block, 1, peak_blocks, &job);
+    return SQ_OK;
+}

@@ -201,6 +201,18 @@ def column_moments(weight):
     return np.abs(weight).max(axis=0, initial=0.0), (weight**2).sum(axis=0)
 
 
+def block_peaks(weight, scale, block):
+    """Of each block of inputs, the rows' squared peaks by the input that has them."""
+    scaled = np.abs(np.asarray(weight, np.float64) * np.asarray(scale, np.float64))
+    n, k = scaled.shape
+    blocks = scaled.reshape(n, k // block, block)
+    at = blocks.argmax(axis=2)
+    peaks = np.zeros((k // block, block))
+    for row in range(n):
+        peaks[np.arange(k // block), at[row]] += blocks[row].max(axis=1) ** 2
+    return peaks.reshape(k)
+
+
 def random_word(seed, i):
     """splitmix64 of a counter, vectorised over either argument."""
     with np.errstate(over="ignore"):

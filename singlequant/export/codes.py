@@ -55,8 +55,8 @@ def require_own_inputs(checkpoint: Checkpoint, to: str) -> None:
         raise ValueError(
             f"{checkpoint.path}: {to}: expected codes of weights that read their inputs as they "
             f"are, found a rotation that runs beside them ({rotated[0]}): quantize with --method "
-            f"{' or '.join(plain)} (of a folder that --to rotated-hf made, for a rotation inside "
-            f"the weights), or choose --to hf or gguf, which turn weights back")
+            f"{' or '.join(plain)} (of a folder that --to rotated-hf --fuse rotation made, for a "
+            f"rotation inside the weights), or choose --to hf or gguf, which turn weights back")
 
 
 def require_scheme(checkpoint: Checkpoint, to: str, *schemes: str) -> None:

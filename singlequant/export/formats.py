@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")  # of the weights; the first is the default
+FUSES = ("balance", "rotation")  # what `rotated` formats have in their weights, likewise
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Format:
     name: str
     summary: str  # one line of the formats table
     module: str  # "singlequant.export.hf"
-    rotated: bool = False  # whether residual stream and value heads are rotated in the weights
+    rotated: bool = False  # whether balances or rotations (FUSES) are put into the weights
     packed: bool = False  # whether it takes a packed checkpoint as it is, and keeps its codes
     activations: bool = False  # whether it says how activations are quantized
     function: str = "write"
@@ -37,9 +38,9 @@ FORMATS: dict[str, Format] = {
     for row in (
         Format("hf", "a `save_pretrained` folder of 16- or 32-bit weights, with no rotation that "
                "runs beside them", "singlequant.export.hf"),
-        Format("rotated-hf", "hf, with residual stream and value heads rotated inside the weights "
-               "and norms folded: input for other quantizers", "singlequant.export.hf",
-               rotated=True),
+        Format("rotated-hf", "hf, with balances of all sites, or rotations of residual stream and "
+               "value heads, inside the weights: input for other quantizers",
+               "singlequant.export.hf", rotated=True),
         Format("gguf", "a GGUF file of 16- or 32-bit weights, for llama.cpp",
                "singlequant.export.gguf"),
         Format("gguf-blocks", "a GGUF file of the packed codes, in llama.cpp's blocks Q4_0, Q5_0 "
@@ -63,6 +64,12 @@ def find_format(name: Any) -> Format:
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, found {name!r}")
     return FORMATS[name]
+
+
+def check_fuse(name: Any) -> None:
+    """ValueError unless `rotated` formats know it."""
+    if name not in FUSES:
+        raise ValueError(f"fuse: expected one of {', '.join(FUSES)}, found {name!r}")
 
 
 def check_dtype(name: Any) -> None:

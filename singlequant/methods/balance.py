@@ -6,9 +6,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _C
 from ..statistics import SiteStatistics
 
 BALANCE_LOG_MAX = 12.0  # a balance stays within e^12 of its geometric mean: float32 has room
+
+BLOCK = 32  # inputs of a block of `block_balance`: those of llama.cpp's 4-bit formats
+BLOCK_STEPS = 30
+BLOCK_RATE, BLOCK_DECAY = 0.15, 0.95  # of the first step, and of each step from the one before
+SHARE_LEAST = 1e-3  # added to shares, so that an input without any moves by steps that end
 
 
 def rms_balance(s: SiteStatistics) -> NDArray[np.float64]:
@@ -26,6 +32,44 @@ def peak_balance(s: SiteStatistics, alpha: float) -> NDArray[np.float64]:
     peaks = (np.maximum(np.abs(s.min), np.abs(s.max)), s.weight_max)
     x, w = (_shared(a, s.shared, np.max) for a in peaks)
     return _unit_mean(x, w, alpha, 1 - alpha)
+
+
+def block_balance(s: SiteStatistics) -> NDArray[np.float64] | None:
+    """[k] for weights that are rounded by blocks of BLOCK inputs with a scale of the block's peak.
+
+    A row's scale in a block is proportional to its peak, and each of the block's weights has an
+    error of that size. Over the rows n and the inputs c of a block the error of the outputs is then
+
+        (sum over n of max_c (W_nc s_c)^2) (sum over c of E x_c^2 / s_c^2)
+
+    for a balance s. Where it is least, each input has the same share in both sums: of the first it
+    has the rows whose peak it is. Steps move s towards that; of all of them the best one is taken.
+    Each block has geometric mean 1. None where blocks do not divide the inputs.
+    """
+    k = s.k1 * s.k2
+    if k % BLOCK:
+        return None
+    x2 = s.sum2 / max(s.count, 1)
+    log = found = np.zeros(k)
+    least, rate = np.inf, BLOCK_RATE
+    for _ in range(BLOCK_STEPS):
+        scale = np.exp(log).astype(np.float32)
+        peaks = _C.block_peaks(s.weights, scale, BLOCK).reshape(-1, BLOCK)
+        noise = (x2 / np.square(scale, dtype=np.float64)).reshape(-1, BLOCK)
+        error = float(peaks.sum(axis=1) @ noise.sum(axis=1))
+        if error < least:
+            least, found = error, log
+        move = np.log((_shares(noise) + SHARE_LEAST) / (_shares(peaks) + SHARE_LEAST))
+        move -= move.mean(axis=1, keepdims=True)
+        log = _shared(log + rate * move.reshape(-1), s.shared, np.mean)
+        rate *= BLOCK_DECAY
+    return np.exp(found)
+
+
+def _shares(parts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows over their sums; those of zeros in equal shares."""
+    sums = parts.sum(axis=1, keepdims=True)
+    return np.divide(parts, sums, out=np.full_like(parts, 1 / parts.shape[1]), where=sums > 0)
 
 
 def _shared(values: NDArray[np.float64], shared: tuple[int, int, int], by) -> NDArray[np.float64]:

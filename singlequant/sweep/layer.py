@@ -17,6 +17,7 @@ from ..rows import ROWS_PER_BLOCK, require_finite
 from ..statistics import SiteStatistics
 from ..weights import (
     WEIGHT_BITS,
+    LayerWeights,
     Linear,
     Norm,
     PackedLinear,
@@ -295,6 +296,28 @@ def quantize_layer(
         require_finite(array, name)
     return QuantizedLayer(index, packed, dense, used, int8_inputs=int8,
                           kv_largest=_kv_largest(rotations, scales.get("v"), blocks.get("v")))
+
+
+def folded_layer(checkpoint, rotations: LayerRotations) -> LayerWeights:
+    """One layer with the balances of its sites folded in, in float32 where they change it.
+
+    rotations: balances alone; what they would rotate at inference is left out.
+    """
+    index = rotations.layer
+    spec, weights = checkpoint.spec.layer(index), checkpoint.layer(index)
+    scales = producer_scales(spec, rotations)
+    norms = {place: _scaled_norm(norm, spec.norms[place].offset, scales.get(place))
+             for place, norm in weights.norms.items()}
+    linears = {}
+    for site in spec.sites.values():
+        for role in site.roles:
+            linear, rows = weights.linears[role], scales.get(role)
+            bias = linear.bias
+            if bias is not None and rows is not None:
+                bias = _C.to_float32(bias) * rows
+            weight = _ignored_weight(linear, rotations.sites.get(site.name), rows)
+            linears[role] = Linear(linear.name, weight, bias)
+    return LayerWeights(index, norms, linears, dense=weights.dense)
 
 
 def _kv_largest(
