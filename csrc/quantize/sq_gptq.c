@@ -9,25 +9,14 @@
  * (QuIP, arXiv 2307.13304, theorem 6: GPTQ is LDL feedback). Where a whole group of later columns
  * must be known as GPTQ would have them by then, they are W + T R_GG^-1, T = the sums above.
  *
- * LAPACK factors into lower times upper, so everything is kept in reverse order: row i of L is the
+ * A Cholesky factor is lower times upper, so everything is kept in reverse order: row i of L is the
  * i-th last column to be rounded, L L^T = P H P^T, and columns are rounded from k - 1 down. */
 #include "core/sq_internal.h"
 
 #include <math.h>
-#include <stdatomic.h>
 
-#include "core/sq_blas.h"
-#include "core/sq_scratch.h"
 #include "core/sq_threads.h"
-#include "kernels/sq_kernels.h"
-#include "quantize/sq_tiles.h"
-
-enum {
-    TILE = 256,
-    DEPTH = 512, /* columns of a panel of the factor */
-    SQUARE = 16,
-    LD_PANEL = DEPTH + SQUARE /* or rows would share cache sets */
-};
+#include "solve/sq_cholesky.h"
 
 /* ---- order ------------------------------------------------------------------------------ */
 
@@ -121,150 +110,7 @@ permute(float *gram, int64_t k, const int32_t *permutation)
 
 /* ---- factor ----------------------------------------------------------------------------- */
 
-struct factor_job {
-    const struct sq_kernels *kernels;
-    float *a;
-    int64_t k, pivot; /* first row of the square that was just factored */
-    /* The panel's tiles below it, and the same turned: rows as columns. */
-    float *panel;  /* [tiles][TILE][LD_PANEL] */
-    float *turned; /* [tiles][DEPTH][TILE] */
-    atomic_int no_memory;
-};
-
-/* Rows of the panel below the square: A_i,p <- A_i,p L_pp^-T, and copies. */
-static void
-solve_panel(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct factor_job *job = context;
-    const int64_t k = job->k, p = job->pivot;
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        const int64_t i = p + DEPTH + t * TILE, rows = sq_min_i64(TILE, k - i);
-        float *tile = job->a + i * k + p, *turned = job->turned + t * DEPTH * TILE;
-        sq_blas_trsm(1, rows, DEPTH, job->a + p * k + p, k, tile, k);
-        for (int64_t r0 = 0; r0 < rows; r0 += SQUARE) {
-            const int64_t r1 = sq_min_i64(rows, r0 + SQUARE);
-            for (int64_t c = 0; c < DEPTH; c++) {
-                for (int64_t r = r0; r < r1; r++) {
-                    turned[c * TILE + r] = tile[r * k + c];
-                }
-            }
-            for (int64_t r = r0; r < r1; r++) {
-                memcpy(job->panel + (t * TILE + r) * LD_PANEL, tile + r * k, DEPTH * sizeof *tile);
-            }
-        }
-    }
-}
-
-/* Tiles of the trailing lower triangle: A_i,j -= A_i,p A_j,p^T. */
-static void
-update_trailing(void *context, int64_t begin, int64_t end, int thread)
-{
-    struct factor_job *job = context;
-    const int64_t k = job->k, p = job->pivot;
-    (void)thread;
-    float *product = sq_thread_scratch(TILE * TILE * sizeof *product);
-    if (!product) {
-        atomic_store(&job->no_memory, 1);
-        return;
-    }
-    for (int64_t t = begin; t < end; t++) {
-        int64_t row, column;
-        sq_tile_place(t, &row, &column);
-        const int64_t i = p + DEPTH + row * TILE, j = p + DEPTH + column * TILE;
-        const int64_t ni = sq_min_i64(TILE, k - i), nj = sq_min_i64(TILE, k - j);
-        job->kernels->gemm_f32(ni, nj, DEPTH, job->panel + row * TILE * LD_PANEL, LD_PANEL,
-                               job->turned + column * DEPTH * TILE, TILE, product, TILE);
-        for (int64_t r = 0; r < ni; r++) {
-            float *to = job->a + (i + r) * k + j;
-            const float *from = product + r * TILE;
-            for (int64_t c = 0; c < (i == j ? r + 1 : nj); c++) {
-                to[c] -= from[c];
-            }
-        }
-    }
-}
-
-/* Lower triangle of a [k][k] <- its Cholesky factor, panel by panel, the trailing tiles updated
- * after each. The upper triangle stays. SQ_OK, also where the call is stopped, SQ_ERR_RANGE when a
- * is not positive definite, or SQ_ERR_NOMEM. */
-static sq_status
-cholesky(float *a, int64_t k)
-{
-    const int64_t tiles = sq_ceil_div(k, TILE);
-    struct factor_job job = {.kernels = sq_kernels_active(), .a = a, .k = k};
-    job.panel = sq_alloc((size_t)(tiles * TILE * LD_PANEL) * sizeof *job.panel);
-    job.turned = sq_alloc((size_t)(tiles * TILE * DEPTH) * sizeof *job.turned);
-    sq_status status = job.panel && job.turned ? SQ_OK : SQ_ERR_NOMEM;
-    for (; job.pivot < k && status == SQ_OK && !sq_stopped(); job.pivot += DEPTH) {
-        const int64_t size = sq_min_i64(DEPTH, k - job.pivot);
-        if (sq_blas_potrf(size, a + job.pivot * (k + 1), k)) {
-            status = SQ_ERR_RANGE;
-            break;
-        }
-        const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
-        sq_parallel_for(below, 1, solve_panel, &job);
-        sq_parallel_for(sq_tiles(below), 1, update_trailing, &job);
-        status = atomic_load(&job.no_memory) ? SQ_ERR_NOMEM : SQ_OK;
-    }
-    free(job.panel);
-    free(job.turned);
-    return status;
-}
-
-struct double_job {
-    double *a;
-    int64_t k, pivot;
-};
-
-static void
-solve_panel_double(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct double_job *job = context;
-    const int64_t k = job->k, p = job->pivot;
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        const int64_t i = p + (t + 1) * TILE;
-        sq_blas_trsm_double(sq_min_i64(TILE, k - i), TILE, job->a + p * k + p, job->a + i * k + p,
-                            k);
-    }
-}
-
-/* Tiles on the diagonal are updated whole: nothing reads what is above it. */
-static void
-update_trailing_double(void *context, int64_t begin, int64_t end, int thread)
-{
-    const struct double_job *job = context;
-    const int64_t k = job->k, p = job->pivot;
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t i, j;
-        sq_tile_place(t, &i, &j);
-        i = p + (i + 1) * TILE;
-        j = p + (j + 1) * TILE;
-        sq_blas_gemm_sub_double(sq_min_i64(TILE, k - i), sq_min_i64(TILE, k - j), TILE,
-                                job->a + i * k + p, job->a + j * k + p, job->a + i * k + j, k);
-    }
-}
-
-/* cholesky() of float64; the upper triangle is spoiled. */
-static int
-factor_double(double *a, int64_t k)
-{
-    struct double_job job = {a, k, 0};
-    for (; job.pivot < k && !sq_stopped(); job.pivot += TILE) {
-        const int64_t size = sq_min_i64(TILE, k - job.pivot);
-        if (sq_blas_potrf_double(size, a + job.pivot * (k + 1), k)) {
-            return 1;
-        }
-        const int64_t below = sq_ceil_div(k - job.pivot - size, TILE);
-        sq_parallel_for(below, 1, solve_panel_double, &job);
-        sq_parallel_for(sq_tiles(below), 1, update_trailing_double, &job);
-    }
-    return 0;
-}
-
-/* The same in float64, from the upper triangle that cholesky() left alone and the diagonal. */
+/* sq_cholesky() in float64, from the upper triangle, which that left alone, and the diagonal. */
 static sq_status
 cholesky_double(float *a, int64_t k, const float *diagonal)
 {
@@ -278,14 +124,14 @@ cholesky_double(float *a, int64_t k, const float *diagonal)
         }
         wide[i * k + i] = diagonal[i];
     }
-    const int failed = factor_double(wide, k);
-    for (int64_t i = 0; i < k && !failed && !sq_stopped(); i++) {
+    const sq_status status = sq_cholesky_double(wide, k);
+    for (int64_t i = 0; i < k && status == SQ_OK && !sq_stopped(); i++) {
         for (int64_t j = 0; j <= i; j++) {
             a[i * k + j] = (float)wide[i * k + j];
         }
     }
     free(wide);
-    return failed ? SQ_ERR_RANGE : SQ_OK;
+    return status;
 }
 
 /* Adds damping * mean to the diagonal and copies it out; where all of an input is zero, and nothing
@@ -327,7 +173,7 @@ factor_in_place(float *a, int64_t k, float damping)
     }
     sq_status status = damp(a, k, damping, diagonal);
     if (status == SQ_OK) {
-        status = cholesky(a, k);
+        status = sq_cholesky(a, k);
         status = status == SQ_ERR_RANGE ? cholesky_double(a, k, diagonal) : status;
     }
     free(diagonal);

@@ -5,10 +5,10 @@
 #include <math.h>
 #include <stdatomic.h>
 
-#include "core/sq_blas.h"
 #include "core/sq_threads.h"
 #include "kernels/sq_kernels.h"
 #include "quantize/sq_gptq_feedback.h"
+#include "solve/sq_cholesky.h"
 
 enum { BLOCK = SQ_GPTQ_BLOCK, LANES = SQ_GPTQ_LANES };
 
@@ -35,6 +35,7 @@ struct round_state {
     float *values;         /* [rows][k]: weights, and errors e where a column is rounded */
     float *sums;           /* [rows][BLOCK]: T of the block's columns */
     float *updated;        /* [rows][group]: a group's weights as they have become */
+    float *solved;         /* what sq_solve_rows() asks for */
     int8_t *scratch_codes; /* [rows][max(group, k if static)] */
     float *group_scales;   /* [rows] */
     struct sq_gptq_lanes *lanes;
@@ -63,8 +64,8 @@ sum_errors(const struct round_state *s, int64_t begin, int64_t end, float *sums,
         }
         return;
     }
-    sq_blas_gemm(0, 0, s->rows, width, k - end, 1.0f, s->values + end, k,
-                 s->job->factor + end * k + begin, k, 0.0f, sums, ld);
+    s->job->kernels->gemm_f32(s->rows, width, k - end, s->values + end, k,
+                              s->job->factor + end * k + begin, k, sums, ld);
 }
 
 /* Scales of the group of columns begin .. end - 1, none of which is rounded: of W + T L_GG^-1, in
@@ -83,7 +84,8 @@ scale_group(const struct round_state *s, int64_t begin, int64_t end, int64_t blo
     else { /* the group is longer than a block */
         sum_errors(s, begin, end, s->updated, g);
     }
-    sq_blas_trsm(0, s->rows, g, job->factor + begin * (k + 1), k, s->updated, g);
+    sq_solve_rows(job->kernels, job->factor + begin * (k + 1), k, g, s->updated, g, s->rows,
+                  s->solved);
     for (int64_t r = 0; r < s->rows; r++) {
         float *row = s->updated + r * g;
         const float *values = s->values + r * k + begin;
@@ -250,13 +252,15 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     struct round_state s = {.job = job, .first = begin, .rows = rows};
     s.values = sq_alloc((size_t)(rows * job->k) * sizeof(float));
     s.sums = sq_alloc((size_t)(rows * BLOCK) * sizeof(float));
+    s.solved = sq_alloc((size_t)SQ_SOLVE_SCRATCH(rows) * sizeof(float));
     s.updated = sq_alloc((size_t)(rows * job->q.group) * sizeof(float));
     s.scratch_codes = sq_alloc((size_t)(rows * length));
     s.group_scales = sq_alloc((size_t)rows * sizeof(float));
     s.lanes = sq_alloc(sizeof *s.lanes);
     const int errors = !job->feedback || sq_gptq_make_errors(job->k, rows, &s.errors);
     sq_status status = SQ_ERR_NOMEM;
-    if (errors && s.values && s.sums && s.updated && s.scratch_codes && s.group_scales && s.lanes) {
+    const int whole = s.values && s.sums && s.updated && s.solved && s.scratch_codes;
+    if (errors && whole && s.group_scales && s.lanes) {
         status = round_rows(&s);
     }
     if (status != SQ_OK) {
@@ -265,6 +269,7 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     free(s.values);
     free(s.sums);
     free(s.updated);
+    free(s.solved);
     free(s.scratch_codes);
     free(s.group_scales);
     free(s.lanes);

@@ -17,7 +17,7 @@
 #include "core/sq_threads.h"
 #include "kernels/sq_kernels.h"
 #include "quantize/sq_quantize.h"
-#include "quantize/sq_tiles.h"
+#include "core/sq_tiles.h"
 
 enum { TILE = 128, SQUARE = 16 };
 

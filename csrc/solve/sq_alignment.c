@@ -6,9 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/sq_blas.h"
 #include "core/sq_internal.h"
 #include "core/sq_threads.h"
+#include "kernels/sq_kernels.h"
+#include "solve/sq_cholesky.h"
 #include "solve/sq_solve.h"
 
 enum { GRAM_ROWS = 256 }; /* rows whose products are summed in float32 before they join */
@@ -33,23 +34,33 @@ gram_blocks(void *context, int64_t begin, int64_t end, int thread)
 {
     struct block_gram_job *job = context;
     const int64_t b = job->b;
+    const struct sq_kernels *kernels = sq_kernels_active();
+    float *turned = sq_alloc((size_t)(GRAM_ROWS * b) * sizeof *turned);
     float *products = sq_alloc((size_t)(b * b) * sizeof *products);
     (void)thread;
-    if (!products) {
+    if (!products || !turned) {
         atomic_store(&job->no_memory, 1);
+        free(turned);
+        free(products);
         return;
     }
     for (int64_t block = begin; block < end; block++) {
         double *gram = job->gram + block * b * b;
         for (int64_t row = 0; row < job->m && !sq_stopped(); row += GRAM_ROWS) {
             const float *x = job->x + row * job->k + block * b;
-            sq_blas_gemm(1, 0, b, b, sq_min_i64(GRAM_ROWS, job->m - row), 1.0f, x, job->k, x,
-                         job->k, 0.0f, products, b);
+            const int64_t rows = sq_min_i64(GRAM_ROWS, job->m - row);
+            for (int64_t r = 0; r < rows; r++) {
+                for (int64_t i = 0; i < b; i++) {
+                    turned[i * rows + r] = x[r * job->k + i];
+                }
+            }
+            kernels->gemm_f32(b, b, rows, turned, rows, x, job->k, products, b);
             for (int64_t i = 0; i < b * b; i++) {
                 gram[i] += (double)products[i];
             }
         }
     }
+    free(turned);
     free(products);
 }
 
@@ -193,9 +204,7 @@ align_block(const struct align_job *job, int64_t block, double *scratch)
     double *l = scratch, *s = l + size, *t = s + size, *v = t + size, *values = v + size;
     double *m = job->m + block * size, *m_inverse_t = job->m_inverse_t + block * size;
     damp(job->x_gram + block * size, b, job->damping, l);
-    if (sq_blas_potrf_double(b, l, b)) {
-        return SQ_ERR_RANGE;
-    }
+    SQ_TRY(sq_cholesky_double(l, b));
     for (int64_t i = 0; i < b; i++) {
         memset(l + i * b + i + 1, 0, (size_t)(b - 1 - i) * sizeof *l);
     }

@@ -104,7 +104,7 @@ sq_uniformity_sweep(double *columns, int64_t n, int64_t rows, int32_t *pairs, do
 
 /* gram [k / b][b][b] += the sum over the rows of x [m][k] of x_j^T x_j, x_j being block j of b
  * channels: in float32 over 256 rows, then in float64. NaN or Inf: SQ_ERR_NONFINITE. Parallel over
- * blocks; takes b^2 floats of memory per thread. */
+ * blocks; takes b^2 + 256 b floats of memory per thread. */
 sq_status
 sq_block_gram(const float *x, int64_t m, int64_t k, int64_t b, double *gram);
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from .. import _C, startup
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, ImportError, OverflowError) as error:
-        print(f"singlequant: {describe(error)}", file=sys.stderr)
+        print(f"singlequant: {describe(error, getattr(parsed, 'out', None))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     finally:
         _C.exit_when_lost(lost)
@@ -136,8 +137,12 @@ def show_warning(message: Warning | str, *_: object) -> None:
     print(f"singlequant: warning: {one_line(str(message))}", file=sys.stderr)
 
 
-def describe(error: BaseException) -> str:
-    """One line that names the thing."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return one_line(f"{error.filename}: {error.strerror}")
-    return reason(error)
+def describe(error: BaseException, out: Path | None = None) -> str:
+    """One line that names the thing. A file in OUT.partial is named from there on: who gave OUT
+    knows the folders before it, and the advice behind the name is not cut."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return reason(error)
+    line, partial = f"{error.filename}: {error.strerror}", f"{out}.partial"
+    if out is not None and line.startswith(f"{partial}/"):
+        line = line.replace(partial, f"{out.name}.partial")
+    return one_line(line)

@@ -89,7 +89,7 @@ def check_out(out: Path, model: Path) -> None:
     """ValueError unless out names a new folder outside of the model's."""
     if out.name in ("", ".."):
         raise ValueError(f"OUT: expected the name of a new folder, found {str(out)!r}")
-    inside = out.parent.resolve().is_relative_to(model.resolve())
+    inside = Path(os.path.realpath(out.parent)).is_relative_to(os.path.realpath(model))
     if inside and (model / CONFIG_FILE).is_file():  # not beside a GGUF file
         raise ValueError(f"OUT: expected a folder outside of {model}, found {out}")
 

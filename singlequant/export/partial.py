@@ -97,12 +97,17 @@ class PartialFolder:
 
     def require_sources(self, checkpoint: Checkpoint, layers: Iterable[str]) -> None:
         """ValueError that names the first of these layers whose source is not what was read."""
+        if part := self.changed_part(checkpoint, layers):
+            raise ValueError(f"{self.path}: cannot resume: {part}")
+
+    def changed_part(self, checkpoint: Checkpoint, layers: Iterable[str]) -> str:
+        """Which of these layers is the first whose source is not what was read, in words; or ""."""
         for key in layers:
             if self.layers[key].get("source_sha256") != content_digest(checkpoint, key):
                 part = "what is outside the layers" if key == OUTER else f"layer {key}"
-                raise ValueError(f"{self.path}: cannot resume: {part} of {checkpoint.path} changed "
-                                 f"since the interrupted run read it (run without resume to start "
-                                 f"again)")
+                return (f"{part} of {checkpoint.path} changed since the interrupted run read it "
+                        f"(run without resume to start again)")
+        return ""
 
     def empty(self) -> None:
         """Delete what runs that make OUT wrote here; the journal last, as it names the rest."""

@@ -94,14 +94,17 @@ class ModelWriter:
         replace: bool = False,
         provenance: Mapping[str, Any] | None = None,
         bits: Mapping[str, int] | None = None,
+        blas: bool = True,
     ) -> None:
         """resumable: False removes finished layers as well when an exception ends the run.
         replace: delete a finished folder of an earlier run that has the name OUT.
         provenance: JSON values that a resumed run must share, such as a hash of the text. bits:
-        of the weights by linear, likewise; those of absent linears are 4."""
+        of the weights by linear, likewise; those of absent linears are 4. blas: whether sums of a
+        BLAS library are in what is written; if not, recipe.json does not name it."""
         config = config.settled(checkpoint.spec.tied)
         self._out, self._checkpoint, self._config = Path(out), checkpoint, config
         self._resume, self._resumable, self._replace = resume, resumable, replace
+        self._blas = blas
         check_run(self._out, checkpoint, config)
         self._total = checkpoint.spec.layers + 1
         self._copies = copied_files(checkpoint.path)
@@ -147,12 +150,17 @@ class ModelWriter:
         """Take over the finished layers. ValueError if this run would make other ones."""
         recipe = self._partial / RECIPE_FILE
         found = unsealed(read_json(recipe, MAX_LISTING_BYTES))
-        _compare_recipes(recipe, found, self._recipe)
+        source = {"source_sha256": found.get("source_sha256")}
+        _compare_recipes(recipe, found, {**self._recipe, **source})
         finished = {i for i in range(self._checkpoint.spec.layers) if self._is_whole(str(i))}
         if finished:
             self._folder.require_kernels()
         written = [OUTER] if OUTER in self._folder.layers else []
         written += map(str, sorted(finished))
+        if source["source_sha256"] != self._recipe["source_sha256"]:
+            if part := self._folder.changed_part(self._checkpoint, written):
+                raise ValueError(f"{recipe}: cannot resume: source_sha256: {part}")
+            _compare_recipes(recipe, found, self._recipe)
         self._folder.require_sources(self._checkpoint, written)
         self._finished = finished
         self._folder.write_journal()  # files that this run writes beside
@@ -238,8 +246,9 @@ class ModelWriter:
         files = {self._shard(key).name: entry[SHARD] for key, entry in journal.items()}
         files |= files_facts(self._partial, [INDEX_FILE, CONFIG_FILE, CARD_FILE, *self._copies])
         sources = {key: entry["source_sha256"] for key, entry in journal.items()}
+        kernels = {key: name for key, name in kernel_names().items() if self._blas or key != "blas"}
         write_json(self._partial / RECIPE_FILE,
-                   sealed(self._recipe, files, kernels=kernel_names(), shards=sources))
+                   sealed(self._recipe, files, kernels=kernels, shards=sources))
 
     def __exit__(
         self,

@@ -45,6 +45,7 @@ class Method:
     trains: bool = False  # whether it trains weights and scales
     int8_inputs: bool = False  # whether it keeps some inputs at 8 bits where others get 4
     looks: bool = True  # whether it looks at the inputs or the weights
+    blas: bool = False  # whether it multiplies matrices through NumPy's BLAS, or PyTorch's
     extra: str | None = None  # the optional dependency that it needs: "torch"
 
     @property
@@ -80,11 +81,11 @@ METHODS: dict[str, Method] = {
                "singlequant.methods.balanced", balances=ALL_INPUTS, int8_inputs=True),
         Method("aligned", "`balanced`, with value heads aligned in the weights of v and o, and "
                "blocks of down's inputs online", "singlequant.methods.balanced",
-               balances=ALL_INPUTS, aligns=("attention", "mlp"), int8_inputs=True),
+               balances=ALL_INPUTS, aligns=("attention", "mlp"), int8_inputs=True, blas=True),
         Method("aligned-o", "`aligned`, value heads alone", "singlequant.methods.balanced",
-               balances=ALL_INPUTS, aligns=("attention",), int8_inputs=True),
+               balances=ALL_INPUTS, aligns=("attention",), int8_inputs=True, blas=True),
         Method("aligned-down", "`aligned`, down's inputs alone", "singlequant.methods.balanced",
-               balances=ALL_INPUTS, aligns=("mlp",), int8_inputs=True),
+               balances=ALL_INPUTS, aligns=("mlp",), int8_inputs=True, blas=True),
         Method("singlequant", "of three, what rounding harms least at the site: H on both axes; H "
                "and 2 uniformity sweeps of each axis in turn; H, token-exact ART on both axes, "
                "and the sweeps", "singlequant.methods.singlequant", {"art": "chosen"}),
@@ -98,26 +99,27 @@ METHODS: dict[str, Method] = {
                "singlequant.methods.random", looks=False),
         Method("quarot", "a randomized H of the residual stream and H of each value head in the "
                "weights; online H", "singlequant.methods.quarot",
-               rotates=("latent", "attention", "mlp"), residual=True),
+               rotates=("latent", "attention", "mlp"), residual=True, blas=True),
         Method("spinquant", "learned rotations of the residual stream and of each value head in "
                "the weights; online H", "singlequant.methods.spinquant", rotates=("mlp",),
-               residual=True, extra="torch"),
+               residual=True, extra="torch", blas=True),
         Method("kurtail", "rotations of the residual stream and of each value head in the weights "
                "that have the least kurtosis; online H", "singlequant.methods.kurtail",
-               rotates=("mlp",), residual=True, samples=True),
+               rotates=("mlp",), residual=True, samples=True, blas=True),
         Method("conqur", "rotations of the residual stream and of each value head in the weights "
                "onto the corners of a cube; online H", "singlequant.methods.conqur",
-               rotates=("mlp",), residual=True, samples=True),
+               rotates=("mlp",), residual=True, samples=True, blas=True),
         Method("cat", "symmetric alignment of blocks, then H on both axes",
-               "singlequant.methods.cat", aligns=ALL_INPUTS),
+               "singlequant.methods.cat", aligns=ALL_INPUTS, blas=True),
         Method("wush", "alignment of blocks that makes them diagonal, then H of each block",
-               "singlequant.methods.wush", aligns=ALL_INPUTS),
+               "singlequant.methods.wush", aligns=ALL_INPUTS, blas=True),
         Method("duquant", "block rotations around a permutation", "singlequant.methods.duquant",
-               balances=ALL_INPUTS),
+               balances=ALL_INPUTS, blas=True),
         Method("smoothquant", "the balance alone", "singlequant.methods.smoothquant",
                rotates=(), balances=("residual",)),
         Method("efficientqat", "weights and scales trained block by block, no rotation",
-               "singlequant.methods.efficientqat", rotates=(), trains=True, extra="torch"),
+               "singlequant.methods.efficientqat", rotates=(), trains=True, extra="torch",
+               blas=True),
         Method("none", "nothing: plain rounding", None, rotates=(), looks=False),
     )
 }

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import QuantConfig
+from ..config import KV_BITS, QuantConfig
 from ..export.card import Figures
 from ..export.writer import ModelWriter
 from ..info import __version__
+from ..methods.registry import METHODS
 from ..methods.solve import config_int8_step
 from ..rotations import LayerRotations
 from ..statistics import LayerStatistics
@@ -33,6 +34,7 @@ from .calibrate import calibrate
 from .layer import quantize_layer
 from .measure import Measured, measure
 from .prepare import View, solve
+from .stream import in_parts
 from .texts import token_digest
 
 if TYPE_CHECKING:
@@ -259,10 +261,16 @@ class Work:
             return
         self.writer = ModelWriter(
             job.out, self.view, job.config, resume=job.resume, resumable=not job.scratch,
-            replace=job.scratch, provenance=provenance, bits=self.bits,
+            replace=job.scratch, provenance=provenance, bits=self.bits, blas=self._has_blas_sums(),
         ).__enter__()
         self.finished = self.writer.finished_layers()
         self.outcome.resumed_layers = len(self.finished)
+
+    def _has_blas_sums(self) -> bool:
+        """Whether another BLAS library would give other bytes."""
+        config, given = self.job.config, self.job.solve or self.job.quantize is not quantize_layer
+        return (bool(given) or METHODS[config.method].blas or config.kv_bits < max(KV_BITS)
+                or not in_parts(self.view.spec, config.calibration_bits))
 
     def solve(self, statistics: LayerStatistics) -> LayerRotations:
         """A layer's rotations, with the statistics that they are from."""
