@@ -131,9 +131,9 @@ def test_factor_times_itself_is_the_matrix(k):
 
 @pytest.mark.parametrize("k", [1, 3, 255, 256, 257, 300, 700])
 def test_factor_in_float64_stands_in_for_a_matrix_near_to_singular(k):
-    x = np.random.default_rng(k).standard_normal((max(1, k // 4), k)).astype(np.float32)
-    gram = _C.gram(x)
-    gram[np.diag_indices(k)] *= np.float32(1 + 2e-6)  # below what float32 tells from singular
+    x = np.random.default_rng(k).integers(-1, 2, (max(1, k // 4), k)).astype(np.float32)
+    gram = x.T @ x  # exact, of a quarter of the rank
+    gram[np.diag_indices(k)] += 2 * np.spacing(gram.max())  # less than a float32 elimination loses
     factor, order = _C.gptq_factor(gram, 0.0, True)
     wanted = gram[np.ix_(order, order)].astype(np.float64)
     wide = factor.astype(np.float64)

@@ -7,6 +7,8 @@ import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .. import _C
 from ..models.spec import LayerSpec, ModelSpec
 from ..rotations import Factor, SiteRotation
@@ -76,7 +78,8 @@ def read_ahead(checkpoint: View, index: int) -> threading.Thread | None:
 
     def advise() -> None:
         for weight in weights:
-            _C.will_need(weight)
+            if isinstance(weight, np.ndarray) and weight.flags.forc:  # else it is no run of a file
+                _C.will_need(weight if weight.flags.c_contiguous else weight.T)
 
     thread = threading.Thread(target=advise, daemon=True)
     thread.start()
