@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import singlequant as sq
 from singlequant._C import FormatError
 from singlequant.checkpoint.tokenizer_errors import keep_panics_quiet, tokenizer_errors
-from singlequant.cli.main import main, show_warning
+from singlequant.cli.main import describe, main, show_warning
 from singlequant.runtime.text_stream import stream_text
 from singlequant.sweep.measure import one_line, reason
 
@@ -166,3 +168,49 @@ def test_what_arguments_say_cannot_disturb_the_terminal_either(capsys, arguments
     assert usage[0].startswith("usage: singlequant")
     assert line.isprintable()
     assert len(line) < 1000
+
+
+def test_file_that_finds_no_room_is_named_from_out_on(make_checkpoint, tmp_path, capsys, text):
+    """A file-size limit fails as a full disk does, whose line has OUT's place twice."""
+    model, out = make_checkpoint(tmp_path / "model"), tmp_path / "place" / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        code = main(["quantize", str(model), str(out), "--calibration", str(text),
+                     "--calibration-tokens", "64", "--bits", "4"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert code == 2
+    assert capsys.readouterr().err.startswith("singlequant: out.partial/model-00001-of-")
+    assert not (tmp_path / "place").exists()
+
+
+@pytest.mark.parametrize(("name", "advice"), [
+    ("model-00002-of-00003.safetensors", "; 1 finished layer is in {out}.partial: go on"),
+    ("config.json", ""),
+])
+def test_full_disk_names_out_once_and_no_folder_before_it(tmp_path, name, advice):
+    out = tmp_path / "out"
+    error = OSError(28, "No space left on device" + advice.format(out=out),
+                    f"{out}.partial/{name}")
+    assert describe(error, out) == (
+        f"out.partial/{name}: No space left on device{advice.format(out='out')}")
+    assert describe(error).startswith(f"{out}.partial/{name}: No space")
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.partially/x", "elsewhere/out.partial/x"])
+def test_other_places_are_named_whole(tmp_path, name):
+    error = OSError(20, "Not a directory", str(tmp_path / name))
+    assert describe(error, tmp_path / "out") == f"{tmp_path / name}: Not a directory"
+
+
+def test_links_in_a_circle_are_one_line(make_checkpoint, tmp_path, capsys):
+    model, circle = make_checkpoint(tmp_path / "model"), tmp_path / "circle"
+    circle.symlink_to(circle)
+    for arguments in ((model, circle / "out"), (circle, tmp_path / "out")):
+        assert main(["quantize", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert "circle" in error

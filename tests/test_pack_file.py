@@ -16,7 +16,7 @@ import pytest
 from conftest import pack_codes, random_factor, random_layer
 from packed_folders import CONFIG, ORDERS, partial, write
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from singlequant import _C
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
@@ -372,6 +372,34 @@ def test_resume_refuses_another_model(make_checkpoint, tmp_path, source, out):
         pytest.raises(ValueError, match="cannot resume: source_sha256"),
         ModelWriter(out, other, CONFIG, resume=True),
     ):
+        pass
+
+
+@pytest.mark.parametrize(("tensor", "part"), [
+    ("model.embed_tokens.weight", "what is outside the layers"),
+    ("model.layers.0.mlp.down_proj.weight", "layer 0"),
+    ("model.layers.0.input_layernorm.weight", "layer 0"),
+    ("model.layers.1.mlp.down_proj.weight", "expected '"),  # of no layer that is finished
+])
+def test_resume_names_the_part_of_the_model_that_changed(source, out, tensor, part):
+    with pytest.raises(KeyboardInterrupt):
+        stop_after_layer_0(source, out, CONFIG, KeyboardInterrupt())
+    path = source.path / "model.safetensors"
+    tensors = {name: np.array(value) for name, value in load_file(path).items()}
+    tensors[tensor].reshape(-1)[-1] += 1
+    save_file(tensors, path)
+    with (
+        pytest.raises(ValueError, match=f"cannot resume: source_sha256: {part}"),
+        ModelWriter(out, load_checkpoint(source.path), CONFIG, resume=True),
+    ):
+        pass
+
+
+def test_links_in_a_circle_are_no_folder(source, tmp_path):
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(OSError, match="[Ll]evels of symbolic links|File exists"), \
+            ModelWriter(circle / "out", source, CONFIG):
         pass
 
 
