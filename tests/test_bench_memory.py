@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from made_results import run
 import singlequant as sq
 from benchmarks import bench_memory
 from benchmarks.made_model import LLAMA_2_13B, LLAMA_2_70B, QWEN_3_30B_A3B, TOY, write_checkpoint
+from benchmarks.tables import between
 
+ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 
 
@@ -82,3 +85,9 @@ def test_run_says_what_it_took_and_leaves_nothing(tmp_path):
     assert row["written, GB"] >= 0.9 * row["result, GB"]
     for name in ("peak, GB", "bound, GB", "wall, s", "share of the disk's speed"):
         assert name in printed
+
+
+def test_page_has_the_table_of_the_kept_results():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    made = between(page, bench_memory.MARKS, bench_memory.text(bench_memory.results()))
+    assert made == page, "python -m benchmarks.bench_memory --page docs/scale.md"
