@@ -12,7 +12,9 @@
 #include "solve/sq_cholesky.h"
 #include "solve/sq_solve.h"
 
-enum { GRAM_ROWS = 256 }; /* rows whose products are summed in float32 before they join */
+/* Rows whose products are summed in float32 before they join; and their length when turned, whose
+ * stride falls on all sets of the first-level cache. */
+enum { GRAM_ROWS = 256, TURNED_LENGTH = GRAM_ROWS + SQ_ALIGN_BYTES / (int)sizeof(float) };
 
 /* So much of a block's median diagonal entry is added to all of them: a channel that was silent in
  * calibration must not be magnified, as it may speak later. */
@@ -35,7 +37,7 @@ gram_blocks(void *context, int64_t begin, int64_t end, int thread)
     struct block_gram_job *job = context;
     const int64_t b = job->b;
     const struct sq_kernels *kernels = sq_kernels_active();
-    float *turned = sq_alloc((size_t)(GRAM_ROWS * b) * sizeof *turned);
+    float *turned = sq_alloc((size_t)(TURNED_LENGTH * b) * sizeof *turned);
     float *products = sq_alloc((size_t)(b * b) * sizeof *products);
     (void)thread;
     if (!products || !turned) {
@@ -51,10 +53,10 @@ gram_blocks(void *context, int64_t begin, int64_t end, int thread)
             const int64_t rows = sq_min_i64(GRAM_ROWS, job->m - row);
             for (int64_t r = 0; r < rows; r++) {
                 for (int64_t i = 0; i < b; i++) {
-                    turned[i * rows + r] = x[r * job->k + i];
+                    turned[i * TURNED_LENGTH + r] = x[r * job->k + i];
                 }
             }
-            kernels->gemm_f32(b, b, rows, turned, rows, x, job->k, products, b);
+            kernels->gemm_f32(b, b, rows, turned, TURNED_LENGTH, x, job->k, products, b);
             for (int64_t i = 0; i < b * b; i++) {
                 gram[i] += (double)products[i];
             }
