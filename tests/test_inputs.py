@@ -109,3 +109,9 @@ def test_numbers_beyond_float32_mean_what_they_say(model):
 def test_values_of_another_type_are_named(model, name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected a"):
         model.generate([[1, 2]], **{name: value})
+
+
+@pytest.mark.parametrize("prompts", [{"prompt": 1}, {0: [1]}, {1}, frozenset({1}), {}])
+def test_prompts_without_an_order_are_named(model, prompts):
+    with pytest.raises(ValueError, match="^prompts: expected a text, token ids, or a list of"):
+        model.generate(prompts)

@@ -163,3 +163,19 @@ def test_calibration_window_is_as_asked_up_to_the_models_maximum(checkpoint):
         assert sq.calibration_windows(checkpoint, config).shape == (1024 // length, length)
     with pytest.raises(ValueError, match="calibration_window: expected an integer from 1"):
         sq.QuantConfig(calibration_window=0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_text_of_wider_units_is_named_as_such(tmp_path, encoding):
+    """Without a mark it decodes as UTF-8, every other character a zero."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(("The quick brown fox. " * 9000).encode(encoding))
+    for call in (lambda: first_tokens(characters, path, 100), lambda: read_text(path)):
+        with pytest.raises(ValueError, match=r"text\.txt: expected UTF-8 text, found UTF-16 or"):
+            call()
+
+
+def test_a_few_zeros_are_characters_of_a_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\0two\0\n" * 100)
+    assert read_text(path) == "one\0two\0\n" * 100

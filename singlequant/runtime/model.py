@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, overload
 
@@ -180,6 +180,9 @@ class Model(WindowModel):
         cancels.
         ValueError when a prompt is empty or longer than the model's maximum.
         """
+        if isinstance(prompts, (Mapping, Set)):
+            raise ValueError(f"prompts: expected a text, token ids, or a list of either, found a "
+                             f"{type(prompts).__name__}")
         single = isinstance(prompts, str) or (
             len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
         )

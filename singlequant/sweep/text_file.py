@@ -21,6 +21,8 @@ Encode = Callable[[str, bool], NDArray[np.int64]]  # a text, and whether special
 
 BYTES_PER_TOKEN = 6  # read at first; more follows while the tokens are too few
 MOST_BYTES = 1 << 28  # read at first
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # its marks, which UTF-8 has nowhere
+SOME_BYTES = 4096  # in which a text of UTF-16 without a mark shows by its many zeros
 MARGIN = 64  # tokens before a cut that the text behind the cut might change
 
 
@@ -111,6 +113,8 @@ class _Reader:
     def _without_opening(self, data: bytes) -> bytes:
         """The first piece without a byte-order mark, or the rest of a character before it."""
         if self.start == 0:
+            if data.startswith(UTF_16) or data[:SOME_BYTES].count(0) > len(data[:SOME_BYTES]) / 4:
+                raise ValueError(f"{self.path}: expected UTF-8 text, found UTF-16 or binary data")
             return data.removeprefix(codecs.BOM_UTF8)
         return data[:3].lstrip(bytes(range(0x80, 0xC0))) + data[3:]
 
