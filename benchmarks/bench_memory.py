@@ -241,14 +241,20 @@ def text(kept: Sequence[Mapping[str, Any]]) -> str:
              for part in PARTS]
     lines.append(["together, the bound", "",
                   *(number(bound(NAMED[name], tokens) / 1e9) for name in SHOWN)])
+    parts = table(["part", f"bytes, t = {tokens} tokens", *(f"{name}, GB" for name in SHOWN)],
+                  lines, 2)
+    return "\n\n".join([parts, *runs(kept)])
+
+
+def runs(kept: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Figures of kept results, if any, and what each is of."""
+    if not kept:
+        return []
     cells = [cells_of(result["rows"][0]) for result in kept]
-    rows = [[name, *(cell[name] for cell in cells)] for name in (cells[0] if cells else ())]
-    return "\n\n".join([
-        table(["part", f"bytes, t = {tokens} tokens", *(f"{name}, GB" for name in SHOWN)], lines,
-              2),
-        table(["run", *(f"{result['rows'][0]['model']}, {result['rows'][0]['layers']} layers"
-                        for result in kept)], rows),
-        "\n".join(f"- {source(result)}" for result in kept)])
+    header = ["run", *(f"{result['rows'][0]['model']}, {result['rows'][0]['layers']} layers"
+                       for result in kept)]
+    rows = [[name, *(cell[name] for cell in cells)] for name in cells[0]]
+    return [table(header, rows), "\n".join(f"- {source(result)}" for result in kept)]
 
 
 def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
