@@ -77,7 +77,8 @@ for k, damping in ((40, 0.01), (513, 0.01), (800, 0.01), (800, 0.0)):
     x = draw.standard_normal((64 if damping == 0 else k, k)).astype(np.float32)
     gram = _C.gram(x, bits=8)
     if damping == 0:  # near to singular: in float64
-        gram[np.diag_indices(k)] += 2e-5 * np.float32(np.trace(gram) / k)
+        gram = np.full((k, k), 2**24 - 2, np.float32)
+        gram[np.diag_indices(k)] += 1
     factor, permutation = _C.gptq_factor(gram, damping, True)
     found.update(factor.tobytes())
     if k % 32 == 0:
