@@ -84,8 +84,7 @@ scale_group(const struct round_state *s, int64_t begin, int64_t end, int64_t blo
     else { /* the group is longer than a block */
         sum_errors(s, begin, end, s->updated, g);
     }
-    sq_solve_rows(job->kernels, job->factor + begin * (k + 1), k, g, s->updated, g, s->rows,
-                  s->solved);
+    sq_solve_rows(job->factor + begin * (k + 1), k, g, s->updated, g, s->rows, s->solved);
     for (int64_t r = 0; r < s->rows; r++) {
         float *row = s->updated + r * g;
         const float *values = s->values + r * k + begin;
@@ -252,7 +251,8 @@ round_chunk(void *context, int64_t begin, int64_t end, int thread)
     struct round_state s = {.job = job, .first = begin, .rows = rows};
     s.values = sq_alloc((size_t)(rows * job->k) * sizeof(float));
     s.sums = sq_alloc((size_t)(rows * BLOCK) * sizeof(float));
-    s.solved = sq_alloc((size_t)SQ_SOLVE_SCRATCH(rows) * sizeof(float));
+    const int64_t solved = job->static_scales ? 0 : job->q.group;
+    s.solved = sq_alloc((size_t)SQ_SOLVE_SCRATCH(solved, rows) * sizeof(float));
     s.updated = sq_alloc((size_t)(rows * job->q.group) * sizeof(float));
     s.scratch_codes = sq_alloc((size_t)(rows * length));
     s.group_scales = sq_alloc((size_t)rows * sizeof(float));

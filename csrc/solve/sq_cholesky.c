@@ -28,20 +28,16 @@ enum {
 
 /* ---- triangular systems in float32 ------------------------------------------------------ */
 
-/* x [n][ld_x] <- l^-1 x, or with back l^-T x, for n <= STEP and lanes begin .. end - 1, which are
- * whole LANES. */
+/* x [n][ld_x] <- l^-1 x for n <= STEP and `lanes` lanes, which are whole LANES. */
 static ALWAYS_INLINE void
-solve_lanes(const int back, const float *l, int64_t ld_l, int64_t n, float *x, int64_t ld_x,
-            int64_t begin, int64_t end)
+solve_lanes(const float *l, int64_t ld_l, int64_t n, float *x, int64_t ld_x, int64_t lanes)
 {
-    for (int64_t first = begin; first < end; first += LANES) {
-        for (int64_t step = 0; step < n; step++) {
-            const int64_t i = back ? n - 1 - step : step;
+    for (int64_t first = 0; first < lanes; first += LANES) {
+        for (int64_t i = 0; i < n; i++) {
             float *to = x + i * ld_x + first, sum[LANES];
             memcpy(sum, to, sizeof sum);
-            for (int64_t q = 0; q < step; q++) {
-                const int64_t p = back ? n - 1 - q : q;
-                const float factor = back ? l[p * ld_l + i] : l[i * ld_l + p];
+            for (int64_t p = 0; p < i; p++) {
+                const float factor = l[i * ld_l + p];
                 const float *from = x + p * ld_x + first;
                 for (int j = 0; j < LANES; j++) {
                     sum[j] -= factor * from[j];
@@ -113,27 +109,39 @@ solve_turned(const struct sq_kernels *kernels, const float *l, int64_t ld_l, int
             kernels->gemm_f32(rows, lanes, i, l + i * ld_l, ld_l, x, ld_x, product, lanes);
             subtract(product, rows, lanes, x + i * ld_x, ld_x);
         }
-        solve_lanes(0, l + i * (ld_l + 1), ld_l, rows, x + i * ld_x, ld_x, 0, lanes);
+        solve_lanes(l + i * (ld_l + 1), ld_l, rows, x + i * ld_x, ld_x, lanes);
     }
 }
 
 void
-sq_solve_rows(const struct sq_kernels *kernels, const float *l, int64_t ld_l, int64_t n, float *x,
-              int64_t ld_x, int64_t rows, float *scratch)
+sq_solve_rows(const float *l, int64_t ld_l, int64_t n, float *x, int64_t ld_x, int64_t rows,
+              float *scratch)
 {
     const int64_t lanes = sq_round_up(rows, LANES);
-    for (int64_t end = n, begin; end > 0 && !sq_stopped(); end = begin) {
-        begin = (end - 1) / STEP * STEP;
-        const int64_t columns = end - begin;
-        if (end < n) {
-            kernels->gemm_f32(rows, columns, n - end, x + end, ld_x, l + end * ld_l + begin, ld_l,
-                              scratch, columns);
-            subtract(scratch, rows, columns, x + begin, ld_x);
+    float *columns = scratch, *turned = scratch + n * n; /* of l, one after the other */
+    for (int64_t p = 0; p < n; p++) {
+        for (int64_t i = 0; i <= p; i++) {
+            columns[i * n + p] = l[p * ld_l + i];
         }
-        turn(x + begin, ld_x, rows, columns, scratch, lanes);
-        solve_lanes(1, l + begin * (ld_l + 1), ld_l, columns, scratch, lanes, 0, lanes);
-        turn_back(scratch, lanes, rows, columns, x + begin, ld_x);
     }
+    turn(x, ld_x, rows, n, turned, lanes);
+    for (int64_t first = 0; first < lanes && !sq_stopped(); first += LANES) {
+        for (int64_t i = n - 1; i >= 0; i--) {
+            float *to = turned + i * lanes + first, sum[LANES];
+            memcpy(sum, to, sizeof sum);
+            for (int64_t p = n - 1; p > i; p--) {
+                const float factor = columns[i * n + p];
+                const float *from = turned + p * lanes + first;
+                for (int j = 0; j < LANES; j++) {
+                    sum[j] -= factor * from[j];
+                }
+            }
+            for (int j = 0; j < LANES; j++) {
+                to[j] = sum[j] / columns[i * (n + 1)];
+            }
+        }
+    }
+    turn_back(turned, lanes, rows, n, x, ld_x);
 }
 
 /* ---- factor in float32 ------------------------------------------------------------------ */
@@ -198,8 +206,8 @@ factor_square(const struct factor_job *job, int64_t n)
             }
         }
         if (rows > columns) { /* STEP columns then, which are whole LANES */
-            solve_lanes(0, a + i * (k + 1), k, columns, strip, DEPTH, columns,
-                        sq_round_up(rows, LANES));
+            solve_lanes(a + i * (k + 1), k, columns, strip + columns, DEPTH,
+                        sq_round_up(rows, LANES) - columns);
             turn_back(strip + columns, DEPTH, rows - columns, columns, a + (i + STEP) * k + i, k);
         }
     }

@@ -20,12 +20,12 @@ sq_status
 sq_cholesky_double(double *a, int64_t k);
 
 enum { SQ_TRIANGLE_COLUMNS = 32 }; /* solved together */
-#define SQ_SOLVE_SCRATCH(rows) (((rows) + 16) * SQ_TRIANGLE_COLUMNS)
+#define SQ_SOLVE_SCRATCH(n, rows) (((rows) + 16 + (n)) * (n))
 
 /* x [rows][ld_x] <- x l^-1, l [n][ld_l] lower triangular; its upper triangle is not read. scratch:
- * [SQ_SOLVE_SCRATCH(rows)]. */
+ * [SQ_SOLVE_SCRATCH(n, rows)]. The same bytes on every table of kernels. */
 void
-sq_solve_rows(const struct sq_kernels *kernels, const float *l, int64_t ld_l, int64_t n, float *x,
-              int64_t ld_x, int64_t rows, float *scratch);
+sq_solve_rows(const float *l, int64_t ld_l, int64_t n, float *x, int64_t ld_x, int64_t rows,
+              float *scratch);
 
 #endif
