@@ -6,15 +6,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "core/sq_internal.h"
 
 #define GRANULE_BYTES ((size_t)4096)
-#define REGION_BYTES (4 * SQ_HUGE_PAGE_BYTES)
+#define REGION_BYTES (2 * SQ_HUGE_PAGE_BYTES)
 #define GRANULES (REGION_BYTES / GRANULE_BYTES)
 /* What is smaller wastes much of a granule; what is larger has huge pages of its own. */
 #define LEAST_BYTES (4 * GRANULE_BYTES)
-#define MOST_BYTES (REGION_BYTES / 2)
+#define MOST_BYTES REGION_BYTES
 
 struct region {
     struct region *next;
@@ -62,38 +63,57 @@ find_run(const struct region *r, size_t count)
     return GRANULES;
 }
 
-/* With the lock held: an empty region in front of the others; NULL: no memory. */
+/* Memory of a region, straight from the system, which the heap's own blocks never keep back. */
+static char *
+map_region(void)
+{
+    const size_t bytes = REGION_BYTES + SQ_HUGE_PAGE_BYTES;
+    char *begin = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (begin == MAP_FAILED) {
+        return NULL;
+    }
+    const size_t before = -(uintptr_t)begin % SQ_HUGE_PAGE_BYTES;
+    char *memory = begin + before;
+    if (before) {
+        (void)munmap(begin, before);
+    }
+    (void)munmap(memory + REGION_BYTES, bytes - REGION_BYTES - before);
+#ifdef MADV_HUGEPAGE
+    (void)madvise(memory, REGION_BYTES, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
+/* With the lock held: an empty region at *link, the end of the list; NULL: no memory. */
 static struct region *
-add_region(void)
+add_region(struct region **link)
 {
     struct region *r = calloc(1, sizeof *r);
-    char *memory = sq_alloc(REGION_BYTES);
-    if (!r || !memory) {
+    char *memory = r ? map_region() : NULL;
+    if (!memory) {
         free(r);
-        free(memory);
         return NULL;
     }
     r->memory = memory;
     r->free = GRANULES;
-    r->next = regions;
-    regions = r;
+    *link = r;
     return r;
 }
 
-/* With the lock held: a block of `count` granules. */
+/* With the lock held: a block of `count` granules, in the oldest region that has room. */
 static void *
 take(size_t count)
 {
-    struct region *r = regions;
-    size_t first = GRANULES;
-    for (; r; r = r->next) {
+    struct region **link = &regions, *r;
+    size_t first = 0;
+    for (; (r = *link); link = &r->next) {
         if (r->free >= count && (first = find_run(r, count)) < GRANULES) {
             break;
         }
     }
     if (!r) {
         first = 0;
-        r = add_region();
+        r = add_region(link);
     }
     if (!r) {
         return NULL;
@@ -139,7 +159,7 @@ sq_huge_free(void *block, size_t bytes)
     }
     pthread_mutex_unlock(&lock);
     if (is_empty) {
-        free(r->memory);
+        (void)munmap(r->memory, REGION_BYTES);
         free(r);
     }
 }
