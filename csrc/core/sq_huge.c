@@ -27,13 +27,20 @@ struct region {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct region *regions; /* guarded by the lock */
 
-/* An address sanitizer sees a block's ends when it comes from malloc. */
-#if !defined(MADV_HUGEPAGE) || defined(__SANITIZE_ADDRESS__)
-enum { HAS_REGIONS = 0 };
-#elif defined(__has_feature)
-enum { HAS_REGIONS = !__has_feature(address_sanitizer) };
-#else
+/* An address sanitizer sees a block's ends when it comes from malloc. clang tells of one by
+ * __has_feature, which gcc 14 has too, and which only a directive may ask. */
+#ifdef __has_feature
+#if __has_feature(address_sanitizer)
+#define SEES_BLOCKS
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) && !defined(SEES_BLOCKS)
+#define SEES_BLOCKS
+#endif
+#if defined(MADV_HUGEPAGE) && !defined(SEES_BLOCKS)
 enum { HAS_REGIONS = 1 };
+#else
+enum { HAS_REGIONS = 0 };
 #endif
 
 /* Whether a block of so many bytes lies in a region. */
