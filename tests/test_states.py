@@ -156,7 +156,9 @@ def peak_of(folder: Path, **given: int) -> int:
 
 @pytest.mark.slow
 def test_peak_is_flat_in_the_number_of_layers(tmp_path):
-    few, many = (peak_of(tmp_path / f"of-{n}", layers=n) for n in (2, 16))
+    # the least of a few runs: what two threads hold at once depends on when they run
+    few, many = (min(peak_of(tmp_path / f"{n}-{run}", layers=n) for run in range(4))
+                 for n in (2, 16))
     assert many < 1.05 * few, (few, many)
 
 

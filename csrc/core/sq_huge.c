@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Regions of a few huge pages each, cut into granules that a byte map tells the state of. */
+/* Regions of a huge page each, cut into granules that a byte map tells the state of. */
 #include "core/sq_huge.h"
 
 #include <pthread.h>
@@ -11,7 +11,7 @@
 #include "core/sq_internal.h"
 
 #define GRANULE_BYTES ((size_t)4096)
-#define REGION_BYTES (2 * SQ_HUGE_PAGE_BYTES)
+#define REGION_BYTES SQ_HUGE_PAGE_BYTES
 #define GRANULES (REGION_BYTES / GRANULE_BYTES)
 /* What is smaller wastes much of a granule; what is larger has huge pages of its own. */
 #define LEAST_BYTES (4 * GRANULE_BYTES)
