@@ -216,10 +216,10 @@ class DaskWorkers(Workers):
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
         return self._asked(super()._submit, function, *arguments)
 
-    def _asked(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _asked(self, ask: Callable[..., Any], *arguments: Any) -> Any:
         """What Dask answers. Once its client is closed, it answers with errors of many types."""
         try:
-            return ask(*arguments, **options)
+            return ask(*arguments)
         except Exception as error:
             if self._client.status == "running":
                 raise

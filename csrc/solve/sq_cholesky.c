@@ -22,7 +22,7 @@ enum {
     DEPTH = 512, /* columns of a panel of the factor */
     SQUARE = 16,
     LD_PANEL = DEPTH + SQUARE, /* or rows would share cache sets */
-    STEP = SQ_TRIANGLE_COLUMNS,
+    STEP = 32,                 /* columns of a triangle that are solved together */
     LANES = 16
 };
 

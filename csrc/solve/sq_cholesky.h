@@ -19,7 +19,6 @@ sq_cholesky(float *a, int64_t k);
 sq_status
 sq_cholesky_double(double *a, int64_t k);
 
-enum { SQ_TRIANGLE_COLUMNS = 32 }; /* solved together */
 #define SQ_SOLVE_SCRATCH(n, rows) (((rows) + 16 + (n)) * (n))
 
 /* x [rows][ld_x] <- x l^-1, l [n][ld_l] lower triangular; its upper triangle is not read. scratch:
