@@ -37,6 +37,9 @@ def kinds():
         _C.Rotation(48, orthogonal(6), align=blocks),
         _C.Rotation(48, orthogonal(6), orthogonal(8), blocks),
         _C.Rotation(48, None, chain(8), blocks),
+        _C.Rotation(48, orthogonal(3), (16, True, *NO_PAIRS)),
+        _C.Rotation(48, (16, True, *NO_PAIRS), orthogonal(3)),
+        _C.Rotation(48, None, (8, True, *NO_PAIRS), blocks),
         _C.Rotation(48, align=blocks),
     ]
 
@@ -47,6 +50,26 @@ def test_rotate_equals_its_twin_and_keeps_lengths(rotation):
     y = _C.rotate(x, rotation)
     np.testing.assert_allclose(y, reference.rotate(x, rotation), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(y, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 16, 32, 128, 1024, 4096])
+def test_a_fast_hadamard_has_the_same_bits_on_every_table(table, order):
+    """And at every number of rows. Its error is that of a few sums in float32."""
+    x = np.random.default_rng(order).standard_normal((5, 3 * order)).astype(np.float32)
+    fast = order, True, *NO_PAIRS
+    exact = _C.hadamard_transform(x.reshape(-1, order).astype(np.float64)).reshape(x.shape)
+    mixed = x.reshape(5, order, 3).transpose(0, 2, 1)
+    turned = _C.hadamard_transform(mixed.reshape(-1, order).astype(np.float64)).reshape(5, 3, order)
+    for rotation, expected in ((_C.Rotation(3 * order, None, fast), exact),
+                               (_C.Rotation(3 * order, fast),
+                                turned.transpose(0, 2, 1).reshape(x.shape))):
+        found = _C.rotate(x, rotation)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+        one = [_C.rotate(row[None], rotation)[0] for row in x]
+        np.testing.assert_array_equal(found, one)
+        _C.use_kernels("generic")
+        np.testing.assert_array_equal(found, _C.rotate(x, rotation))
+        _C.use_kernels(table)
 
 
 def test_rotation_says_what_it_is():

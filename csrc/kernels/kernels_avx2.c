@@ -7,6 +7,7 @@
 #include "kernels/kernels_x86_rows_template.h"
 #include "kernels/kernels_x86_exp_template.h"
 #include "kernels/panel_dwords.h"
+#include "kernels/sylvester.h"
 #include "kernels/thin_panels.h"
 
 #include <math.h>
@@ -49,6 +50,12 @@ static void
 sq_gptq_columns__avx2(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
 {
     round_gptq_columns(columns, lanes);
+}
+
+static void
+sq_sylvester__avx2(float *x, int64_t count, int64_t from, int64_t to, float scale)
+{
+    sylvester_stages(x, count, from, to, scale);
 }
 
 static void
@@ -574,6 +581,7 @@ const struct sq_kernels sq_kernels_avx2 = {
     .thin_block = THIN_BLOCK,
     .widen_panel = sq_widen_panel__avx2,
     .gptq_columns = sq_gptq_columns__avx2,
+    .sylvester = sq_sylvester__avx2,
     .thin_rows = INT64_MAX,
     .gemm_a8w5 = sq_gemm_a8w5_f32_4x32__avx2,
     .gemm_a8w6 = sq_gemm_a8w6_f32_4x32__avx2,

@@ -7,6 +7,7 @@
 #include "kernels/kernels_x86_template.h"
 #include "kernels/kernels_x86_rows_template.h"
 #include "kernels/kernels_x86_exp_template.h"
+#include "kernels/sylvester.h"
 #include "kernels/thin_panels.h"
 
 #include "core/sq_cpu.h"
@@ -52,6 +53,12 @@ static void
 sq_gptq_columns__avx512vnni(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
 {
     round_gptq_columns(columns, lanes);
+}
+
+static void
+sq_sylvester__avx512vnni(float *x, int64_t count, int64_t from, int64_t to, float scale)
+{
+    sylvester_stages(x, count, from, to, scale);
 }
 
 static void
@@ -148,6 +155,7 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .gemm_a16w8 = sq_gemm_a16w8_f32_12x32__avx512vnni,
     .widen_panel = sq_widen_panel__avx512vnni,
     .gptq_columns = sq_gptq_columns__avx512vnni,
+    .sylvester = sq_sylvester__avx512vnni,
     .thin_rows = TILE_MR,
     .gemm_a8w5 = sq_gemm_a8w5_f32_12x32__avx512vnni,
     .gemm_a8w6 = sq_gemm_a8w6_f32_12x32__avx512vnni,

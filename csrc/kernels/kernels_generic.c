@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/sq_internal.h"
+#include "kernels/sylvester.h"
 #include "kernels/thin_panels.h"
 
 enum { MR = 4, NR = 8, LANES = 8, THIN_BLOCK = NR * SQ_K_ALIGN };
@@ -31,6 +32,12 @@ static void
 sq_gptq_columns__generic(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
 {
     round_gptq_columns(columns, lanes);
+}
+
+static void
+sq_sylvester__generic(float *x, int64_t count, int64_t from, int64_t to, float scale)
+{
+    sylvester_stages(x, count, from, to, scale);
 }
 
 static void
@@ -552,6 +559,7 @@ const struct sq_kernels sq_kernels_generic = {
     .thin_block = THIN_BLOCK,
     .widen_panel = sq_widen_panel__generic,
     .gptq_columns = sq_gptq_columns__generic,
+    .sylvester = sq_sylvester__generic,
     .gemm_f32 = sq_gemm_f32__generic,
     .gemm_half = sq_gemm_half__generic,
     .gemm_rows = sq_gemm_rows__generic,

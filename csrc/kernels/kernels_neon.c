@@ -21,6 +21,7 @@
 #include "core/sq_internal.h"
 #include "kernels/sq_kernels.h"
 #include "kernels/panel_dwords.h"
+#include "kernels/sylvester.h"
 #include "kernels/thin_panels.h"
 
 enum {
@@ -75,6 +76,12 @@ static void
 sq_gptq_columns__neon(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes)
 {
     round_gptq_columns(columns, lanes);
+}
+
+static void
+sq_sylvester__neon(float *x, int64_t count, int64_t from, int64_t to, float scale)
+{
+    sylvester_stages(x, count, from, to, scale);
 }
 
 static void
@@ -650,6 +657,7 @@ const struct sq_kernels sq_kernels_neon = {
     .thin_block = THIN_BLOCK,
     .widen_panel = sq_widen_panel__neon,
     .gptq_columns = sq_gptq_columns__neon,
+    .sylvester = sq_sylvester__neon,
     .gemm_f32 = sq_gemm_f32_8x16__neon,
     .extremes = sq_extremes__neon,
     .quantize_codes = sq_quantize_codes__neon,

@@ -127,6 +127,8 @@ struct sq_kernels {
 
     /* round_gptq_columns of gptq_lanes.h. Equal bytes on every table. */
     void (*gptq_columns)(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes);
+    /* sylvester_stages of sylvester.h. Equal bits on every table. */
+    void (*sylvester)(float *x, int64_t count, int64_t from, int64_t to, float scale);
 
     /* Smallest and largest of x [k], k >= 1, a zero of either sign where both are there; 1 is
      * returned if all are finite (else ignore them). */

@@ -52,6 +52,59 @@ pack_nibbles(const uint8_t *codes, int64_t k, int32_t *words)
     }
 }
 
+/* How many times eight codes of a row of k begin where eight bytes of its words follow. */
+static ALWAYS_INLINE int64_t
+eights(const int bits, int64_t k)
+{
+    const int64_t bytes = sq_packed_words(bits, k) * (int64_t)sizeof(int32_t);
+    return sq_min_i64(k / 8, bytes < 8 ? 0 : (bytes - 8) / bits + 1);
+}
+
+/* In each pair of fields that `low` marks, the upper one moves down by `shift` to join the lower. */
+static ALWAYS_INLINE uint64_t
+join_fields(uint64_t x, uint64_t low, const int width, const int shift)
+{
+    return (x & low) | (x >> shift & low << width);
+}
+
+/* Of eight codes, the first one, the first two and the first four, joined: bits that repeat. */
+static ALWAYS_INLINE uint64_t
+ones_of(const int count, const int bits)
+{
+    return (UINT64_MAX >> (64 - count * bits)) *
+           (count == 4 ? 1u : count == 2 ? 0x0000000100000001u : 0x0001000100010001u);
+}
+
+/* As many codes of a row as words of eight bytes inside its words have room for, eight at a time:
+ * neighbours are joined three times, to `bits` bytes. Returns how many. */
+static ALWAYS_INLINE int64_t
+pack_eights(const uint8_t *codes, int64_t k, int32_t *words, const int bits)
+{
+    const int64_t count = eights(bits, k);
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t x;
+        memcpy(&x, codes + i * 8, sizeof x);
+        x = join_fields(x, ones_of(1, bits), bits, 8 - bits);
+        x = join_fields(x, ones_of(2, bits), 2 * bits, 16 - 2 * bits);
+        x = join_fields(x, ones_of(4, bits), 4 * bits, 32 - 4 * bits);
+        memcpy((char *)words + i * bits, &x, sizeof x);
+    }
+    return count * 8;
+}
+
+static int64_t
+pack_most(int bits, const uint8_t *codes, int64_t k, int32_t *words)
+{
+    switch (bits) {
+        case 5:
+            return pack_eights(codes, k, words, 5);
+        case 6:
+            return pack_eights(codes, k, words, 6);
+        default:
+            return pack_eights(codes, k, words, 8);
+    }
+}
+
 /* A row's codes follow each other in the words, and codes 0 follow them. */
 void
 sq_pack_row(int bits, const uint8_t *codes, int64_t k, int32_t *words)
@@ -61,9 +114,10 @@ sq_pack_row(int bits, const uint8_t *codes, int64_t k, int32_t *words)
         return;
     }
     const uint64_t zero = (uint64_t)1 << (bits - 1);
-    uint64_t held = 0;
-    int64_t j = 0;
-    for (int64_t w = 0, filled = 0; w < sq_packed_words(bits, k); w++) {
+    int64_t j = pack_most(bits, codes, k, words);
+    int64_t w = j * bits / WORD_BITS, filled = j * bits % WORD_BITS;
+    uint64_t held = filled ? (uint32_t)words[w] & (((uint64_t)1 << filled) - 1) : 0;
+    for (; w < sq_packed_words(bits, k); w++) {
         for (; filled < WORD_BITS; filled += bits, j++) {
             held |= (j < k ? codes[j] : zero) << filled;
         }
@@ -85,19 +139,15 @@ split_fields(uint64_t x, uint64_t low, const int width, const int shift)
 static ALWAYS_INLINE int64_t
 unpack_eights(const int32_t *words, int64_t k, int8_t *codes, const int bits)
 {
-    const uint64_t ones = UINT64_MAX, half = (uint64_t)1 << (bits - 1);
+    const uint64_t half = (uint64_t)1 << (bits - 1);
     const uint64_t each = 0x0101010101010101u, bias = each * (128 - half); /* within a byte */
-    const uint64_t fours = ones >> (64 - 4 * bits);
-    const uint64_t twos = (ones >> (64 - 2 * bits)) * 0x0000000100000001u;
-    const uint64_t single = (ones >> (64 - bits)) * 0x0001000100010001u;
-    const int64_t bytes = sq_packed_words(bits, k) * (int64_t)sizeof *words;
-    const int64_t count = sq_min_i64(k / 8, bytes < 8 ? 0 : (bytes - 8) / bits + 1);
+    const int64_t count = eights(bits, k);
     for (int64_t i = 0; i < count; i++) {
         uint64_t x;
         memcpy(&x, (const char *)words + i * bits, sizeof x);
-        x = split_fields(x, fours, 4 * bits, 32 - 4 * bits);
-        x = split_fields(x, twos, 2 * bits, 16 - 2 * bits);
-        x = split_fields(x, single, bits, 8 - bits);
+        x = split_fields(x, ones_of(4, bits), 4 * bits, 32 - 4 * bits);
+        x = split_fields(x, ones_of(2, bits), 2 * bits, 16 - 2 * bits);
+        x = split_fields(x, ones_of(1, bits), bits, 8 - bits);
         x = (x + bias) ^ each * 128; /* code - half, modulo 256 */
         memcpy(codes + i * 8, &x, sizeof x);
     }

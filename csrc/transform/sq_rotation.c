@@ -106,6 +106,20 @@ is_trivial(const struct sq_factor *f)
     return f->matrix ? f->order == 1 && f->matrix[0] == 1.0f : !f->hadamard && !f->steps;
 }
 
+/* A Sylvester Hadamard: the table's fast transform. */
+static int
+is_sylvester(const struct sq_factor *f)
+{
+    return !f->matrix && f->hadamard && !f->steps && !(f->order & (f->order - 1));
+}
+
+/* A factor that is computed in float64. */
+static int
+is_wide(const struct sq_factor *f)
+{
+    return !f->matrix && !is_sylvester(f);
+}
+
 void
 sq_transpose(const float *restrict a, int64_t n, float *restrict out)
 {
@@ -183,7 +197,7 @@ scratch_layout(const struct sq_rotation *r, int64_t rows)
     const int is_blocks = r->kind == SQ_BLOCKS;
     const int64_t elements = is_blocks ? SQ_ROTATE_BLOCKS_BLOCK : SQ_ROTATE_BLOCK;
     const int64_t most = sq_min_i64(SQ_ROTATE_BLOCK_ROWS, elements / r->k);
-    const int chains = !is_blocks && (!r->left.matrix || !r->right.matrix);
+    const int chains = !is_blocks && (is_wide(&r->left) || is_wide(&r->right));
     const int64_t larger = chains ? sq_max_i64(r->left.order, r->right.order) : 0;
     struct scratch_layout s = {.block = sq_max_i64(1, sq_min_i64(most, rows))};
     s.wide_bytes = chains ? sq_align_bytes((size_t)r->k * sizeof(double)) : 0;
@@ -241,6 +255,11 @@ apply_left(const struct rotate_job *job, const float *x, float *out, double *wid
         job->kernels->gemm_f32(k1, k2, k1, left->matrix, k1, x, k2, out, k2);
         return;
     }
+    if (is_sylvester(left)) {
+        memcpy(out, x, (size_t)(k1 * k2) * sizeof *out);
+        job->kernels->sylvester(out, k1 * k2, k2, k1 * k2, (float)(1.0 / sqrt((double)k1)));
+        return;
+    }
     for (int64_t i = 0; i < k1; i++) {
         for (int64_t j = 0; j < k2; j++) {
             wide[j * k1 + i] = (double)x[i * k2 + j];
@@ -251,6 +270,20 @@ apply_left(const struct rotate_job *job, const float *x, float *out, double *wid
         for (int64_t j = 0; j < k2; j++) {
             out[i * k2 + j] = (float)wide[j * k1 + i];
         }
+    }
+}
+
+/* out [rows][k1][k2] = x R^T for a Sylvester R; out may be x. */
+static void
+sylvester_right(const struct rotate_job *job, const float *x, int64_t rows, float *out)
+{
+    const int64_t k = job->rotation->k, k2 = job->rotation->right.order;
+    const float scale = (float)(1.0 / sqrt((double)k2));
+    for (int64_t r = 0; r < rows; r++, x += k, out += k) {
+        if (out != x) {
+            memcpy(out, x, (size_t)k * sizeof *out);
+        }
+        job->kernels->sylvester(out, k, 1, k2, scale);
     }
 }
 
@@ -267,6 +300,10 @@ apply_right(const struct rotate_job *job, const float *x, int64_t rows, float *o
     }
     if (right->matrix) {
         job->kernels->gemm_f32(rows * k1, k2, k2, x, k2, right->matrix_t, k2, out, k2);
+        return;
+    }
+    if (is_sylvester(right)) {
+        sylvester_right(job, x, rows, out);
         return;
     }
     for (int64_t r = 0; r < rows; r++, x += k, out += k) {
@@ -309,6 +346,10 @@ apply_factors(const struct rotate_job *job, const float *x, int64_t rows, float 
               char *scratch)
 {
     const int64_t k = job->rotation->k;
+    if (is_trivial(&job->rotation->left) && is_sylvester(&job->rotation->right)) {
+        sylvester_right(job, x, rows, out);
+        return;
+    }
     double *wide = (double *)(void *)scratch;
     double *workspace = (double *)(void *)(scratch + job->layout.wide_bytes);
     float *first = is_trivial(&job->rotation->right) && out != x ? out : half;

@@ -11,13 +11,14 @@ import numpy as np
 
 from .. import _C
 from ..models.spec import LayerSpec, ModelSpec
-from ..rotations import Factor, SiteRotation
+from ..rotations import Factor
 from ..rows import require_finite
 from ..runtime.layers import assemble, build_layer
 
 if TYPE_CHECKING:
     from .prepare import View
 
+NO_STEPS = np.empty((0, 2), np.int32), np.empty(0)  # of a chain
 BYTES_MAX = 1 << 31  # of a layer's weights in 8 bits: a larger layer is read where it lies
 
 
@@ -25,9 +26,9 @@ def stream_layer(checkpoint, index: int, bits: int) -> _C.DecoderLayer:
     """Layer `index` of an unquantized model, ready to run with weights and activations of so many
     bits: 32 is the model's own weights through BLAS.
 
-    With 8 bits weight rows and tokens are rounded to nearest, one scale each, behind a Hadamard on
-    both axes, which spreads what stands out. Sums are exact integers, so that the stream is the
-    same on every BLAS. ValueError names a weight that holds NaN or Inf.
+    With 8 bits weight rows and tokens are rounded to nearest, one scale each, behind a Hadamard,
+    which spreads what stands out. Sums are exact integers, so that the stream is the same on every
+    BLAS. ValueError names a weight that holds NaN or Inf.
     """
     spec = checkpoint.spec.layer(index)
     if not _exact(spec, bits):
@@ -61,9 +62,13 @@ def in_parts(spec: ModelSpec, bits: int) -> bool:
 
 @cache
 def _hadamard(k: int) -> _C.Rotation | None:
-    """The Hadamard on both axes of k inputs, as the core takes it; None for one input."""
-    left, right = (Factor(n, True, (), ()) for n in _C.factor_sizes(k))
-    return SiteRotation(left, right).of_inputs
+    """A Hadamard of k inputs as the core takes it, for the power of two in k by its fast transform;
+    None for one input."""
+    power = k & -k
+    if k == 1:
+        return None
+    odd = None if power == k else Factor(k // power, True, (), ()).runtime()
+    return _C.Rotation(k, odd, (power, True, *NO_STEPS))
 
 
 def read_ahead(checkpoint: View, index: int) -> threading.Thread | None:
