@@ -58,6 +58,18 @@ sq_sylvester__avx2(float *x, int64_t count, int64_t from, int64_t to, float scal
     sylvester_stages(x, count, from, to, scale);
 }
 
+static struct sq_pair_sums
+sq_sum_pairs__avx2(const double *a, const double *b, int64_t rows)
+{
+    return sum_pairs(a, b, rows);
+}
+
+static void
+sq_rotate_pairs__avx2(double *a, double *b, int64_t rows, double c, double s)
+{
+    rotate_pairs(a, b, rows, c, s);
+}
+
 static void
 sq_widen_panel__avx2(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
@@ -582,6 +594,8 @@ const struct sq_kernels sq_kernels_avx2 = {
     .widen_panel = sq_widen_panel__avx2,
     .gptq_columns = sq_gptq_columns__avx2,
     .sylvester = sq_sylvester__avx2,
+    .sum_pairs = sq_sum_pairs__avx2,
+    .rotate_pairs = sq_rotate_pairs__avx2,
     .thin_rows = INT64_MAX,
     .gemm_a8w5 = sq_gemm_a8w5_f32_4x32__avx2,
     .gemm_a8w6 = sq_gemm_a8w6_f32_4x32__avx2,

@@ -61,6 +61,18 @@ sq_sylvester__avx512vnni(float *x, int64_t count, int64_t from, int64_t to, floa
     sylvester_stages(x, count, from, to, scale);
 }
 
+static struct sq_pair_sums
+sq_sum_pairs__avx512vnni(const double *a, const double *b, int64_t rows)
+{
+    return sum_pairs(a, b, rows);
+}
+
+static void
+sq_rotate_pairs__avx512vnni(double *a, double *b, int64_t rows, double c, double s)
+{
+    rotate_pairs(a, b, rows, c, s);
+}
+
 static void
 sq_widen_panel__avx512vnni(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
@@ -156,6 +168,8 @@ const struct sq_kernels sq_kernels_avx512vnni = {
     .widen_panel = sq_widen_panel__avx512vnni,
     .gptq_columns = sq_gptq_columns__avx512vnni,
     .sylvester = sq_sylvester__avx512vnni,
+    .sum_pairs = sq_sum_pairs__avx512vnni,
+    .rotate_pairs = sq_rotate_pairs__avx512vnni,
     .thin_rows = TILE_MR,
     .gemm_a8w5 = sq_gemm_a8w5_f32_12x32__avx512vnni,
     .gemm_a8w6 = sq_gemm_a8w6_f32_12x32__avx512vnni,

@@ -40,6 +40,18 @@ sq_sylvester__generic(float *x, int64_t count, int64_t from, int64_t to, float s
     sylvester_stages(x, count, from, to, scale);
 }
 
+static struct sq_pair_sums
+sq_sum_pairs__generic(const double *a, const double *b, int64_t rows)
+{
+    return sum_pairs(a, b, rows);
+}
+
+static void
+sq_rotate_pairs__generic(double *a, double *b, int64_t rows, double c, double s)
+{
+    rotate_pairs(a, b, rows, c, s);
+}
+
 static void
 sq_widen_panel__generic(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
@@ -560,6 +572,8 @@ const struct sq_kernels sq_kernels_generic = {
     .widen_panel = sq_widen_panel__generic,
     .gptq_columns = sq_gptq_columns__generic,
     .sylvester = sq_sylvester__generic,
+    .sum_pairs = sq_sum_pairs__generic,
+    .rotate_pairs = sq_rotate_pairs__generic,
     .gemm_f32 = sq_gemm_f32__generic,
     .gemm_half = sq_gemm_half__generic,
     .gemm_rows = sq_gemm_rows__generic,

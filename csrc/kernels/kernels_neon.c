@@ -84,6 +84,18 @@ sq_sylvester__neon(float *x, int64_t count, int64_t from, int64_t to, float scal
     sylvester_stages(x, count, from, to, scale);
 }
 
+static struct sq_pair_sums
+sq_sum_pairs__neon(const double *a, const double *b, int64_t rows)
+{
+    return sum_pairs(a, b, rows);
+}
+
+static void
+sq_rotate_pairs__neon(double *a, double *b, int64_t rows, double c, double s)
+{
+    rotate_pairs(a, b, rows, c, s);
+}
+
 static void
 sq_widen_panel__neon(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel)
 {
@@ -658,6 +670,8 @@ const struct sq_kernels sq_kernels_neon = {
     .widen_panel = sq_widen_panel__neon,
     .gptq_columns = sq_gptq_columns__neon,
     .sylvester = sq_sylvester__neon,
+    .sum_pairs = sq_sum_pairs__neon,
+    .rotate_pairs = sq_rotate_pairs__neon,
     .gemm_f32 = sq_gemm_f32_8x16__neon,
     .extremes = sq_extremes__neon,
     .quantize_codes = sq_quantize_codes__neon,

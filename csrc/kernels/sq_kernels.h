@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "kernels/code_rows.h"
+#include "kernels/column_pairs.h"
 #include "kernels/gptq_lanes.h"
 
 /* Arguments of c [m][n] = a [m][k] b [k][n] for b in 16-bit floats. */
@@ -129,6 +130,9 @@ struct sq_kernels {
     void (*gptq_columns)(const struct sq_gptq_columns *columns, struct sq_gptq_lanes *lanes);
     /* sylvester_stages of sylvester.h. Equal bits on every table. */
     void (*sylvester)(float *x, int64_t count, int64_t from, int64_t to, float scale);
+    /* sum_pairs and rotate_pairs of column_pairs.h. Equal bits on every table. */
+    struct sq_pair_sums (*sum_pairs)(const double *a, const double *b, int64_t rows);
+    void (*rotate_pairs)(double *a, double *b, int64_t rows, double c, double s);
 
     /* Smallest and largest of x [k], k >= 1, a zero of either sign where both are there; 1 is
      * returned if all are finite (else ignore them). */

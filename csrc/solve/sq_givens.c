@@ -8,6 +8,7 @@
 
 #include "core/sq_internal.h"
 #include "core/sq_threads.h"
+#include "kernels/sq_kernels.h"
 
 #define SQ_PI 3.1415926535897932384626433832795
 /* Rotations by less are not worth recording: they move a pair by less than the tests can see. */
@@ -164,22 +165,13 @@ rotated_peaks(const double *a, const double *b, int64_t rows, double c, double s
     *peak_b = max_lanes(lanes_b);
 }
 
-static void
-rotate_columns(double *restrict a, double *restrict b, int64_t rows, double c, double s)
-{
-    for (int64_t r = 0; r < rows; r++) {
-        const double va = a[r], vb = b[r];
-        a[r] = c * va - s * vb;
-        b[r] = s * va + c * vb;
-    }
-}
-
 /* peaks [n]: each column's largest magnitude, kept up to date for the two columns a step touches. A
  * step that would not lower its pair's peak is not made. */
 static void
 art_columns(double *columns, int64_t n, int64_t rows, int64_t max_steps, double *peaks,
             int32_t *pairs, double *angles, int64_t *steps)
 {
+    const struct sq_kernels *kernels = sq_kernels_active();
     for (int64_t i = 0; i < n; i++) {
         peaks[i] = column_peak(columns + i * rows, rows);
     }
@@ -199,7 +191,7 @@ art_columns(double *columns, int64_t n, int64_t rows, int64_t max_steps, double 
         if (!(peak_a < peaks[i] && peak_b < peaks[i])) {
             break;
         }
-        rotate_columns(a, b, rows, c, s);
+        kernels->rotate_pairs(a, b, rows, c, s);
         peaks[i] = peak_a;
         peaks[j] = peak_b;
         record(pairs, angles, steps, i, j, angle);
@@ -365,27 +357,10 @@ sq_chain_from_matrix(double *matrix, int64_t n, int32_t *pairs, double *angles, 
  * 1/4 Re(e^(4 i theta) sum z^4): theta = (pi - arg sum z^4) / 4, modulo pi / 2. With p = a^2 - b^2
  * and q = a b, z^4 = p^2 - 4 q^2 + 4 i p q. */
 static double
-uniformity_angle(const double *restrict a, const double *restrict b, int64_t rows)
+uniformity_angle(const struct sq_kernels *kernels, const double *a, const double *b, int64_t rows)
 {
-    enum { LANES = 4 };
-    double pp[LANES] = {0}, qq[LANES] = {0}, pq[LANES] = {0};
-    int64_t r = 0;
-    for (; r + LANES <= rows; r += LANES) {
-        for (int l = 0; l < LANES; l++) {
-            const double p = a[r + l] * a[r + l] - b[r + l] * b[r + l], q = a[r + l] * b[r + l];
-            pp[l] += p * p;
-            qq[l] += q * q;
-            pq[l] += p * q;
-        }
-    }
-    for (int l = 0; r < rows; r++, l++) {
-        const double p = a[r] * a[r] - b[r] * b[r], q = a[r] * b[r];
-        pp[l] += p * p;
-        qq[l] += q * q;
-        pq[l] += p * q;
-    }
-    const double re = (pp[0] + pp[2]) + (pp[1] + pp[3]) - 4 * ((qq[0] + qq[2]) + (qq[1] + qq[3]));
-    const double im = 4 * ((pq[0] + pq[2]) + (pq[1] + pq[3]));
+    const struct sq_pair_sums sums = kernels->sum_pairs(a, b, rows);
+    const double re = sums.pp - 4 * sums.qq, im = 4 * sums.pq;
     if (re == 0 && im == 0) { /* the sum does not depend on the angle */
         return 0;
     }
@@ -394,6 +369,7 @@ uniformity_angle(const double *restrict a, const double *restrict b, int64_t row
 }
 
 struct sweep_job {
+    const struct sq_kernels *kernels;
     double *columns;
     int64_t rows;
     const int32_t *pairs;
@@ -408,10 +384,10 @@ sweep_pairs(void *context, int64_t begin, int64_t end, int thread)
     for (int64_t t = begin; t < end; t++) {
         double *a = job->columns + job->pairs[2 * t] * job->rows;
         double *b = job->columns + job->pairs[2 * t + 1] * job->rows;
-        const double angle = uniformity_angle(a, b, job->rows);
+        const double angle = uniformity_angle(job->kernels, a, b, job->rows);
         job->angles[t] = angle;
         if (fabs(angle) >= SQ_ANGLE_MIN) {
-            rotate_columns(a, b, job->rows, cos(angle), sin(angle));
+            job->kernels->rotate_pairs(a, b, job->rows, cos(angle), sin(angle));
         }
     }
 }
@@ -462,7 +438,8 @@ sq_uniformity_sweep(double *columns, int64_t n, int64_t rows, int32_t *pairs, do
     }
     for (int64_t round = 0; round < n + n % 2 - 1 && !sq_stopped(); round++) {
         /* before this round at most its predecessors' pairs are recorded, so its own fit behind */
-        struct sweep_job job = {columns, rows, pairs + 2 * *steps, angles + *steps};
+        struct sweep_job job = {sq_kernels_active(), columns, rows, pairs + 2 * *steps,
+                                angles + *steps};
         const int64_t met = round_pairs(n, round, pairs + 2 * *steps);
         sq_parallel_for(met, 1, sweep_pairs, &job);
         for (int64_t t = 0; t < met; t++) {
