@@ -5,36 +5,48 @@
 #ifndef COLUMN_PAIRS_H
 #define COLUMN_PAIRS_H
 
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 /* Sums over two columns a and b, of p = a^2 - b^2 and q = a b. */
 struct sq_pair_sums {
     double pp, qq, pq;
 };
 
-static inline struct sq_pair_sums
-sum_pairs(const double *restrict a, const double *restrict b, int64_t rows)
+/* Element i is added to lane i mod 8; lanes as ((0+4)+(2+6)) + ((1+5)+(3+7)). */
+enum { PAIR_LANES = 8 };
+typedef double pair_lanes __attribute__((vector_size(PAIR_LANES * sizeof(double))));
+
+static inline double
+sum_of_pairs(const pair_lanes *v)
 {
-    enum { LANES = 4 };
-    double pp[LANES] = {0}, qq[LANES] = {0}, pq[LANES] = {0};
-    int64_t r = 0;
-    for (; r + LANES <= rows; r += LANES) {
-        for (int l = 0; l < LANES; l++) {
-            const double p = a[r + l] * a[r + l] - b[r + l] * b[r + l], q = a[r + l] * b[r + l];
-            pp[l] += p * p;
-            qq[l] += q * q;
-            pq[l] += p * q;
+    const pair_lanes x = *v;
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+static inline struct sq_pair_sums
+sum_pairs(const double *a, const double *b, int64_t rows)
+{
+    pair_lanes pp = {0}, qq = {0}, pq = {0};
+    for (int64_t r = 0; r < rows; r += PAIR_LANES) {
+        const int64_t left = rows - r;
+        const size_t bytes = (size_t)(left < PAIR_LANES ? left : PAIR_LANES) * sizeof *a;
+        pair_lanes x = {0}, y = {0};
+        if (bytes == sizeof x) { /* a size that the compiler knows */
+            memcpy(&x, a + r, sizeof x);
+            memcpy(&y, b + r, sizeof y);
         }
+        else {
+            memcpy(&x, a + r, bytes);
+            memcpy(&y, b + r, bytes);
+        }
+        const pair_lanes p = x * x - y * y, q = x * y;
+        pp += p * p;
+        qq += q * q;
+        pq += p * q;
     }
-    for (int l = 0; r < rows; r++, l++) {
-        const double p = a[r] * a[r] - b[r] * b[r], q = a[r] * b[r];
-        pp[l] += p * p;
-        qq[l] += q * q;
-        pq[l] += p * q;
-    }
-    return (struct sq_pair_sums){(pp[0] + pp[2]) + (pp[1] + pp[3]),
-                                 (qq[0] + qq[2]) + (qq[1] + qq[3]),
-                                 (pq[0] + pq[2]) + (pq[1] + pq[3])};
+    return (struct sq_pair_sums){sum_of_pairs(&pp), sum_of_pairs(&qq), sum_of_pairs(&pq)};
 }
 
 /* a <- c a - s b, b <- s a + c b. */
