@@ -60,7 +60,8 @@ eights(const int bits, int64_t k)
     return sq_min_i64(k / 8, bytes < 8 ? 0 : (bytes - 8) / bits + 1);
 }
 
-/* In each pair of fields that `low` marks, the upper one moves down by `shift` to join the lower. */
+/* In each pair of fields that `low` marks, the upper one moves down by `shift` to join the lower.
+ */
 static ALWAYS_INLINE uint64_t
 join_fields(uint64_t x, uint64_t low, const int width, const int shift)
 {
@@ -71,8 +72,9 @@ join_fields(uint64_t x, uint64_t low, const int width, const int shift)
 static ALWAYS_INLINE uint64_t
 ones_of(const int count, const int bits)
 {
-    return (UINT64_MAX >> (64 - count * bits)) *
-           (count == 4 ? 1u : count == 2 ? 0x0000000100000001u : 0x0001000100010001u);
+    return (UINT64_MAX >> (64 - count * bits)) * (count == 4   ? 1u
+                                                  : count == 2 ? 0x0000000100000001u
+                                                               : 0x0001000100010001u);
 }
 
 /* As many codes of a row as words of eight bytes inside its words have room for, eight at a time:
