@@ -21,6 +21,7 @@ from ._C import FormatError
 MAX_JSON_BYTES = 4 << 20
 MAX_LISTING_BYTES = 32 << 20  # indices, headers, recipes: an entry for every tensor
 MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 128 << 20  # the largest that are published, of 262,144 tokens, have 33 MB
 REASON = "_reason"  # appended to the name of a number that JSON cannot hold
 MAX_POINTER_BYTES = 1024  # the specification's own limit
 TEMPORARY = ".singlequant.tmp"  # appended to the name of a file that is not whole; ours alone

@@ -58,6 +58,7 @@ def new_bar(hidden: bool = False, **options: Any) -> Any:
         return module.tqdm(leave=False, disable=False, **options)  # a cell is never a terminal
     from tqdm import tqdm
 
+    hidden = hidden or sys.stderr is None  # closed: tqdm would write to it all the same
     return tqdm(leave=False, disable=True if hidden else None, **options)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that come while the command starts, before there is anything to go on with.
+"""What the command needs before anything else: standard streams and handlers of signals.
 
-The package imports this first. Where it is imported as the command, SIGINT and SIGTERM end the
-process by one line and the exit code that they have later, in cli/main.py. A program that imports
-the package keeps its own handlers.
+The package imports this first. Where it is imported as the command, every standard stream can be
+written to, and SIGINT and SIGTERM end the process by one line and the exit code that they have
+later, in cli/main.py. A program that imports the package keeps its own streams and handlers.
 """
 
 from __future__ import annotations
@@ -37,5 +37,25 @@ def end_on_signals() -> None:
             signal.signal(number, end)
 
 
+def prepare_streams() -> None:
+    """Let the null device stand for standard streams that are closed, as after `2>&-`, and escapes
+    for characters that a stream cannot show.
+
+    The next file that is opened would get the number of a closed one, and what is said to the user
+    with it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number is free
+        if getattr(sys, name) is None:
+            null = open(os.devnull, "w" if number else "r")  # noqa: SIM115 - until the end
+            setattr(sys, name, null)
+        if number:
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 if is_command(sys.argv, sys.orig_argv):
+    prepare_streams()
     end_on_signals()

@@ -197,6 +197,8 @@ def test_command_takes_system_tools_and_variables(model, tmp_path, capsys):
     (["--chat", "--chat-template-kwargs", "[1]"], "expected a JSON object, found list"),
     (["--chat", "--chat-template-kwargs", '{"tools": 1}'], "found tools"),
     (["--chat", "--tools", "none.json"], "none.json"),
+    (["--chat", "--chat-template-kwargs", '{"chat_template": "{{ none_of_this }}"}'],
+     "prompt 0: expected at least one token"),
 ])
 def test_bad_options_of_the_command_are_named(model, options, named, capsys):
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")

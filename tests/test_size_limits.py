@@ -11,7 +11,7 @@ import pytest
 
 from singlequant import FormatError
 from singlequant.cli.main import main
-from singlequant.files import MAX_JSON_BYTES, MAX_LISTING_BYTES, read_json
+from singlequant.files import MAX_JSON_BYTES, MAX_LISTING_BYTES, MAX_TOKENIZER_BYTES, read_json
 from singlequant.tensors import read_header
 
 NAMES = {"config.json": MAX_JSON_BYTES, "generation_config.json": MAX_JSON_BYTES,
@@ -31,6 +31,17 @@ def test_larger_file_is_named(model, name, capsys):
     error = capsys.readouterr().err
     assert error == (f"singlequant: {path}: expected JSON of at most {NAMES[name]} bytes, "
                      f"found {NAMES[name] + 1}\n")
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["quantize"]])
+def test_larger_tokenizer_is_named(model, tmp_path, command, capsys):
+    path = model / "tokenizer.json"
+    os.truncate(path, MAX_TOKENIZER_BYTES + 1)
+    out = [str(tmp_path / "out")] if command == ["quantize"] else []
+    assert main([command[0], str(model), *out, *command[1:]]) == 2
+    assert capsys.readouterr().err == (
+        f"singlequant: {path}: expected a tokenizer of at most {MAX_TOKENIZER_BYTES} bytes, found "
+        f"{MAX_TOKENIZER_BYTES + 1}\n")
 
 
 def test_larger_header_is_named(tmp_path):

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,6 +39,15 @@ def wrong_script(folder: Path) -> tuple[Path, set[int]]:
     return path, set(range(first, first + len(WRONG)))
 
 
+def search_path() -> str:
+    """Where a type checker looks beside the environment: nowhere, if the package is installed."""
+    try:
+        distribution("singlequant")
+    except PackageNotFoundError:
+        return str(ROOT)
+    return ""
+
+
 @pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
 def test_mypy_accepts_a_users_script_and_finds_mistakes(tmp_path):
     """In one run, which takes a few seconds."""
@@ -44,7 +55,8 @@ def test_mypy_accepts_a_users_script_and_finds_mistakes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--follow-imports=silent",
          "--cache-dir", str(tmp_path / "cache"), str(SCRIPT), str(wrong)],
-        capture_output=True, text=True, cwd=ROOT, timeout=600)
+        capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        env={**os.environ, "MYPYPATH": search_path()})
     errors = [line.split(":")[:2] for line in done.stdout.splitlines() if ": error:" in line]
     assert {Path(name).name for name, _ in errors} == {"wrong.py"}, done.stdout + done.stderr
     assert {int(number) for _, number in errors} == expected, done.stdout
@@ -54,7 +66,7 @@ def test_mypy_accepts_a_users_script_and_finds_mistakes(tmp_path):
 def test_pyright_accepts_a_users_script_and_finds_mistakes(tmp_path):
     """basedpyright is pyright in a wheel with its node; it brings 280 MB, so no extra has it."""
     wrong, expected = wrong_script(tmp_path)
-    settings = {"typeCheckingMode": "standard", "extraPaths": [str(ROOT)],
+    settings = {"typeCheckingMode": "standard", "extraPaths": [*filter(None, [search_path()])],
                 "include": [str(wrong), str(SCRIPT)]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     done = subprocess.run(

@@ -87,9 +87,9 @@ fuzz_packed(struct input *in)
     static const int activation_bits[] = {4, 8, 16};
     const int bits = (int)number(in, weight_bits[up_to(in, 3)]);
     const int64_t g = number(in, up_to(in, 2) * SQ_K_ALIGN);
-    const int64_t k = number(in, g ? g * (1 + up_to(in, 4)) : 1 + up_to(in, 200));
-    const int64_t n = number(in, 1 + up_to(in, 100));
-    const int64_t step = g ? g : SQ_K_ALIGN, blocks = k > step ? (k - 1) / step : 0;
+    const int64_t step = g > 0 && g < MOST_BYTES ? g : SQ_K_ALIGN; /* others are to be refused */
+    const int64_t k = number(in, g ? step * (1 + up_to(in, 4)) : 1 + up_to(in, 200));
+    const int64_t n = number(in, 1 + up_to(in, 100)), blocks = k > step ? (k - 1) / step : 0;
     const int64_t int8_inputs = number(in, step * up_to(in, blocks < 4 ? blocks : 4));
     const int known = sq_weight_bits_valid(bits) && k > 0 && g >= 0;
     int32_t *words = matrix(in, n, known ? sq_packed_words(bits, k) : 0, sizeof *words);

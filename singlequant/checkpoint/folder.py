@@ -28,7 +28,7 @@ from ..rows import require_finite
 from ..tensors import DTYPES, WEIGHT_DTYPES, TensorFiles, TensorInfo, check_tensor
 from ..weights import Dense, LayerWeights, Linear, Norm, PackedTable
 from .names import has_own_head, require_head, sort_extras, warn_of
-from .special_tokens import add_tokens
+from .special_tokens import add_tokens, has_tokenizer
 from .stored import find_quantization, open_tensors
 from .tokenizer_errors import tokenizer_errors
 
@@ -193,8 +193,8 @@ class Checkpoint:
         Enough to notice another model or a fine-tuned one without reading the weights.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        tokenizer = self.path / "tokenizer.json"
-        digest.update(tokenizer.read_bytes() if is_present(tokenizer) else b"")
+        path = self.path / "tokenizer.json"
+        digest.update(path.read_bytes() if has_tokenizer(path) else b"")
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape}".encode())
             for page in self.files.pages(name):
@@ -210,7 +210,7 @@ class Checkpoint:
         FormatError when it is missing or broken.
         """
         path = self.path / "tokenizer.json"
-        present = is_present(path)
+        present = has_tokenizer(path)
         if not present and self.file is not None:
             raise FormatError(f"{path}: no such file; put tokenizer.json and tokenizer_config.json "
                               f"of the model that {self.file.name} was made of beside it")

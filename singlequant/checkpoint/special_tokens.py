@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from .._C import FormatError
-from ..files import is_present, read_json
+from ..files import MAX_TOKENIZER_BYTES, is_present, read_json, require_size
 from .tokenizer_errors import tokenizer_errors
 
-__all__ = ["SpecialTokens", "add_tokens", "special_tokens"]
+__all__ = ["SpecialTokens", "add_tokens", "has_tokenizer", "special_tokens"]
 
 STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
             "mask_token")
@@ -32,6 +33,14 @@ CLASS_TOKENS = {  # what a tokenizer_class has where the files name nothing
                         "unk_token": "<UNK>", "pad_token": "<PAD>", "cls_token": "<CLS>",
                         "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"},
 }
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether tokenizer.json is there. FormatError if it is larger than any tokenizer's is."""
+    present = is_present(path)
+    if present:
+        require_size(path, MAX_TOKENIZER_BYTES, "a tokenizer")
+    return present
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def add(commands) -> None:
     """Add the command to the parser's."""
     c = add_command(commands, "generate", run, "Continue a prompt, streamed.")
     c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
-    c.add_argument("--prompt", action="append", required=True,
+    c.add_argument("--prompt", action="append", required=True, type=utf8,
                    help="may be repeated: a batch, printed when it is whole")
     c.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     c.add_argument("--temperature", type=float, default=0.0, metavar="T",
@@ -26,13 +27,24 @@ def add(commands) -> None:
     c.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default): off")
     c.add_argument("--seed", type=int, default=0, metavar="N")
     c.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
-    c.add_argument("--system", metavar="TEXT", help="with --chat: a system message in front")
+    c.add_argument("--system", metavar="TEXT", type=utf8,
+                   help="with --chat: a system message in front")
     c.add_argument("--tools", type=Path, metavar="FILE",
                    help="with --chat: a JSON list of tools that the model may call")
     c.add_argument("--chat-template-kwargs", metavar="JSON",
                    help="with --chat: variables of the template, as '{\"enable_thinking\": false}'")
     add_kv_bits(c)
     add_dequantize(c)
+
+
+def utf8(argument: str) -> str:
+    """An argument in UTF-8, where the locale made Python take its bytes for something else."""
+    if argument.isascii() or not any("\ud800" <= c <= "\udfff" for c in argument):
+        return argument
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:  # its user hears of it from the tokenizer
+        return argument
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -68,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(waiting + to_text(token), end="", flush=True)
         waiting = ""
 
-    model.generate(prompts[0], **sampling, on_token=show)
+    model.generate(prompts, **sampling, on_token=show)
     print(waiting + to_text.finish())
 
 

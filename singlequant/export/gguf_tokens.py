@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from .._C import FormatError
-from ..files import is_present
+from ..files import MAX_TOKENIZER_BYTES, is_present, require_size
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
@@ -53,6 +53,7 @@ def _read(path: Path) -> dict[str, Any]:
     """tokenizer.json, {} where there is none. FormatError for one that tokenizers cannot read."""
     if not is_present(path):
         return {}
+    require_size(path, MAX_TOKENIZER_BYTES, "a tokenizer")
     try:
         text = path.read_text("utf-8")
         Tokenizer.from_str(text)
