@@ -252,3 +252,32 @@ def test_task_stops_at_a_special_token(model, stop):
     whole = face.model.decode_after(prompt, new)
     before = face.model.decode_after(prompt, new[:at])
     assert text == (whole if stop.endswith("\n") else before)
+
+
+def test_task_stops_at_a_token_that_the_decoder_writes_otherwise(model):
+    """As a decoder makes spaces of the marks in <|end▁of▁text|>."""
+    loaded = sq.load(model)
+    prompt = loaded.encode("the quick").tolist()
+    sampling = {"max_new_tokens": 20, "temperature": 8.0}
+    new = loaded.generate(prompt, **sampling, stop_tokens=())
+    values = json.loads((model / "tokenizer.json").read_text())
+    names = {token: text for text, token in values["model"]["vocab"].items()}
+    at = next(i for i, token in enumerate(new)
+              if i > 2 and token not in new[:i] and "\u0120" in names[token])
+    content = names[new[at]]
+    assert content not in loaded.decode_after(prompt, new)
+    values["added_tokens"].append({**DESCRIBED, "id": new[at], "content": content,
+                                   "special": True})
+    write_json(model / "tokenizer.json", values)
+    face = adapter(model)
+    assert face._continue([prompt], [content], sampling, 0)[0] == face.model.decode_after(
+        prompt, new[:at])
+
+
+def test_options_of_a_task_that_are_null_are_as_if_not_given(model):
+    face = adapter(model)
+    given = {"until": ["a", ""], "temperature": None, "top_p": None, "max_gen_toks": None,
+             "do_sample": None}
+    assert face._generation(given) == face._generation({"until": "a"})
+    with pytest.raises(ValueError, match=r"until: expected texts, got \[5\]"):
+        face._generation({"until": [5]})

@@ -111,7 +111,14 @@ def test_values_of_another_type_are_named(model, name, value):
         model.generate([[1, 2]], **{name: value})
 
 
-@pytest.mark.parametrize("prompts", [{"prompt": 1}, {0: [1]}, {1}, frozenset({1}), {}])
+@pytest.mark.parametrize("prompts", [{"prompt": 1}, {0: [1]}, {1}, frozenset({1}), {}, None, 5,
+                                     np.array(5), np.float32(5), iter([1])])
 def test_prompts_without_an_order_are_named(model, prompts):
     with pytest.raises(ValueError, match="^prompts: expected a text, token ids, or a list of"):
         model.generate(prompts)
+
+
+@pytest.mark.parametrize("stop", [2, np.int64(2), np.array(2), [[1], [2]]])
+def test_stop_tokens_that_are_no_list_are_named(model, stop):
+    with pytest.raises(ValueError, match="^stop_tokens: expected a list of token ids, found"):
+        model.generate([[1, 2]], stop_tokens=stop)

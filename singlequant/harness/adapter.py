@@ -234,8 +234,11 @@ class Adapter:
         unknown = set(options) - GENERATION_OPTIONS - set(LENGTH_OPTIONS)
         if unknown:
             logger.warning("generation options without effect: %s", ", ".join(sorted(unknown)))
+        options = {name: value for name, value in options.items() if value is not None}
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
+        if not all(stop is None or isinstance(stop, str) for stop in until):
+            raise ValueError(f"until: expected texts, got {until!r:.80}")
         default = min(DEFAULT_NEW_TOKENS, self.max_length // 2)
         count = int(next((options[n] for n in LENGTH_OPTIONS if options.get(n)), default))
         if not 1 <= count < self.max_length:
@@ -254,14 +257,17 @@ class Adapter:
     ) -> list[str]:
         """Texts behind a batch of prompts, each cut before its first stop string."""
         new: list[list[int]] = [[] for _ in prompts]
-        added = self.model.tokenizer.get_added_tokens_decoder().values()
-        names = [token.content for token in added if token.special]
+        added = self.model.tokenizer.get_added_tokens_decoder()
+        ends = {i for i, token in added.items() if token.content in until}
+        names = [token.content for token in added.values() if token.special]
         special = [stop for stop in until if any(name in stop for name in names)]
 
         def text(index: int, count: int | None = None, special: bool = False) -> str:
             return self.model.decode_after(prompts[index], new[index][:count], special)
 
         def stopped(index: int, token: int) -> bool:
+            if token in ends:  # a decoder may write it in another way
+                return True
             new[index].append(token)
             return (bool(until) and any(stop in text(index) for stop in until)
                     or bool(special) and _first(text(index, special=True), special) is not None)

@@ -180,7 +180,8 @@ class Model(WindowModel):
         cancels.
         ValueError when a prompt is empty or longer than the model's maximum.
         """
-        if isinstance(prompts, (Mapping, Set)):
+        if isinstance(prompts, (Mapping, Set)) or not hasattr(prompts, "__len__") or (
+                isinstance(prompts, np.ndarray) and prompts.ndim == 0):
             raise ValueError(f"prompts: expected a text, token ids, or a list of either, found a "
                              f"{type(prompts).__name__}")
         single = isinstance(prompts, str) or (
@@ -192,11 +193,14 @@ class Model(WindowModel):
         as_text = isinstance(batch[0], str)
         if any(isinstance(p, str) != as_text for p in batch):
             raise ValueError("prompts: expected texts alone or token ids alone, got both")
-        stop = self.stop_tokens if stop_tokens is None else stop_tokens
+        stop = token_ids(self.stop_tokens if stop_tokens is None else stop_tokens, "stop_tokens")
+        if stop.ndim != 1:
+            raise ValueError(f"stop_tokens: expected a list of token ids, found "
+                             f"{stop_tokens!r:.80}")
         tokens = [self.encode(p) if as_text else token_ids(p, f"prompt {i}")
                   for i, p in enumerate(batch)]
         new = generate(self, tokens, max_new_tokens, temperature, top_k, top_p, seed,
-                       token_ids(stop, "stop_tokens").tolist(), on_token)
+                       stop.tolist(), on_token)
         if as_text:
             new = [self.decode_after(p, ids) for p, ids in zip(tokens, new, strict=True)]
         return new[0] if single else new
