@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import singlequant as sq
+from singlequant.config import QuantConfig
 from singlequant.files import json_text, write_file
 from singlequant.study.compare import Comparison
 
@@ -75,6 +76,9 @@ def compare_model(model: Path, arguments: argparse.Namespace) -> Side:
     side = Side(config["architectures"][0],
                 json.loads(record.read_text("utf-8")) if record.is_file() else None,
                 json.loads(path.read_text("utf-8")))
+    for made, row in zip(side.values["rows"], found.rows, strict=True):
+        if row.config is not None:  # the clip of the day, not of the day of the page
+            made["config"]["clip"] = row.config.activation_clip
     write_file(path, json_text(vars(side), indent=1) + "\n")
     print(f"{name}\n{found}\n", flush=True)
     return side
@@ -229,6 +233,29 @@ def network_row(side: Side) -> dict[str, Any]:
     return row
 
 
+def recipe(sides: Sequence[Side]) -> str:
+    """What the default recipe is; where the figures are of another one than today's, what was."""
+    differ = dict.fromkeys(
+        change for side in sides for row in side.values["rows"] if row["default"]
+        for change in changes(row["config"]))
+    if not differ:
+        return f"{RECIPE} does: {MADE_OF}"
+    return (f"{RECIPE} did when these figures were measured: {MADE_OF} Some of its settings were "
+            f"others than today's: {', '.join(differ)}.")
+
+
+def changes(config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of a default row that are no longer the scheme's defaults, each in words."""
+    today = QuantConfig(scheme=config["scheme"])
+    values = today.to_json() | {"clip": today.activation_clip}
+    for name, value in values.items():
+        if name not in config:
+            yield f"there was no `{name}`"
+        elif name not in ("scheme", "seed") and config[name] not in (value, None):
+            where = f" in {config['scheme'].upper()}" if name == "clip" else ""
+            yield f"`{name}` was {config[name]}{where} and is {value}"
+
+
 def trained_by(sides: Sequence[Side]) -> str:
     """The commands that made the models."""
     made = [side.training for side in sides if side.training]
@@ -275,8 +302,10 @@ whether a gain depends on LLaMA's blocks."""
 
 MEANS = """A case is a model and a text. The first table gives the KL of each method as the \
 geometric mean over a family's cases. All methods round weights to the nearest code and clip \
-nothing. The default recipe is what `singlequant quantize` does: `balanced`, with GPTQ, and with \
-clipped activations in W4A4."""
+nothing."""
+
+RECIPE = "The default recipe is what `singlequant quantize`"
+MADE_OF = "`balanced`, with GPTQ, and with clipped activations in W4A4."
 
 READING = """The second table divides the KL of one method by that of another, case by case. A \
 cell is the geometric mean of the ratio over a family's cases. Below 1, the first method is closer \
@@ -297,8 +326,8 @@ def page(sides: Sequence[Side]) -> str:
     verdict = f"Of {cases} comparisons, {missing} {'has' if missing == 1 else 'have'} no gain."
     return "\n\n".join(filter(None, [
         "# Beyond LLaMA", ABOUT, "## Do the gains hold?",
-        "\n".join(f"- {line}" for line in answers(found)), MEANS, kl_table(sides), READING,
-        gain_table(found),
+        "\n".join(f"- {line}" for line in answers(found)), f"{MEANS} {recipe(sides)}",
+        kl_table(sides), READING, gain_table(found),
         "## Where they do not hold", verdict, "\n".join(f"- {line}" for line in lines),
         "## The networks", table([network_row(side) for side in sides]), NETWORKS,
         trained_by(sides), "## Every row", *map(detail, sides)])) + "\n"

@@ -82,6 +82,17 @@ def test_page_names_commands_and_training(sides):
     assert "Made Up 9000" in page
 
 
+def test_page_says_what_the_recipe_was_when_it_is_another_today(sides):
+    assert "is what `singlequant quantize` does: `balanced`" in script.page(sides)
+    config = sides[0].values["rows"][-1]["config"]
+    config |= {"clip": 0.8, "calibration_tokens": 2048}
+    del config["calibration_bits"]
+    assert ("is what `singlequant quantize` did when these figures were measured: `balanced`, with "
+            "GPTQ, and with clipped activations in W4A4. Some of its settings were others than "
+            "today's: `clip` was 0.8 in W4A4 and is 0.75, `calibration_tokens` was 2048 and is "
+            "8192, there was no `calibration_bits`.") in script.page(sides)
+
+
 def test_failed_row_is_shown_and_not_counted(sides):
     row = sides[1].values["rows"][2]
     row |= {"error": "ValueError: no factors", "results": []}
@@ -96,6 +107,8 @@ def test_comparison_of_a_folder_becomes_a_page(model, text, tmp_path, capsys):
     script.main([str(model), *options, "--text", str(text)])
     script.main([*options, "--page", str(page)])
     assert "### model, LlamaForCausalLM" in page.read_text()
+    rows = json.loads((tmp_path / "out" / "model.json").read_text())["values"]["rows"]
+    assert {row["config"]["clip"] for row in rows if row["default"]} == {0.75, 1.0}
     assert "KL, text" in page.read_text()
     assert "written" in capsys.readouterr().out
 
