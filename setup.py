@@ -86,7 +86,9 @@ class BuildExt(build_ext):
         in_source = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "singlequant" if in_source else Path(self.build_lib) / "singlequant"
         (package / "libs").mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, package / "libs" / source.name)
+        made = package / "libs" / f"{source.name}.new"
+        shutil.copy2(source, made)
+        made.replace(package / "libs" / source.name)  # programs that run keep the file they have
 
 
 compile_flags = list(COMMON_FLAGS)
