@@ -12,7 +12,7 @@ from typing import Any
 from . import bench_peers
 
 KINDS = ("peers", "ladder", "end-to-end", "side-by-side", "quantize", "transform", "attention",
-         "memory", "sharing")
+         "memory", "sharing", "task-seconds", "torch-dynamic")
 FILE = re.compile(r"(\d{4}-\d\d-\d\d)-(.+)\.json")
 AMX_STEP = "tdpbsud"
 RIVALS = ("int4", "int8", "16-bit", "32-bit")

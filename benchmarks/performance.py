@@ -222,6 +222,36 @@ def sharing_section(result: Mapping[str, Any]) -> str:
                 times(result["sum_over_alone"]), times(result["cpu_time"])]])])
 
 
+def task_section(result: Mapping[str, Any]) -> str:
+    """Seconds of zero-shot tasks, ours beside transformers."""
+    lines = [[r["task"], r["model"], str(r["questions"]), number(r["median"]),
+              f"{number(r['low'])} - {number(r['high'])}", times(r["times_as_fast"])]
+             for r in result["rows"]]
+    versions = result["environment"]
+    return "\n\n".join([
+        "### Zero-shot tasks", command("task_seconds", versions),
+        f"Seconds of all requests of a task through lm_eval {versions['lm_eval']}. The first row "
+        f"of a task is transformers {versions['transformers']} with torch {versions['torch']}, and "
+        "the others are times as fast. All use the same number of threads.",
+        table(["task", "model", "questions", "seconds", "quartiles", "times as fast"], lines, 2)])
+
+
+def torch_section(result: Mapping[str, Any]) -> str:
+    """torch models with our linears beside torch's own dynamic int8."""
+    lines = [[r["model"], r["variant"], number(1e3 * r["median"]),
+              f"{number(1e3 * r['low'])} - {number(1e3 * r['high'])}", times(r["speed_of_int8"]),
+              times(r["speed_of_float32"]), f"{r['error']:.3f}", number(r["bytes"] / 1e6)]
+             for r in result["rows"]]
+    versions = result["environment"]
+    return "\n\n".join([
+        "### Linears of torch models", command("torch_dynamic", versions),
+        f"torch {versions['torch']}, int8 by {versions['quantized_engine']}, OMP_WAIT_POLICY "
+        f"{versions['omp_wait_policy']}. The times are milliseconds of a call. The error is "
+        "|y - y0| / |y0| of the model's output.",
+        table(["model", "linears", "ms", "quartiles", "speed of int8", "speed of float32", "error",
+               "MB"], lines, 2)])
+
+
 def transform_section(result: Mapping[str, Any]) -> str:
     """Dense factors, Hadamards and chains, width by width."""
     forms = ("quantize", "dense", "hadamard", "chain")
@@ -268,7 +298,8 @@ def machine_section(machine: Machine) -> str:
     text += [end_to_end_section(name, result) for name, result in machine.of("end-to-end")]
     for kind, section in (("quantize", quantize_section), ("side-by-side", side_by_side_section),
                           ("transform", transform_section), ("attention", attention_section),
-                          ("sharing", sharing_section)):
+                          ("sharing", sharing_section), ("task-seconds", task_section),
+                          ("torch-dynamic", torch_section)):
         text += [section(result) for _, result in machine.of(kind)]
     notes = machine.path / "notes.md"
     if notes.exists():

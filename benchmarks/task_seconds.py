@@ -1,7 +1,8 @@
 """Seconds of a zero-shot task: our folders beside transformers, both through the harness.
 
     python -m benchmarks.task_seconds MODEL [--ours OUT...] --tasks A,B [--task-folder DIR] \\
-        [--limit 100] [--dtypes float32,bfloat16] [--batch-size 16] [--repeats 3] [--json FILE]
+        [--limit 100] [--dtypes float32,bfloat16] [--batch-size 16] [--repeats 3] [--json FILE] \\
+        [--keep]
 
 It needs the extras evaluation and torch. MODEL is a folder that transformers opens: the harness's
 own class for it, HFLM, runs it in each type, in batches of --batch-size requests. MODEL and each
@@ -98,7 +99,7 @@ def parse(argv):
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of transformers' model")
     parser.add_argument("--batch-size", type=int, default=16, help="requests, in transformers")
     parser.add_argument("--repeats", type=int, default=3)
-    common.add_output(parser)
+    common.add_output(parser, "task-seconds")
     arguments = parser.parse_args(argv)
     arguments.tasks, arguments.dtypes = arguments.tasks.split(","), arguments.dtypes.split(",")
     return arguments
@@ -123,7 +124,8 @@ def main(argv=None):
     with found_tasks(arguments.tasks, arguments.task_folder) as manager:
         for task in arguments.tasks:
             rows += rows_of(task, models, manager, arguments, out)
-    common.write_result({"environment": environment, "rows": rows}, arguments.json)
+    common.write_result({"environment": environment, "rows": rows}, arguments.json,
+                        arguments.keep and "task-seconds")
 
 
 if __name__ == "__main__":

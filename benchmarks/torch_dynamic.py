@@ -1,6 +1,7 @@
 """torch models whose linears are ours, beside torch's own dynamic int8: speed, error and size.
 
-    python -m benchmarks.torch_dynamic [--models bert,vit,llama] [--folder FOLDER] [--json FILE]
+    python -m benchmarks.torch_dynamic [--models bert,vit,llama] [--folder FOLDER] [--json FILE] \\
+        [--keep]
 
 It needs the torch extra. The models are of random weights, BERT-base's and ViT-base's widths with
 fewer layers, and a LLaMA of like size. --folder takes a real causal language model in their place.
@@ -15,6 +16,7 @@ import copy
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 
 from singlequant import _C, QuantConfig, bundled_text
 
@@ -23,6 +25,7 @@ from . import common
 SCHEMES = ("w4a16", "w4a8", "w4a4")
 MODELS = ("bert", "vit", "llama")
 CALIBRATION_BATCHES = 8
+KIND = "torch-dynamic"
 VOCAB = 8192
 
 
@@ -128,7 +131,7 @@ def parse(argv):
     parser.add_argument("--tokens", type=int, default=128, help="of a sequence")
     parser.add_argument("--threads", type=int, default=_C.get_num_threads())
     parser.add_argument("--seconds", type=common.seconds, default=20.0, help="for each model")
-    common.add_output(parser)
+    common.add_output(parser, KIND)
     arguments = parser.parse_args(argv)
     arguments.models = arguments.models.split(",")
     if not set(arguments.models) <= set(MODELS):
@@ -154,9 +157,12 @@ def main(argv=None):
     rows = []
     for name in [arguments.folder] if arguments.folder else arguments.models:
         made = real_model(arguments) if arguments.folder else made_model(name, arguments)
-        shown = "folder" if arguments.folder else name
+        shown = Path(name).resolve().name if arguments.folder else name
         rows += bench_model(shown, *made, arguments.seconds)
-    common.write_result({"environment": environment, "rows": rows}, arguments.json)
+    setting = ["folder"] * bool(arguments.folder)
+    setting += ["passive"] * (environment["omp_wait_policy"].lower() == "passive")
+    common.write_result({"environment": environment, "rows": rows}, arguments.json,
+                        arguments.keep and "-".join([KIND, *setting]))
 
 
 if __name__ == "__main__":

@@ -111,3 +111,20 @@ def made_side_by_side():
 def made_sharing():
     return {"environment": ENVIRONMENT, "model": "small", "processes": 2, "alone": 125.0,
             "together": 118.0, "sum_over_alone": 0.94, "cpu_time": 1.06, "rows": []}
+
+
+VERSIONS = {"torch": "2.13", "transformers": "5.0", "lm_eval": "0.4.13",
+            "omp_wait_policy": "passive", "quantized_engine": "x86"}
+
+
+def made_tasks():
+    row = {"task": "choose", "questions": 50, "acc": 0.5, "low": 1.5, "high": 2.5}
+    return {"environment": ENVIRONMENT | VERSIONS, "rows": [
+        row | {"model": "transformers float32", "median": 8.0, "times_as_fast": 1.0},
+        row | {"model": "singlequant w4a8", "median": 2.0, "times_as_fast": 4.0}]}
+
+
+def made_torch():
+    return {"environment": ENVIRONMENT | VERSIONS, "rows": [
+        {"model": "bert", "variant": "w4a8", "median": 0.0125, "low": 0.0115, "high": 0.0135,
+         "speed_of_int8": 1.25, "speed_of_float32": 2.5, "error": 0.0625, "bytes": 4.5e6}]}

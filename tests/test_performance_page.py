@@ -12,6 +12,8 @@ from made_results import (
     made_quantize,
     made_sharing,
     made_side_by_side,
+    made_tasks,
+    made_torch,
     made_transform,
     run,
 )
@@ -31,7 +33,9 @@ def results(tmp_path):
                         ("2025-01-02-transform", made_transform()),
                         ("2025-01-02-attention", made_attention()),
                         ("2025-01-02-quantize-side-by-side", made_side_by_side()),
-                        ("2025-01-02-sharing", made_sharing())):
+                        ("2025-01-02-sharing", made_sharing()),
+                        ("2025-01-02-task-seconds", made_tasks()),
+                        ("2025-01-02-torch-dynamic-passive", made_torch())):
         (folder / f"{name}.json").write_text(json.dumps(value))
     (folder / "notes.md").write_text("The profile says why.\n")
     summary = tmp_path / "summary.md"
@@ -66,6 +70,10 @@ def test_page_holds_the_figures_of_the_newest_files(results):
     assert "| ours | 20.5 | 10.5 - 30.5 |" in page
     assert "| llm-compressor | 87.1 | 81.5 - 95.5 |" in page
     assert "| 125 | 118 | 0.94x | 1.06x |" in page
+    assert "| choose | singlequant w4a8 | 50 | 2.00 | 1.50 - 2.50 | 4.00x |" in page
+    assert "through lm_eval 0.4.13. The first row of a task is transformers 5.0 with" in page
+    assert "| bert | w4a8 | 12.5 | 11.5 - 13.5 | 1.25x | 2.50x | 0.062 | 4.50 |" in page
+    assert "OMP_WAIT_POLICY passive." in page
     assert "The profile says why." in page
 
 
