@@ -318,6 +318,16 @@ def test_command_reads_a_packed_folder(packed, text, capsys):
     assert "original: expected the model" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_inspected_does_not_ask_for_its_original(model, text, tmp_path,
+                                                                         capsys):
+    config = QuantConfig("w4a8", weights="rtn", calibration_tokens=64, method="balanced")
+    sq.quantize_folder(model, tmp_path / "out", config, text)
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "inspect the original with --method balanced" in said
+    assert "original: expected" not in said
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--layer", "9"], "layer: expected 0 to 1, found 9"),
     (["--massive", "-3"], "massive: expected"),

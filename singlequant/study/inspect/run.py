@@ -131,14 +131,14 @@ def _original(
             raise ValueError(f"original: expected with a packed folder only, and {opened.path} is "
                              f"not packed; found {original}")
         return opened, None
-    if original is None:
-        raise ValueError(f"original: expected the model that {opened.path} was made of (the packed "
-                         f"weights give other activations), found none")
     method = METHODS[opened.quant_config.method]
     if method.folds:
         advice = "" if method.residual else f": inspect the original with --method {method.name}"
         raise ValueError(f"{opened.path}: its method, {method.name}, folds a {method.folds} into "
                          f"the weights, which the folder does not tell apart{advice}")
+    if original is None:
+        raise ValueError(f"original: expected the model that {opened.path} was made of (the packed "
+                         f"weights give other activations), found none")
     checkpoint = open_model(original)
     if checkpoint.quantized:
         raise ValueError(f"original: expected an unquantized model, found a packed one: "
