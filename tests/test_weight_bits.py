@@ -101,6 +101,18 @@ def test_products_equal_twin_bit_for_bit(table, bits, k, group, high):
 
 
 @pytest.mark.parametrize("bits", WIDE)
+@pytest.mark.parametrize("high", [0, 64])
+def test_many_rows_give_the_bits_of_few(table, bits, high):
+    """Several blocks of rows meet a chunk of panels, whose codes are made wide once for all."""
+    x, words, scales = problem(41, 150, 11072, 0, bits)
+    weight = _C.PackedWeight(words, scales, 11072, int8_inputs=high, bits=bits)
+    for activation_bits in (4, 8, 16) if not high else (4,):
+        whole = _C.linear(x, weight, activation_bits)
+        parts = [_C.linear(x[i : i + 7], weight, activation_bits) for i in range(0, len(x), 7)]
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("bits", WIDE)
 @pytest.mark.parametrize(("k", "group"), [(1, 0), (33, 0), (544, 32), (1100, 0)])
 def test_float_activations_are_within_the_chain_bound(table, bits, k, group):
     x, words, scales = problem(15, 35, k, group, bits)

@@ -183,6 +183,9 @@ struct linear_job {
     float *y;
     int64_t ld_y;
     atomic_int *no_memory;
+    const uint8_t
+        *wide; /* of a chunk: its thin panels made wide, from panel wide_begin on; or NULL */
+    int64_t wide_begin;
 };
 
 /* Whether a kernel reads the thin panels of w as they are. */
@@ -192,21 +195,65 @@ reads_thin(const sq_packed_t *w, const struct sq_activations *a)
     return a->bits <= 8 && w->kernels->thin_rows && a->m <= w->kernels->thin_rows;
 }
 
+static int
+must_widen(const struct linear_job *job)
+{
+    return is_thin(job->w->panel_bits) && !reads_thin(job->w, job->a);
+}
+
+/* Where the inputs from `begin` on of panel p lie. */
+static const uint8_t *
+stored_panel(const sq_packed_t *w, int64_t p, int64_t begin)
+{
+    return w->panels + p * w->panel_stride_bytes + begin * w->kernels->nr * w->panel_bits / 8;
+}
+
+static void
+widen(const sq_packed_t *w, int64_t p, int64_t begin, int64_t end, uint8_t *wide)
+{
+    w->kernels->widen_panel(w->panel_bits, stored_panel(w, p, begin),
+                            w->kernels->nr * (end - begin), w->kernels->w8_zero, wide);
+}
+
 /* The inputs begin .. end - 1 of panel p as the job's kernels read them; NULL: no memory. */
 static const uint8_t *
 panel_of(const struct linear_job *job, int64_t p, int64_t begin, int64_t end)
 {
     const sq_packed_t *w = job->w;
-    const int64_t nr = w->kernels->nr, bytes = nr * (end - begin);
-    const uint8_t *panel = w->panels + p * w->panel_stride_bytes + begin * nr * w->panel_bits / 8;
-    if (!is_thin(w->panel_bits) || reads_thin(w, job->a)) {
-        return panel;
+    const int64_t nr = w->kernels->nr;
+    if (job->wide) {
+        return job->wide + nr * ((p - job->wide_begin) * w->k_padded + begin);
     }
-    uint8_t *wide = sq_thread_scratch((size_t)bytes);
+    if (!must_widen(job)) {
+        return stored_panel(w, p, begin);
+    }
+    uint8_t *wide = sq_thread_scratch((size_t)(nr * (end - begin)));
     if (wide) {
-        w->kernels->widen_panel(w->panel_bits, panel, bytes, w->kernels->w8_zero, wide);
+        widen(w, p, begin, end, wide);
     }
     return wide;
+}
+
+/* All blocks of rows meet the panels begin .. end - 1 of a chunk: make them wide once. 0: no
+ * memory.
+ */
+static int
+widen_chunk(struct linear_job *job, int64_t begin, int64_t end)
+{
+    const sq_packed_t *w = job->w;
+    const int64_t bytes = w->kernels->nr * w->k_padded,
+                  int8_bytes = w->kernels->nr * w->int8_inputs;
+    uint8_t *wide = sq_thread_scratch((size_t)((end - begin) * bytes));
+    if (!wide) {
+        return 0;
+    }
+    job->wide = wide;
+    job->wide_begin = begin;
+    for (int64_t p = begin; p < end; p++, wide += bytes) {
+        widen(w, p, 0, w->int8_inputs, wide); /* a panel of its own */
+        widen(w, p, w->int8_inputs, w->k_padded, wide + int8_bytes);
+    }
+    return 1;
 }
 
 /* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
@@ -280,9 +327,14 @@ tail_rows(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, in
 
 /* Panels begin .. end - 1 of one linear. */
 static void
-linear_panels(const struct linear_job *job, int64_t begin, int64_t end)
+linear_panels(const struct linear_job *shared, int64_t begin, int64_t end)
 {
+    struct linear_job own = *shared, *job = &own;
     const int64_t m = job->a->m, nr = job->w->kernels->nr;
+    if (must_widen(job) && m > job->row_block && !widen_chunk(job, begin, end)) {
+        atomic_store(job->no_memory, 1);
+        return;
+    }
     for (int64_t row = 0; row < m && !sq_stopped(); row += job->row_block) {
         const int64_t rows = sq_min_i64(job->row_block, m - row);
         for (int64_t p = begin; p < end; p++) {

@@ -31,9 +31,9 @@ sq_status
 sq_chain_apply(const int32_t *pairs, const double *angles, int64_t g, double *x, int64_t rows,
                int64_t n);
 
-/* One factor as it is applied to an axis vector: v <- chain(H v) or v <- matrix v. With a matrix the
- * rest is unused. Without one it is computed in float64; in float32 where it is a Hadamard alone
- * whose order is a power of two. Python makes matrices up to SQ_FACTOR_DENSE_MAX. */
+/* One factor as it is applied to an axis vector: v <- chain(H v) or v <- matrix v. With a matrix
+ * the rest is unused. Without one it is computed in float64; in float32 where it is a Hadamard
+ * alone whose order is a power of two. Python makes matrices up to SQ_FACTOR_DENSE_MAX. */
 #define SQ_FACTOR_DENSE_MAX 512
 struct sq_factor {
     int64_t order;
