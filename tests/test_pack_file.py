@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from singlequant import _C
 from singlequant.checkpoint.folder import Checkpoint, load_checkpoint
 from singlequant.config import QuantConfig
-from singlequant.export.writer import ModelWriter, estimate_size
+from singlequant.export.writer import ModelWriter, _compare_recipes, estimate_size
 from singlequant.rotations import Factor, SiteRotation
 
 # ---- round trip ---------------------------------------------------------------------------------
@@ -363,6 +363,15 @@ def test_resume_refuses_another_recipe(source, out, config, provenance, message)
     ):
         pass
     assert partial(out).exists()
+
+
+def test_resume_names_what_the_bits_follow_from(tmp_path):
+    path = tmp_path / "recipe.json"
+    old = {"bits": {"a": 5}, "config": {"seed": 0}}
+    with pytest.raises(ValueError, match="cannot resume: config.seed: expected 1, found 0"):
+        _compare_recipes(path, old, {"bits": {"a": 6}, "config": {"seed": 1}})
+    with pytest.raises(ValueError, match="cannot resume: bits.a: expected 6, found 5"):
+        _compare_recipes(path, old, {"bits": {"a": 6}, "config": {"seed": 0}})
 
 
 def test_resume_refuses_another_model(make_checkpoint, tmp_path, source, out):

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import singlequant as sq
 from singlequant.cli.main import main
@@ -65,6 +67,23 @@ def test_names_that_are_no_text_are_escaped(make_checkpoint, tmp_path, text):
     assert code == 0
     assert os.path.isdir(out)
     assert b"out\\udcff" in printed
+
+
+@pytest.mark.parametrize("lost", ["2>/dev/full", "2> >(exec true); sleep 1"])
+def test_exit_code_stays_where_errors_cannot_be_written(tmp_path, lost):
+    redirection, _, rest = lost.partition(";")
+    script = f'exec 3>&2 {redirection};{rest or " :"}; "$@"'
+    assert shell(script, "verify", tmp_path / "none")[0] == 2
+
+
+def test_work_goes_on_where_warnings_cannot_be_written(make_checkpoint, tmp_path, text):
+    model = make_checkpoint(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "tower.weight": np.ones(3, np.float32)}, model / "model.safetensors")
+    code, out, _ = shell('exec 2>/dev/full; "$@"', "eval", model, "--text", text, "--seq-len", "16",
+                         "--windows", "2")
+    assert code == 0
+    assert b"perplexity" in out
 
 
 def test_streams_of_a_program_stay_as_they_are(capsys):

@@ -326,8 +326,10 @@ fuzz_cache(struct input *in)
             sequence[t] = (int32_t)number(in, (uint32_t)sequence[t] % shape.sequences);
             position[t] = number(in, (int64_t)((uint64_t)position[t] % (uint64_t)shape.capacity));
         }
-        if (last - first > 1000) {
-            continue;
+        const int64_t most = position[0] > position[1] ? position[0] : position[1];
+        const int64_t layers = last > first ? last - first : 0;
+        if (layers > 1000 || (most < shape.capacity && most > MOST_BYTES / (1 + layers))) {
+            continue; /* pages that there may be, in seconds */
         }
         if (sq_kv_cache_reserve(cache, first, last, sequence, position, 2) == SQ_OK &&
             last > first) {

@@ -83,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Terminated) as error:
         what = "terminated" if isinstance(error, Terminated) else "interrupted"
         how = f": {one_line(str(error))}" if str(error) else ""  # how to go on
-        print(f"singlequant: {what}{how}", file=sys.stderr)
+        say(f"{what}{how}")
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, ImportError, OverflowError) as error:
-        print(f"singlequant: {describe(error, getattr(parsed, 'out', None))}", file=sys.stderr)
+        say(describe(error, getattr(parsed, "out", None)))
         return EXIT_BAD_INPUT
     finally:
         _C.exit_when_lost(lost)
@@ -134,7 +134,16 @@ def set_threads(count: int) -> None:
 
 def show_warning(message: Warning | str, *_: object) -> None:
     """A warning as one line on standard error."""
-    print(f"singlequant: warning: {one_line(str(message))}", file=sys.stderr)
+    say(f"warning: {one_line(str(message))}")
+
+
+def say(line: str) -> None:
+    """A line on standard error. Nothing else changes where it cannot be written, as when its reader
+    left: work goes on, and the exit code stays."""
+    try:
+        print(f"singlequant: {line}", file=sys.stderr)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def describe(error: BaseException, out: Path | None = None) -> str:

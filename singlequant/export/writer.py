@@ -288,7 +288,8 @@ def _entry(path: Path, checkpoint: Checkpoint, key: str) -> dict[str, Any]:
 
 
 def _compare_recipes(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """ValueError naming the first field in which a saved recipe differs from this run's."""
+    """ValueError naming a field in which a saved recipe differs from this run's: bits of linears,
+    which follow from the others, only where no other differs."""
 
     def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -298,7 +299,7 @@ def _compare_recipes(path: Path, found: Mapping[str, Any], expected: Mapping[str
         return flat
 
     old, new = flatten(found), flatten(expected)
-    for key in sorted(set(old) | set(new)):
+    for key in sorted(set(old) | set(new), key=lambda key: (key.startswith("bits."), key)):
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{path}: cannot resume: {key}: expected {new.get(key)!r}, found {old.get(key)!r} "
