@@ -86,6 +86,10 @@ def test_callers_messages_stay_as_they_are(model):
     assert json.dumps(messages) == before
 
 
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(("arguments", "named"), [
     ({"messages": []}, "messages"),
     ({"messages": ["hi"]}, "messages: expected a dict at 0, found str"),
@@ -96,6 +100,15 @@ def test_callers_messages_stay_as_they_are(model):
     ({"messages": USER, "continue_final_message": "thinking"}, "thinking"),
     ({"messages": [{"role": "user"}], "continue_final_message": True}, "content"),
     ({"messages": USER, "chat_template": "tool_usee"}, "one of default"),
+    ({"messages": USER, "chat_template": 5}, "chat_template: expected a text, found 5"),
+    ({"messages": None}, "messages: expected a list, found NoneType"),
+    ({"messages": USER[0]}, "messages: expected a list, found dict"),
+    ({"messages": {"hi"}}, "messages: expected a list, found set"),
+    ({"messages": iter([5])}, "messages: expected a dict at 0, found int"),
+    ({"messages": USER, "documents": 5}, "documents: expected a list, found int"),
+    ({"messages": USER, "tools": 5}, "tools: expected a list, found int"),
+    ({"messages": USER, "tools": {"name": "f"}}, "tools: expected a list, found dict"),
+    ({"messages": USER, "variable": ENDLESS}, "variables: expected less nesting"),
 ])
 def test_bad_arguments_are_named(model, arguments, named):
     with pytest.raises(ValueError, match=named):
@@ -196,6 +209,8 @@ def test_command_takes_system_tools_and_variables(model, tmp_path, capsys):
     (["--chat", "--chat-template-kwargs", "{"], "--chat-template-kwargs: expected JSON"),
     (["--chat", "--chat-template-kwargs", "[1]"], "expected a JSON object, found list"),
     (["--chat", "--chat-template-kwargs", '{"tools": 1}'], "found tools"),
+    (["--chat", "--chat-template-kwargs", '{"self": 1}'], "found self"),
+    (["--chat", "--chat-template-kwargs", '{"documents": 5}'], "documents: expected a list"),
     (["--chat", "--tools", "none.json"], "none.json"),
     (["--chat", "--chat-template-kwargs", '{"chat_template": "{{ none_of_this }}"}'],
      "prompt 0: expected at least one token"),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,12 @@ def render_chat(
         **special_tokens(checkpoint).named,
         **variables,  # come before special tokens of their name
         "messages": chat,
-        "tools": None if tools is None else [tool_schema(tool) for tool in tools],
+        "tools": None if tools is None else [tool_schema(t) for t in _listed("tools", tools)],
         "documents": _documents(documents),
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        text = _process.render(template, plain_data(given))
+        text = _process.render(template, _plain("variables", given))
     except TemplateError as error:
         kind = ChatTemplateError if error.refused else ValueError
         raise kind(f"{file}: chat template: {_one_line(str(error))}") from None
@@ -133,9 +133,11 @@ def _named(value: Any, file: Path) -> dict[str, str]:
 def _choose(checkpoint, asked: str | None, tools: Any) -> tuple[str, Path | str]:
     """The template to render and what an error names."""
     templates, file = chat_templates(checkpoint)
-    if asked is not None and asked in templates:
+    if isinstance(asked, str) and asked in templates:
         return templates[asked], _file_of(file, asked)
     if asked is not None:
+        if not isinstance(asked, str):
+            raise ValueError(f"chat_template: expected a text, found {asked!r:.80}")
         if "{" in asked:  # a template, not a name
             return asked, "chat_template"
         raise ValueError(f"chat_template: expected a template or one of "
@@ -183,18 +185,31 @@ def plain_data(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
+def _listed(name: str, values: Any) -> list[Any]:
+    """The values as a list. ValueError for what has no order, or is none of them itself."""
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list, found {type(values).__name__}")
+    return list(values)
+
+
+def _plain(name: str, values: Any) -> Any:
+    """`plain_data`; ValueError for values that have no end."""
+    try:
+        return plain_data(values)
+    except RecursionError:
+        raise ValueError(f"{name}: expected less nesting") from None
+
+
 def _messages(messages: Any) -> list[dict[str, Any]]:
     """Messages as dicts of their own, without what is None, reasoning under all its names."""
-    try:
-        chat = plain_data(list(messages))
-    except RecursionError:
-        raise ValueError("messages: expected less nesting") from None
+    given = _listed("messages", messages)
+    chat = _plain("messages", given)
     if not chat:
         raise ValueError("messages: expected at least one, found none")
     for index, message in enumerate(chat):
         if not isinstance(message, dict):
             raise ValueError(f"messages: expected a dict at {index}, found "
-                             f"{type(messages[index]).__name__}")
+                             f"{type(given[index]).__name__}")
         message = {key: value for key, value in message.items() if value is not None}
         said = next((message[name] for name in REASONING if name in message), None)
         if said is not None:
@@ -203,12 +218,13 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
     return chat
 
 
-def _documents(documents: Any) -> Any:
-    for index, document in enumerate(documents or ()):
+def _documents(documents: Any) -> list[dict[str, Any]] | None:
+    found = None if documents is None else _listed("documents", documents)
+    for index, document in enumerate(found or ()):
         if not isinstance(document, dict):
             raise ValueError(f"documents: expected a dict at {index}, found "
                              f"{type(document).__name__}")
-    return documents
+    return found
 
 
 # ---- the last message, left open ----------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 from .shared import add_command, add_dequantize, add_kv_bits
 
-RENDER_OPTIONS = {"checkpoint", "messages", "tools"}  # have a place of their own
+RENDER_OPTIONS = {"self", "checkpoint", "messages", "tools"}  # have a place of their own
 
 
 def add(commands) -> None:
