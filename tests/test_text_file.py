@@ -1,6 +1,7 @@
 """Texts of any size: what is read of them, what is said of faults, which windows are drawn."""
 
 import os
+import resource
 import threading
 
 import numpy as np
@@ -179,3 +180,23 @@ def test_a_few_zeros_are_characters_of_a_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"one\0two\0\n" * 100)
     assert read_text(path) == "one\0two\0\n" * 100
+
+
+@pytest.mark.parametrize("head", [b"", b"some text \n" * 2000])
+@pytest.mark.parametrize("count", [5000, None])
+def test_zeros_without_an_end_are_no_text(tmp_path, head, count):
+    """A file of 10 GB that holds nothing but a beginning, as a download that was reserved."""
+    path = tmp_path / "t.txt"
+    path.write_bytes(head)
+    os.truncate(path, 10 << 30)
+    many = None if count is None else count * 10
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"t\.txt: expected UTF-8 text, found .*binary data"):
+        first_tokens(characters, path, many)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom"])
+def test_devices_without_an_end_are_no_text(device):
+    with pytest.raises(ValueError, match=f"{device}: expected UTF-8 text, found"):
+        read_text(device)

@@ -21,6 +21,7 @@ Encode = Callable[[str, bool], NDArray[np.int64]]  # a text, and whether special
 
 BYTES_PER_TOKEN = 6  # read at first; more follows while the tokens are too few
 MOST_BYTES = 1 << 28  # read at first
+PIECE_BYTES = 1 << 20  # of a file that is read whole
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # its marks, which UTF-8 has nowhere
 SOME_BYTES = 4096  # in which a text of UTF-16 without a mark shows by its many zeros
 MARGIN = 64  # tokens before a cut that the text behind the cut might change
@@ -94,9 +95,19 @@ class _Reader:
         self._newlines = io.IncrementalNewlineDecoder(None, translate=True)
 
     def read(self, count: int = -1) -> str:
-        """The text of the next `count` bytes, of all that are left without one."""
+        """The text of the next `count` bytes, of all that are left without one.
+
+        All are read piece by piece: what is no text may have no end, as /dev/zero.
+        """
+        if count < 0:
+            pieces = []
+            while not self.ended:
+                pieces.append(self.read(PIECE_BYTES))
+            return "".join(pieces)
         data = self._file.read(count)
-        self.ended = count < 0 or len(data) < count
+        self.ended = len(data) < count
+        if self._is_binary(data):
+            raise ValueError(f"{self.path}: expected UTF-8 text, found UTF-16 or binary data")
         if self.position == self.start:
             kept = self._without_opening(data)
             self.position += len(data) - len(kept)
@@ -110,11 +121,18 @@ class _Reader:
         self.position += len(data)
         return self._newlines.decode(text, self.ended)
 
+    def _is_binary(self, data: bytes) -> bool:
+        """Whether zeros or a mark show that a piece is of no text. Zeros at the end are few."""
+        if len(data) >= SOME_BYTES and data.count(0) > len(data) / 4:
+            return True
+        if self.position > self.start:
+            return False
+        opening = data[:SOME_BYTES]
+        return opening.count(0) > len(opening) / 4 or (self.start == 0 and data.startswith(UTF_16))
+
     def _without_opening(self, data: bytes) -> bytes:
         """The first piece without a byte-order mark, or the rest of a character before it."""
         if self.start == 0:
-            if data.startswith(UTF_16) or data[:SOME_BYTES].count(0) > len(data[:SOME_BYTES]) / 4:
-                raise ValueError(f"{self.path}: expected UTF-8 text, found UTF-16 or binary data")
             return data.removeprefix(codecs.BOM_UTF8)
         return data[:3].lstrip(bytes(range(0x80, 0xC0))) + data[3:]
 
