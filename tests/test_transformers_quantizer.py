@@ -227,9 +227,16 @@ def test_a_config_that_is_not_ours_is_refused(change, error, folder, tmp_path):
 def test_other_devices_and_training_are_refused(folder):
     with pytest.raises(ValueError, match="device_map: expected the CPU"):
         AutoModel.from_pretrained(folder, device_map="meta")
-    model = AutoModel.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, device_map="auto")
+    tokens = torch.from_numpy(random_tokens(model))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    found = model(tokens).logits  # needs no torch.no_grad()
+    assert not found.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        found.sum().backward()
+    model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="there is no backward"):
-        model(torch.from_numpy(random_tokens(model))).logits.sum().backward()
+        model(tokens)
 
 
 # ---- quantized as they are loaded ---------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch_models as models  # noqa: E402
 import singlequant as sq  # noqa: E402
 from singlequant.export import folder as folders  # noqa: E402
 from singlequant.export.packed import GUARD  # noqa: E402
-from singlequant.integrations.torch import Linear  # noqa: E402
+from singlequant.integrations.torch import Linear, load_, quantize_  # noqa: E402
 from singlequant.integrations.transformers import SingleQuantConfig  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
@@ -60,6 +60,19 @@ def test_a_packed_folder_comes_back_byte_for_byte(model, packed, tmp_path):
 def test_copies_of_a_model_save_as_well(model, packed, tmp_path):
     copy.deepcopy(model).save_pretrained(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_a_pickled_model_saves_as_well(model, packed, tmp_path):
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(outputs(again), outputs(model))
+    again.save_pretrained(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_the_footprint_counts_codes_and_scales_once(model, packed):
+    stored = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
+    assert 0.9 * stored < model.get_memory_footprint() < 1.1 * stored
 
 
 def test_a_folder_with_a_tokenizer_takes_the_model(model, packed, tmp_path):
@@ -167,6 +180,31 @@ def test_a_model_quantized_as_it_was_loaded_comes_back(config, tmp_path):
                        outputs(model))
     with pytest.raises(sq.FormatError, match="format_version: expected 1 or 2, found None"):
         sq.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_model_quantized_in_memory_comes_back(name, loaded, tmp_path):
+    model, (batch,) = models.make(name), models.batches(name, 1)
+    quantize_(model, [batch], sq.QuantConfig("w4a4", method="singlequant", weights="rtn"))
+    if loaded:  # the recipe is then unknown
+        model, state = models.make(name), model.state_dict()
+        load_(model, state)
+    copy.deepcopy(model).save_pretrained(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert torch.equal(models.output(again, batch), models.output(model, batch))
+    assert again.config.quantization_config.recipe.scheme == ("w4a8" if loaded else "w4a4")
+    done = subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "out"], capture_output=True,
+                          text=True)
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_a_model_of_another_library_keeps_its_own_way_to_be_saved():
+    model, (batch,) = models.make("bert"), models.batches("bert", 1)
+    model.config.quantization_config = {"quant_method": "other"}
+    quantize_(model, [batch], sq.QuantConfig(method="none", weights="rtn"))
+    assert "save_pretrained" not in vars(model)
+    assert model.config.quantization_config == {"quant_method": "other"}
 
 
 @pytest.mark.parametrize("name", models.MAKERS)

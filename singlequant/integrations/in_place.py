@@ -25,6 +25,7 @@ from ..sweep.layer import gptq_factor, int8_inputs_of, quantize_linear
 from ..weights import packing_problem
 from .inputs import Found, SharedInput, find_sites, passes, record_inputs
 from .linear import REQUIRED, Linear
+from .saving import keep_savable
 
 FOLDER_FIELDS = ("kv_bits", "kv_dtype", "head_bits", "embedding_bits", "learned")
 # Modules of torch whose own forward reads the weights of the linears inside.
@@ -99,8 +100,9 @@ def quantize_(
     tensor; nothing is folded into other modules. ignore: patterns of names of linears that stay, in
     addition to config.ignore; by default the output head of a transformers model stays.
 
-    The model is put in evaluation mode. An error leaves its modules as they were. ValueError names
-    the argument or the linear.
+    The model is put in evaluation mode. What save_pretrained of a transformers model writes then
+    comes back by from_pretrained, with `singlequant.integrations.transformers`. An error leaves its
+    modules as they were. ValueError names the argument or the linear.
     """
     config = config or QuantConfig()
     batches = None if calibration is None else list(calibration)
@@ -125,6 +127,8 @@ def quantize_(
     for linear, module in made.items():
         for name in linear.names:
             replace_module(model, name, module)
+    if made:
+        keep_savable(model, config)
     done = {linear.name: Quantized(linear.name, linear.shape, module.packed.bits, module.nbytes)
             for linear, module in made.items()}
     order = [name for name, _ in model.named_modules() if name in done]
@@ -145,6 +149,7 @@ def load_(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
             raise RuntimeError(f"{name}: expected a module of that name in the model, found "
                                f"none") from None
     model.load_state_dict(state)
+    keep_savable(model, None)
     model.eval()
 
 

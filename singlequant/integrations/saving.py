@@ -2,30 +2,34 @@
 """`save_pretrained` and its way back: packed folders are copied, modules of `quantize_` are kept.
 
 A packed folder is copied by `save_packed`. A model that `quantize_` changed is written by
-transformers, from the state of its modules, and read back by `find_saved`.
+transformers, from the state of its modules, and read back by `find_saved`. What a model gets here
+in place of its methods is a partial, which is pickled with the model.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MethodType
 from typing import Any
 
 import torch
 
 from ..checkpoint.folder import Checkpoint
+from ..config import QuantConfig
 from ..export.folder import CONFIG_FILE, copied_files, copy_files, whole_folder, write_json
-from ..export.packed import GUARD, GUARD_KEY
+from ..export.packed import GUARD, GUARD_KEY, QUANT_METHOD
 from ..export.writer import RECIPE_FILE
 from ..files import MAX_JSON_BYTES, read_json
 from ..tensors import INDEX_FILE, TensorFiles, find_tensors
 from .inputs import array
 from .linear import REQUIRED, Linear
+from .tables import TableEmbedding, TableHead
 
 LAYOUT = f".{REQUIRED[2]}"  # the end of a name that each saved module has
 
@@ -55,6 +59,24 @@ def _copy(source: Path, names: Sequence[str], out: Path) -> None:
         copy_files(source, partial, names)
 
 
+def _replace_methods(model: Any, save: Any) -> None:
+    """Let the model be saved that way, and tell the bytes of our modules too."""
+    model.save_pretrained = partial(save, model)
+    model.get_memory_footprint = partial(memory_footprint, model)
+
+
+def memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """transformers' get_memory_footprint, with the codes, scales and rotations of our modules."""
+    found = type(model).get_memory_footprint(model, return_buffers)
+    tables = {}  # by where the codes lie: a tied head has those of the embedding
+    for module in model.modules():
+        if isinstance(module, Linear):
+            found += module.nbytes
+        elif isinstance(module, (TableEmbedding, TableHead)):
+            tables[module.table.codes.ctypes.data] = module.table.nbytes
+    return found + sum(tables.values())
+
+
 # ---- a packed folder ----------------------------------------------------------------------------
 
 
@@ -77,7 +99,7 @@ def remember(
     beside = [name for name in (INDEX_FILE, RECIPE_FILE, "README.md") if (folder / name).is_file()]
     files = (CONFIG_FILE, *sorted(weights), *beside, *copied_files(folder))
     model._singlequant = Loaded(folder, files, dict(modules), _checksums(model))
-    model.save_pretrained = MethodType(save_packed, model)
+    _replace_methods(model, save_packed)
 
 
 def save_packed(
@@ -114,6 +136,26 @@ def _require_same(model: Any, loaded: Loaded) -> None:
 
 
 # ---- a model that quantize_ changed -------------------------------------------------------------
+
+
+def keep_savable(model: Any, config: QuantConfig | None) -> None:
+    """Make a model of transformers that has modules of ours now come back from what its
+    save_pretrained writes; others stay as they are.
+
+    config: the recipe, None where it is not known.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    there = getattr(model.config, "quantization_config", None)
+    if there is None:
+        recipe = {} if config is None else config.to_json()
+        model.config.quantization_config = {"quant_method": QUANT_METHOD, **recipe}
+    else:
+        there = there if isinstance(there, dict) else there.to_dict()
+        if there.get("quant_method") != QUANT_METHOD:  # of another library, which saves it
+            return
+    _replace_methods(model, save_quantized)
 
 
 def save_quantized(

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from ..export.packed import GUARD_KEY, QUANT_METHOD, parse_quantization
 from ..sweep.texts import bundled_text
 from .in_place import Report, quantize_, replace_module
 from .packed_modules import OURS, find_places, make_modules, require_rest
-from .saving import find_saved, remember, save_quantized
+from .saving import find_saved, keep_savable, remember
 
 __all__ = ["SingleQuantConfig", "SingleQuantizer", "packed_config"]
 
@@ -94,8 +93,8 @@ class SingleQuantConfig(QuantizationConfigMixin):
 class SingleQuantizer(HfQuantizer):
     """Puts our modules into a model that transformers makes.
 
-    The model runs in float32 on the CPU. report: what `quantize_` said, of a model that was
-    quantized as it was loaded.
+    The model runs in float32 on the CPU, and none of its parameters asks for a gradient. report:
+    what `quantize_` said, of a model that was quantized as it was loaded.
     """
 
     requires_calibration = False
@@ -103,12 +102,16 @@ class SingleQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """ValueError for devices other than the CPU."""
-        places = kwargs.get("device_map")
+        places = self.update_device_map(kwargs.get("device_map"))
         places = places.values() if isinstance(places, Mapping) else [places]
         other = [place for place in places if place is not None and str(place) != "cpu"]
         if other:
             raise ValueError(f"device_map: expected the CPU for a singlequant model, found "
                              f"{other[0]!r}")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """"auto" is the CPU."""
+        return None if device_map == "auto" else device_map
 
     def update_dtype(self, dtype: Any) -> Any:
         """float32, which our kernels take and give."""
@@ -177,8 +180,8 @@ class SingleQuantizer(HfQuantizer):
             remember(model, self._checkpoint, made)
             del self._checkpoint  # the modules have what they need of its files
         if self.quantization_config.stored is None:
-            model.save_pretrained = MethodType(save_quantized, model)
-        return model.eval()
+            keep_savable(model, self.quantization_config.recipe)
+        return model.requires_grad_(False).eval()
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether transformers may write the model's state: not that of a packed folder, which
@@ -251,7 +254,7 @@ def _windows(model: Any, recipe: QuantConfig) -> list[dict[str, torch.Tensor]] |
     if not model.can_generate():
         return None
     tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    ids = tokenizer(bundled_text("broad"), return_tensors="pt")["input_ids"][0]
+    ids = tokenizer(bundled_text("broad"), return_tensors="pt", verbose=False)["input_ids"][0]
     length = min(recipe.calibration_window, len(ids),
                  getattr(model.config, "max_position_embeddings", len(ids)))
     count = max(1, min(len(ids), recipe.calibration_tokens) // length)
