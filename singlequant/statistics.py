@@ -66,6 +66,7 @@ class LayerStatistics:
     index: int
     sites: Mapping[str, SiteStatistics]
     kv_largest: float = 0.0  # largest magnitude of its keys and values
+    kv_least: float = 0.0  # largest magnitude of its keys or of its values: of those that are less
 
     def _repr_html_(self) -> str:
         cells = [_site_cells(site) for site in self.sites.values()]

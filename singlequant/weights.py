@@ -204,6 +204,7 @@ class QuantizedLayer:
     clips: Mapping[str, float] = field(default_factory=dict)  # by site; absent = the config's
     int8_inputs: Mapping[str, int] = field(default_factory=dict)  # by site; absent = 0
     kv_largest: float = 0.0  # about the largest magnitude of its keys and values
+    kv_least: float = 0.0  # of its keys or of its values, of those that are less; 0 = unknown
 
     def __post_init__(self) -> None:
         for value in self.clips.values():

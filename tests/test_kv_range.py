@@ -23,7 +23,7 @@ def loud(path: Path, layers=(0, 1), factor=1e6) -> Path:
     tensors = load_file(path / "model.safetensors")
     for i in layers:
         tensors[f"model.layers.{i}.self_attn.v_proj.weight"] *= np.float32(factor)
-        tensors[f"model.layers.{i}.self_attn.o_proj.weight"] /= np.float32(factor)
+        tensors[f"model.layers.{i}.self_attn.o_proj.weight"] /= np.float32(factor or 1)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return path
 
@@ -153,3 +153,46 @@ def test_other_types_are_refused(tmp_path, model, text, value):
     edit_config(out, quantization_config={**quantization(out), "kv_dtype": value})
     with pytest.raises(sq.FormatError, match="quantization_config: kv_dtype: expected one of"):
         sq.load(out)
+
+
+# ---- the other end of the range -----------------------------------------------------------------
+
+
+def faint(path: Path, factor: float) -> Path:
+    """A model whose keys are smaller by a factor and its queries larger, and its outputs the same.
+    """
+    make_checkpoint(path, dtype="float32")
+    tensors = load_file(path / "model.safetensors")
+    for i in range(2):
+        tensors[f"model.layers.{i}.self_attn.k_proj.weight"] *= np.float32(factor)
+        tensors[f"model.layers.{i}.self_attn.q_proj.weight"] /= np.float32(factor)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: faint(path, 1e-12), lambda path: loud(path, factor=1e-20)], ids=["keys", "values"])
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
+def test_folder_of_a_model_with_tiny_numbers_asks_for_bfloat16(tmp_path, text, kv_bits, make):
+    config = sq.QuantConfig(method="hadamard", kv_bits=kv_bits, **RECIPE)
+    out = sq.quantize_folder(make(tmp_path / "tiny"), tmp_path / "out", config, text).out
+    assert quantization(out)["kv_dtype"] == "bfloat16"
+    exact, found = sq.load(out, 32).forward(TOKENS), silent(sq.load(out))
+    lost = sq.load(out, kv_dtype="float16").forward(TOKENS)
+    mean = np.abs(found - exact).mean() / np.abs(exact).max()
+    assert mean < {16: 0.01, 8: 0.01, 4: 0.05}[kv_bits]
+    assert np.abs(lost - exact).mean() > 2 * np.abs(found - exact).mean()
+
+
+def test_values_that_are_all_zeros_ask_for_nothing(tmp_path, text):
+    out = sq.quantize_folder(loud(tmp_path / "dead", factor=0), tmp_path / "out",
+                             sq.QuantConfig(**RECIPE), text).out
+    assert "kv_dtype" not in quantization(out)
+
+
+def test_statistics_keep_the_least_of_a_layer(tmp_path):
+    checkpoint = sq.load_checkpoint(faint(tmp_path / "faint", 1e-12))
+    sq.save_statistics(sq.calibrate(checkpoint, TOKENS), tmp_path / "statistics")
+    for layer in sq.load_statistics(tmp_path / "statistics"):
+        assert 1e-16 < layer.kv_least < 1e-9
+        assert layer.kv_largest > 0.01

@@ -182,7 +182,7 @@ def print_summary(summary) -> None:
               f"{summary.writing_seconds:.1f} s")
     print(f"peak memory {megabytes(summary.peak_memory)} besides the mapped weights")
     if summary.kv_dtype != config.kv_dtype:
-        print(f"kv cache    {summary.kv_dtype}, as keys or values of calibration came near the end "
+        print(f"kv cache    {summary.kv_dtype}, as keys or values of calibration came near an end "
               f"of {config.kv_dtype}'s range")
     if summary.resumed_layers:
         print(f"resumed     {summary.resumed_layers} layers were whole; counts are of the others")

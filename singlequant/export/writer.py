@@ -58,8 +58,10 @@ if TYPE_CHECKING:
 __all__ = ["ModelWriter", "estimate_size"]
 
 # float16 ends at 65504. The keys and values of a calibration text are not the largest of all texts:
-# beyond half of that, the cache takes bfloat16.
+# beyond half of that, the cache takes bfloat16. float16 has steps of 2^-24 below 2^-14: where all
+# keys, or all values, are below 2^-10, at most 14 bits are left of the largest, fewer of others.
 KV_FLOAT16_LARGEST = 65504 / 2
+KV_FLOAT16_LEAST = 2.0**-10
 WIDE_CACHE = "kv_bfloat16"  # in the journal: a layer had such keys or values
 SHARD = "shard"  # in the journal: `file_facts` of a shard
 SEAL_LINES = 160  # bytes of recipe.json about a file
@@ -278,7 +280,8 @@ def write_shard(
     not what config and model ask."""
     _check_layer(layer, checkpoint, config)
     write_safetensors(path, layer_tensors(layer, config))
-    wide = layer.kv_largest > KV_FLOAT16_LARGEST  # a resumed run does not see it again
+    # a resumed run does not see it again
+    wide = layer.kv_largest > KV_FLOAT16_LARGEST or 0 < layer.kv_least < KV_FLOAT16_LEAST
     return _entry(path, checkpoint, str(layer.index)) | ({WIDE_CACHE: True} if wide else {})
 
 

@@ -121,7 +121,8 @@ def layers_statistics(
     """The statistics of each layer. What a layer holds is dropped before the next one is made."""
     for layer in layers:
         sites = _layer_statistics(checkpoint, layer.index, layer.inputs, sample_tokens, keep_inputs)
-        found = LayerStatistics(layer.index, sites, layer.kv_largest)
+        found = LayerStatistics(layer.index, sites, layer.kv_largest,
+                                layer.kv_least)
         del layer, sites
         yield found
         del found
@@ -134,6 +135,7 @@ class Passed:
     index: int
     inputs: Mapping[str, NDArray[np.float32]]  # [tokens, k] by site
     kv_largest: float  # largest magnitude of its keys and values
+    kv_least: float  # of its keys or of its values, of those that are less
     hidden: NDArray[np.float32]  # [tokens, hidden] behind it, in place: the next layer changes it
 
 
@@ -202,7 +204,14 @@ def pass_layer(
     except ValueError as error:  # 8-bit activations that are not finite
         blame_weight(checkpoint, index)
         raise ValueError(f"layer {index}: {error}") from None
-    return Passed(index, inputs or {}, cache.largest, hidden)
+    return Passed(index, inputs or {}, cache.largest, _kv_least(cache, length), hidden)
+
+
+def _kv_least(cache: _C.KVCache, length: int) -> float:
+    """The largest magnitude of keys or of values, of those that are less, in the first window; 0
+    where all are zeros."""
+    found = (float(np.abs(part).max(initial=0.0)) for part in cache.read(0, 0, length))
+    return min((largest for largest in found if largest > 0), default=0.0)
 
 
 def _layer_statistics(
@@ -262,7 +271,8 @@ def save_statistics(statistics: Iterable[LayerStatistics], folder: str | Path) -
                      for name, site in layer.sites.items()}
             save_file(tensors, partial / _layer_file(layer.index),
                       {"sites": json.dumps(facts, allow_nan=False),
-                       "kv_largest": repr(layer.kv_largest)})
+                       "kv_largest": repr(layer.kv_largest),
+                       "kv_least": repr(layer.kv_least)})
             count += 1
         header = {"format_version": STATISTICS_VERSION, "layers": count}
         (partial / STATISTICS_FILE).write_text(json.dumps(header, allow_nan=False))
@@ -297,11 +307,11 @@ def _load_layer(path: Path, index: int) -> LayerStatistics:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             facts = json.loads(metadata["sites"])
-            kv_largest = float(metadata.get("kv_largest", 0))
+            largest, least = (float(metadata.get(n, 0)) for n in ("kv_largest", "kv_least"))
         if not isinstance(facts, dict) or not all(isinstance(f, dict) for f in facts.values()):
             raise ValueError(f"sites: expected facts of each site, found {facts!r:.80}")
         sites = {name: _load_site(name, tensors, facts[name]) for name in facts}
-        return LayerStatistics(index, sites, kv_largest)
+        return LayerStatistics(index, sites, largest, least)
     except KeyError as error:
         raise FormatError(f"{path}: expected {error.args[0]}, found no such entry") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:

@@ -295,7 +295,8 @@ def quantize_layer(
     for name, array in dense.items():
         require_finite(array, name)
     return QuantizedLayer(index, packed, dense, used, int8_inputs=int8,
-                          kv_largest=_kv_largest(rotations, scales.get("v"), blocks.get("v")))
+                          kv_largest=_kv_largest(rotations, scales.get("v"), blocks.get("v")),
+                          kv_least=_kv_least(rotations, scales.get("v")))
 
 
 def folded_layer(checkpoint, rotations: LayerRotations) -> LayerWeights:
@@ -328,6 +329,12 @@ def _kv_largest(
     if blocks is not None:
         return largest * max(1.0, float(np.abs(blocks.parts[2]).sum(axis=1).max()))
     return largest if rows is None else largest * max(1.0, float(np.max(rows)))
+
+
+def _kv_least(rotations: LayerRotations, rows: NDArray[np.float32] | None) -> float:
+    """`LayerStatistics.kv_least`, after what v's rows take at most; 0 = unknown."""
+    least = rotations.statistics.kv_least if rotations.statistics else 0.0
+    return least if rows is None else least * min(1.0, float(np.min(rows)))
 
 
 def _scaled_norm(norm: Norm, offset: float, scale: NDArray[np.float32] | None) -> Norm:
