@@ -120,7 +120,7 @@ def is_present(path: Path) -> bool:
                               f"download the model again")
         return False
     if path.stat().st_size <= MAX_POINTER_BYTES:
-        with path.open("rb") as file:
+        with errors_name(path), path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 raise FormatError(f"{path}: a Git LFS pointer stands in place of the file: fetch "
                                   f"the files by `git lfs pull`")

@@ -196,6 +196,12 @@ def test_zeros_without_an_end_are_no_text(tmp_path, head, count):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
+def test_error_of_reading_names_the_file():
+    """/proc/self/mem can be opened, and has nothing at its beginning."""
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        read_text("/proc/self/mem")
+
+
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom"])
 def test_devices_without_an_end_are_no_text(device):
     with pytest.raises(ValueError, match=f"{device}: expected UTF-8 text, found"):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import is_present
+from ..files import errors_name, is_present
 
 Encode = Callable[[str, bool], NDArray[np.int64]]  # a text, and whether special tokens are added
 
@@ -104,7 +104,8 @@ class _Reader:
             while not self.ended:
                 pieces.append(self.read(PIECE_BYTES))
             return "".join(pieces)
-        data = self._file.read(count)
+        with errors_name(Path(self.path)):
+            data = self._file.read(count)
         self.ended = len(data) < count
         if self._is_binary(data):
             raise ValueError(f"{self.path}: expected UTF-8 text, found UTF-16 or binary data")
