@@ -143,3 +143,24 @@ def test_all_json_that_is_written_is_strict():
         calls = re.findall(r"json\.dumps\((?:[^()]|\([^()]*\))*\)", path.read_text())
         loose = [call for call in calls if "allow_nan=False" not in call]
         assert not loose or path.relative_to(PACKAGE).as_posix() in others, (path, loose)
+
+
+def test_weights_that_no_rotation_holds_are_named(model, text, tmp_path, capsys):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"] = np.full(tensors[f"{name}.weight"].shape, 1e38, np.float32)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert main(["quantize", str(model), str(tmp_path / "out"), "--calibration", str(text),
+                 "--calibration-tokens", "64"]) == 2
+    assert capsys.readouterr().err.startswith(f"singlequant: {name}: rotated for 8 bits: ")
+
+
+def test_finite_weights_whose_activations_are_not_are_one_line(model, text, tmp_path, capsys):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].astype(np.float32) * np.float32(1e37)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert main(["quantize", str(model), str(tmp_path / "out"), "--calibration", str(text),
+                 "--calibration-tokens", "64"]) == 2
+    assert capsys.readouterr().err == (
+        "singlequant: layer 0: expected finite activations, found NaN or Inf\n")

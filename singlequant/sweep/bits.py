@@ -140,6 +140,7 @@ def noise_layer(view: View, layer: Passed, before: NDArray[np.float32]) -> Noise
     energies = [*map(energy, (before, layer.hidden, layer.hidden - before))]
     if not np.isfinite(energies).all():
         blame_weight(view, layer.index)
+        raise ValueError(f"layer {layer.index}: expected finite activations, found NaN or Inf")
     return NoiseLayer(layer.index, samples, *energies, layer.hidden)
 
 

@@ -40,9 +40,9 @@ def stream_layer(checkpoint, index: int, bits: int) -> _C.DecoderLayer:
             linear = given[role]
             try:
                 words, scales = _C.quantize_weight(linear.weight, 0, False, rotations[name], bits=8)
-            except ValueError:
+            except ValueError as error:
                 require_finite(linear.weight, f"{linear.name}.weight")
-                raise
+                raise ValueError(f"{linear.name}: rotated for 8 bits: {error}") from None
             linears[role] = name, _C.PackedWeight(words, scales, site.k, bits=8), linear.bias
     return assemble(checkpoint, index, linears, rotations, 8)
 
