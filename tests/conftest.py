@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from singlequant.config import QuantConfig
 from singlequant.rotations import Factor, SiteRotation
 from singlequant.weights import PackedLinear, QuantizedLayer
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no fault
+hypothesis.settings.load_profile("any machine")
 REFERENCE_MODEL = Path(__file__).resolve().parents[2] / "shared" / "models" / "lm25m"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 TEXT = """A rotation keeps every length. The quick brown fox jumps over the lazy dog, and the other
