@@ -183,8 +183,7 @@ struct linear_job {
     float *y;
     int64_t ld_y;
     atomic_int *no_memory;
-    const uint8_t
-        *wide; /* of a chunk: its thin panels made wide, from panel wide_begin on; or NULL */
+    const uint8_t *wide; /* a chunk's thin panels made wide, from panel wide_begin on; or NULL */
     int64_t wide_begin;
 };
 
@@ -234,9 +233,7 @@ panel_of(const struct linear_job *job, int64_t p, int64_t begin, int64_t end)
     return wide;
 }
 
-/* All blocks of rows meet the panels begin .. end - 1 of a chunk: make them wide once. 0: no
- * memory.
- */
+/* Makes the panels begin .. end - 1 wide, once for all blocks of rows. 0: no memory. */
 static int
 widen_chunk(struct linear_job *job, int64_t begin, int64_t end)
 {

@@ -121,8 +121,7 @@ def layers_statistics(
     """The statistics of each layer. What a layer holds is dropped before the next one is made."""
     for layer in layers:
         sites = _layer_statistics(checkpoint, layer.index, layer.inputs, sample_tokens, keep_inputs)
-        found = LayerStatistics(layer.index, sites, layer.kv_largest,
-                                layer.kv_least)
+        found = LayerStatistics(layer.index, sites, layer.kv_largest, layer.kv_least)
         del layer, sites
         yield found
         del found
