@@ -277,7 +277,8 @@ PEERS = (Wrong, Absent, Dead)
 def test_a_peer_that_is_wrong_absent_or_dies_is_told_apart(tmp_path, monkeypatch):
     copy = tmp_path / "benchmarks" / "peers"  # what the workers import, the root being tmp_path
     copy.mkdir(parents=True)
-    for name in ("base", "serving", "worker"):
+    shutil.copy(BENCHMARKS / "__init__.py", copy.parent)  # else an installed one wins
+    for name in ("__init__", "base", "serving", "worker"):
         shutil.copy(BENCHMARKS / "peers" / f"{name}.py", copy)
     (copy / "broken_peers.py").write_text(WRONG_PEER)
     monkeypatch.setattr(bench_peers.common, "ROOT", tmp_path)
