@@ -147,7 +147,9 @@ load_codes_of_rows(const struct row_group *group, int64_t begin, int64_t bytes, 
     vec_i raw[PIECE_BLOCKS * BLOCK_DWORDS_MAX];
     for (int64_t done = 0; done < bytes; done += UNIT_BYTES) {
         vec_i unit[UNIT_DWORDS];
-        prefetch_unit(ahead);
+        if (ahead) {
+            prefetch_unit(ahead);
+        }
         turn_unit(group, begin + done, 0, unit);
         UNROLL
         for (int d = 0; d < UNIT_DWORDS; d++) {
@@ -216,7 +218,8 @@ struct rows_args {
     const struct sq_token_rows *x;
     const struct row_piece *piece;
     int64_t first, blocks;
-    float (*totals)[NR]; /* of m rows */
+    float (*totals)[NR];  /* of m rows */
+    struct sq_asks *next; /* the NR rows behind these, for each block to ask for a bit of them */
 };
 
 /* acc += a block's 8 steps, from where a stands. Codes of 6 bits and less may be summed two steps
@@ -251,6 +254,7 @@ rows_tile(const struct rows_args *args, int64_t row, const int rows, const int v
     (void)vecs;
     for (int64_t b = 0; b < args->blocks; b++) {
         const int64_t block = row * x->ld + args->first + b;
+        ask_more(args->next);
         vec_i acc[TILE_MR][VECS_MAX];
         __asm__ volatile("" : "+r"(totals) : : "memory"); /* else totals take the sums' registers */
         UNROLL
@@ -306,16 +310,21 @@ gemm_rows_of(const struct sq_code_rows *w, int64_t n, const struct sq_token_rows
     struct rows_args args = {.m = m * x->parts, .x = x, .piece = &piece, .totals = totals};
     const int64_t row_bytes = sq_code_row_bytes(bits, w->k);
     const int64_t row_scales = sq_code_row_scales(w->k);
+    /* Few tokens leave no time: load_piece() asks for it all. */
+    const int64_t tiles = sq_ceil_div(args.m, TILE_MR) * (NR / (TILE_VECS * LANES));
+    const int64_t step = args.m > TILE_MR ? sq_ceil_div(NR * row_bytes, tiles * x->blocks) : 0;
     struct sq_code_rows rest = *w;
     for (int64_t j = 0; j < n; j += NR) {
         const int is_inside = (rest.rows - NR) * row_bytes >= UNIT_BYTES &&
                               (rest.rows - NR) * row_scales >= UNIT_DWORDS;
         const uint8_t *ahead = rest.codes + NR * row_bytes;
+        struct sq_asks next = {.from = ahead, .step = step};
+        args.next = &next;
         memset(totals, 0, (size_t)args.m * sizeof *totals);
         for (args.first = 0; args.first < x->blocks; args.first += PIECE_BLOCKS) {
             args.blocks = sq_min_i64(PIECE_BLOCKS, x->blocks - args.first);
             if (is_inside) {
-                load_piece(&rest, args.first, args.blocks, bits, &ahead, &piece);
+                load_piece(&rest, args.first, args.blocks, bits, step ? NULL : &ahead, &piece);
             }
             else {
                 load_last_piece(&rest, sq_min_i64(NR, rest.rows), args.first, args.blocks, bits,

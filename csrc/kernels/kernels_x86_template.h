@@ -92,6 +92,14 @@ store_vector(const struct sq_panel_args *args, int64_t row, int64_t column, cons
     VEC(storeu_ps)(y, args->accumulate ? VEC(add_ps)(VEC(loadu_ps)(y), value) : value);
 }
 
+/* Asks for the lines of a tile's row, which two vectors are. */
+static ALWAYS_INLINE void
+ask_to_write(const float *y)
+{
+    __asm__ volatile("prefetchw %0" : : "m"(*y));
+    __asm__ volatile("prefetchw %0" : : "m"(y[LANES]));
+}
+
 /* Rows times as many sub-panels as two vectors hold; for one row TILE_row knows better. tile is
  * (args, row, rows, vecs, sub, ...). */
 #define TILE_CASE(tile, rows, ...)                            \
@@ -438,8 +446,18 @@ struct tile_memory {
     vec_f total[TILE_MR][2]; /* of the groups so far */
     vec_i wide[TILE_MR][2];  /* of the group so far, where sums are of 16 bits */
     int32_t offset[TILE_MR][OFFSET_GROUPS];
-    int asks; /* memory for what comes in the panel, as the first to read it */
+    int asks;            /* memory for what comes in the panel, as the first to read it */
+    struct sq_asks next; /* the tile's share of args->next */
 };
+
+static ALWAYS_INLINE struct sq_asks
+share_of_next(const struct sq_panel_args *args, int64_t row, int64_t sub)
+{
+    const int64_t tiles = sq_ceil_div(args->m, TILE_MR) * SUBS, runs = args->k / SQ_K_ALIGN;
+    const int64_t share = 2 * LANES / SUB * args->next_bytes / tiles;
+    const int64_t begin = (row / TILE_MR * SUBS + sub) * args->next_bytes / tiles;
+    return (struct sq_asks){args->next, begin, begin, sq_ceil_div(share, runs)};
+}
 
 /* The products of `blocks` blocks from *a and *w on, which move on. They are added to the tile's
  * sums of its group, which are new when `first`, and at the `last` they go to its totals. */
@@ -460,6 +478,9 @@ sum_piece(const int rows, struct code_rows *a, const uint8_t **w, int64_t sub_by
     for (int64_t b = 0; b < blocks; b += RUN_BLOCKS) {
         for (int v = 0; v < subs; v++) {
             ask_lines(*w + v * sub_bytes + SQ_PANEL_AHEAD, RUN_BLOCKS * BLOCK_BYTES(bits));
+        }
+        if (tile->next.step) {
+            ask_more(&tile->next);
         }
         multiply_run(rows, 2, a, *w, sub_bytes, bits, acc);
         advance(a, rows, RUN_BLOCKS);
@@ -513,9 +534,11 @@ tile_body(const struct sq_panel_args *args, int64_t row, const int rows, int64_t
     const float *scales = args->w_scales + sub * SUB;
     struct code_rows a = code_rows(args, row, rows);
     struct tile_memory memory, *tile = &memory;
-    tile->asks = row == 0;
+    tile->asks = row == 0 && !args->next_bytes;
+    tile->next = share_of_next(args, row, sub);
     UNROLL
     for (int r = 0; r < rows; r++) {
+        ask_to_write(args->y + (row + r) * args->ld_y + sub * SUB);
         tile->total[r][0] = tile->total[r][1] = VEC(setzero_ps)();
     }
     int64_t number = 0;

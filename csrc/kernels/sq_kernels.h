@@ -34,6 +34,8 @@ struct sq_panel_args {
     const int32_t *a_sums; /* [m][ld_sums]: sum of the codes before each block of SQ_K_ALIGN */
     int64_t ld_sums;       /* at least k / SQ_K_ALIGN + 1 */
     const uint8_t *panel;  /* in the table's own order, SQ_ALIGN_BYTES aligned */
+    const uint8_t *next;   /* next_bytes that will be read soon: memory may be asked for them */
+    int64_t next_bytes;    /* more than 0 only where the panel itself is in a cache */
     const float *w_scales; /* [k / g][nr], zero padded */
     float *y;              /* [m][ld_y], nr columns are written */
     int64_t ld_y;

@@ -37,6 +37,20 @@ ask_lines(const uint8_t *from, const int bytes)
     }
 }
 
+/* Memory that will be read soon, asked for bit by bit while something else is computed. */
+struct sq_asks {
+    const uint8_t *from;
+    int64_t at, due, step; /* bytes: asked for up to here, what shall be, and of one bit */
+};
+
+static ALWAYS_INLINE void
+ask_more(struct sq_asks *asks)
+{
+    for (asks->due += asks->step; asks->at < asks->due; asks->at += SQ_ALIGN_BYTES) {
+        ask_lines(asks->from + asks->at, SQ_ALIGN_BYTES);
+    }
+}
+
 static ALWAYS_INLINE uint64_t
 word_at(const uint8_t *bytes, int64_t i)
 {

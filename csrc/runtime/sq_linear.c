@@ -185,6 +185,7 @@ struct linear_job {
     atomic_int *no_memory;
     const uint8_t *wide; /* a chunk's thin panels made wide, from panel wide_begin on; or NULL */
     int64_t wide_begin;
+    int64_t chunk_end, jump; /* behind the chunk of panels, and from there to this thread's next */
 };
 
 /* Whether a kernel reads the thin panels of w as they are. */
@@ -253,6 +254,18 @@ widen_chunk(struct linear_job *job, int64_t begin, int64_t end)
     return 1;
 }
 
+/* The thin panel that this thread will probably make wide after panel p. */
+static void
+name_next(const struct linear_job *job, int64_t p, struct sq_panel_args *args)
+{
+    const sq_packed_t *w = job->w;
+    const int64_t next = p + 1 < job->chunk_end ? p + 1 : p + 1 + job->jump;
+    if (next < w->n_panels) {
+        args->next = stored_panel(w, next, 0);
+        args->next_bytes = w->panel_bytes;
+    }
+}
+
 /* Rows row .. row + rows - 1 against panel p, nr columns of y: the inputs from `begin` up to
  * `end`, which are all, those of 8 bits or the others, which are added to them. */
 static void
@@ -288,6 +301,9 @@ panel_part(const struct linear_job *job, int64_t p, int64_t row, int64_t rows, i
     }
     const int is_int8 = end <= a->int8_inputs;
     args.accumulate = begin > 0;
+    if (must_widen(job) && !job->wide && end == w->k_padded) {
+        name_next(job, p, &args);
+    }
     args.a = a->codes + row * a->ld + begin;
     args.a_scales = a->scales + (is_int8 ? a->m : 0) + row;
     args.a_sums = a->sums + row * args.ld_sums + begin / SQ_K_ALIGN;
@@ -328,6 +344,7 @@ linear_panels(const struct linear_job *shared, int64_t begin, int64_t end)
 {
     struct linear_job own = *shared, *job = &own;
     const int64_t m = job->a->m, nr = job->w->kernels->nr;
+    job->chunk_end = end;
     if (must_widen(job) && m > job->row_block && !widen_chunk(job, begin, end)) {
         atomic_store(job->no_memory, 1);
         return;
@@ -438,6 +455,9 @@ sq_linears_packed(const sq_packed_t *const w[], int count, const struct sq_activ
     const int64_t most = (is_stream ? STREAM_BYTES : CHUNK_BYTES) * panels / sq_max_i64(1, bytes);
     const int64_t chunks = (int64_t)sq_get_num_threads() * (is_stream ? 1 : CHUNKS_PER_THREAD);
     const int64_t grain = sq_max_i64(1, sq_min_i64(most, sq_ceil_div(panels, chunks)));
+    for (int i = 0; i < count; i++) {
+        site.linears[i].jump = grain * (sq_get_num_threads() - 1);
+    }
     if (a->m > 0) {
         sq_parallel_for(panels, work < SERIAL_WORK ? panels : grain, site_panels, &site);
     }
