@@ -133,8 +133,9 @@ def seconds(call):
 
 
 def sized(make, rows, power):
-    """So many rows that make(rows)() takes WANTED seconds."""
-    while (taken := seconds(make(rows))) < 0.1:
+    """So many rows that make(rows)() takes WANTED seconds. The faster of two counts: a process that
+    takes the CPUs during one would make the call too short."""
+    while (taken := min(seconds(make(rows)) for _ in range(2))) < 0.1:
         rows = int(rows * 2 ** (1 / power)) + 1
     return int(rows * (WANTED / taken) ** (1 / power))
 
@@ -237,7 +238,8 @@ def test_sigterm_ends_a_call_too(long_call):
 
     usual = signal.signal(signal.SIGTERM, handle)
     try:
-        assert latency(long_call, signal.SIGTERM, Stop) is not None
+        found = (latency(long_call, signal.SIGTERM, Stop) for _ in range(TRIES))
+        assert any(seconds is not None for seconds in found)
     finally:
         signal.signal(signal.SIGTERM, usual)
 
