@@ -40,8 +40,10 @@ CONNECT_SECONDS = 10
 
 
 def _begin_process(threads: int) -> None:
-    """What a process of ours does first. Ctrl-C goes to it as well, and its parent answers."""
+    """What a process of ours does first. Ctrl-C, and the end of a terminal, go to it as well, and
+    its parent answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _C.set_num_threads(threads)
 
 

@@ -2,18 +2,23 @@
 """What the command needs before anything else: standard streams and handlers of signals.
 
 The package imports this first. Where it is imported as the command, every standard stream can be
-written to, and SIGINT and SIGTERM end the process by one line and the exit code that they have
-later, in cli/main.py. A program that imports the package keeps its own streams and handlers.
+written to, and SIGINT, SIGTERM and SIGHUP end the process by one line and the exit code that they
+have later, in cli/main.py. A program that imports the package keeps its own streams and handlers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 
-WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+USUAL = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,  # nohup has it ignored
+}
 
 
 def is_command(arguments: list[str], original: list[str]) -> bool:
@@ -26,7 +31,8 @@ def is_command(arguments: list[str], original: list[str]) -> bool:
 
 def end(number: int, _: object = None) -> None:
     """End the process at once: nothing is open yet, or nothing any more."""
-    os.write(2, f"singlequant: {WORDS[signal.Signals(number)]}\n".encode())
+    with contextlib.suppress(OSError):  # a terminal that hung up
+        os.write(2, f"singlequant: {WORDS[signal.Signals(number)]}\n".encode())
     os._exit(128 + number)
 
 

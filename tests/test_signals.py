@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT and SIGTERM end a command by one line and an exit code; what is finished stays."""
+"""SIGINT, SIGTERM and SIGHUP end a command by one line and an exit code; what is finished stays."""
 
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -13,14 +14,16 @@ from pathlib import Path
 import pytest
 
 import singlequant as sq
-from singlequant.cli.main import main
+from singlequant.cli.main import main, stoppable
 from singlequant.export.writer import ModelWriter
 from singlequant.startup import is_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
-USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143),
+           signal.SIGHUP: ("hung up", 129)}
+USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+         signal.SIGHUP: signal.SIG_DFL}
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +77,22 @@ kill_amid("__exit__")
 sys.exit(main())
 """
 
+HANG = """
+import sys, time
+from singlequant.cli.main import main
+from singlequant.export.writer import ModelWriter
+
+write_layer = ModelWriter.write_layer
+
+def write_and_wait(self, layer):
+    write_layer(self, layer)
+    print("a layer", flush=True)
+    time.sleep(60)
+
+ModelWriter.write_layer = write_and_wait
+sys.exit(main())
+"""
+
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_amid_the_end_is_one_line_as_well(make_checkpoint, tmp_path, text, number):
@@ -89,6 +108,53 @@ def test_signal_amid_the_end_is_one_line_as_well(make_checkpoint, tmp_path, text
     assert (done.returncode, done.stderr) == (code, f"singlequant: {word}\n")
     config = sq.QuantConfig(calibration_tokens=64, bits=4)
     assert sq.quantize_folder(model, out, config, text, resume=True).resumed_layers == 0
+
+
+def hung_up_amid_layers(tmp_path, make_checkpoint, text, before=None):
+    """Of a quantize that gets SIGHUP as it writes each layer: what it is, when it has ended."""
+    script = tmp_path / "singlequant"
+    script.write_text(AGAIN.replace('kill_amid("__exit__")\n', "").format(number=1))
+    command = [sys.executable, str(script), "quantize", str(make_checkpoint(tmp_path / "model")),
+               str(tmp_path / "out"), "--calibration", str(text), "--calibration-tokens", "64",
+               "--bits", "4", "--no-check"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=before,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_command_under_nohup_is_not_hung_up(make_checkpoint, tmp_path, text):
+    done = hung_up_amid_layers(tmp_path, make_checkpoint, text,
+                               lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sq.load(tmp_path / "out").spec.layers == 2
+
+
+def test_terminal_that_is_closed_leaves_a_resumable_run(make_checkpoint, tmp_path, text):
+    """The kernel sends SIGHUP, and every write to the terminal fails."""
+    model, out = make_checkpoint(tmp_path / "model"), tmp_path / "out"
+    script = tmp_path / "singlequant"
+    script.write_text(HANG)
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execve(sys.executable, [
+            sys.executable, str(script), "quantize", str(model), str(out), "--calibration",
+            str(text), "--calibration-tokens", "64", "--bits", "4",
+        ], {**os.environ, "PYTHONPATH": str(ROOT)})
+    heard = b""
+    while b"a layer" not in heard:
+        heard += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    config = sq.QuantConfig(calibration_tokens=64, bits=4)
+    assert sq.quantize_folder(model, out, config, text, resume=True).resumed_layers == 1
+
+
+def test_program_keeps_its_own_handler_of_a_hangup(capsys):
+    heard = []
+    signal.signal(signal.SIGHUP, lambda *_: heard.append(True))
+    with stoppable():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert heard == [True]
 
 
 def test_command_runs_beside_the_main_thread(capsys):

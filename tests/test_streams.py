@@ -86,6 +86,18 @@ def test_work_goes_on_where_warnings_cannot_be_written(make_checkpoint, tmp_path
     assert b"perplexity" in out
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [
+    ["--help"], ["--version"], ["bench", "--help"], ["quantize", "--help"], ["runtime"]], ids=str)
+def test_output_that_cannot_be_written_is_an_error(arguments, unbuffered):
+    found = shell('"$@" >/dev/full', *arguments, PYTHONUNBUFFERED=unbuffered)
+    assert found == (2, b"", b"singlequant: standard output: No space left on device\n")
+    # a reader that left wanted no more
+    script = 'exec > >(exec true); sleep 0.2; "$@"'
+    found = shell(script, *arguments, PYTHONUNBUFFERED=unbuffered)
+    assert found == (0, b"", b"")
+
+
 def test_streams_of_a_program_stay_as_they_are(capsys):
     main(["runtime"])
     assert sys.stdout.errors == "strict"

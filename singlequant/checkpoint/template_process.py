@@ -144,6 +144,7 @@ def _start() -> subprocess.Popen[bytes]:
 def serve(folders: list[str]) -> None:
     """Answers requests on standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.path += folders
     environment = make_environment()
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .. import _C, startup
 from ..checkpoint.tokenizer_errors import keep_panics_quiet
@@ -31,9 +32,26 @@ from . import (
     verify,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
-class Terminated(BaseException):
-    """SIGTERM as an exception: what is finished stays, as after an interrupt."""
+
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP as an exception: what is finished stays, as after an interrupt."""
+
+    number: int
+
+
+class Terminated(Stopped):
+    """By SIGTERM."""
+
+    number = signal.SIGTERM
+
+
+class HungUp(Stopped):
+    """By SIGHUP: the terminal was closed."""
+
+    number = signal.SIGHUP
 
 
 # In the order of --help.
@@ -47,6 +65,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Usage, one line, and exit code 2."""
         super().error(one_line(message))
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Help and version as other output: argparse's own goes on where they cannot be written."""
+        if file is sys.stdout:
+            print(message, end="", flush=True)
+        else:
+            super()._print_message(message, file)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,42 +97,55 @@ def run_runtime(arguments: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code, or 2 and one line on standard error when the input is at fault.
     """
-    parsed = parser().parse_args(arguments)
+    parsed = argparse.Namespace()
     lost, quiet = _C.exit_when_lost(EXIT_BAD_INPUT), keep_panics_quiet(True)
     try:
+        parsed = parser().parse_args(arguments)
         if getattr(parsed, "threads", None) is not None:
             set_threads(parsed.threads)
         with warnings.catch_warnings(), stoppable():
             warnings.showwarning = show_warning
             code = parsed.run(parsed)
-    except (KeyboardInterrupt, Terminated) as error:
-        what = "terminated" if isinstance(error, Terminated) else "interrupted"
+            sys.stdout.flush()
+    except (KeyboardInterrupt, Stopped) as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
         how = f": {one_line(str(error))}" if str(error) else ""  # how to go on
-        say(f"{what}{how}")
-        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        say(f"{startup.WORDS[signal.Signals(number)]}{how}")
+        return 128 + number
     except BrokenPipeError:  # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, ImportError, OverflowError) as error:
         say(describe(error, getattr(parsed, "out", None)))
         return EXIT_BAD_INPUT
     finally:
+        drop_output()
         _C.exit_when_lost(lost)
         keep_panics_quiet(quiet)
     return code or 0
 
 
+def drop_output() -> None:
+    """Nothing to write is left at the end of the process, where Python would fail by its own
+    lines: what cannot be written is lost."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` and SIGINT KeyboardInterrupt, where this is the main thread:
-    others have no signals. A SIGINT that a shell has ignored stays so. Where this is the command,
-    one more signal, amid what the first one set off, ends the process at once."""
+    """SIGTERM raises `Terminated`, SIGHUP `HungUp` and SIGINT KeyboardInterrupt, where this is the
+    main thread: others have no signals. A SIGINT that a shell has ignored stays so, and a SIGHUP
+    of nohup. Where this is the command, one more signal, amid what the first one set off, ends the
+    process at once."""
 
     def stop(number: int, _: object) -> None:
         for other, handler in before.items():
             if handler is startup.end:
                 signal.signal(other, handler)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        stopped = (kind for kind in (Terminated, HungUp) if kind.number == number)
+        raise next(stopped, KeyboardInterrupt)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -115,6 +153,8 @@ def stoppable() -> Iterator[None]:
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
     if signal.getsignal(signal.SIGINT) is startup.end:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
+    if signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, startup.end):
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, stop)
     try:
         yield
     finally:
@@ -149,6 +189,8 @@ def say(line: str) -> None:
 def describe(error: BaseException, out: Path | None = None) -> str:
     """One line that names the thing. A file in OUT.partial is named from there on: who gave OUT
     knows the folders before it, and the advice behind the name is not cut."""
+    if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+        return f"standard output: {error.strerror}"  # every other file is named
     if not isinstance(error, OSError) or error.filename is None:
         return reason(error)
     line, partial = f"{error.filename}: {error.strerror}", f"{out}.partial"
