@@ -19,6 +19,11 @@ KV_BITS = (4, 8, 16)  # of the keys and values of a quantized model; 32 is for u
 TABLE_BITS = (4, 6, 8, 16)  # of embedding and head; 16: as they are
 DEFAULT_TABLE_BITS = 8
 KV_DTYPES = ("float16", "bfloat16")
+# float16 ends at 65504. The keys and values of a calibration text are not the largest of all texts:
+# beyond half of that, the cache takes bfloat16. float16 has steps of 2^-24 below 2^-14: where all
+# keys, or all values, are below 2^-10, at most 14 bits are left of the largest, fewer of others.
+KV_FLOAT16_LARGEST = 65504 / 2
+KV_FLOAT16_LEAST = 2.0**-10
 CALIBRATION_BITS = (8, 32)
 
 INT8_STEP = _C.INT8_STEP  # inputs with 8 bits come in whole blocks

@@ -184,6 +184,44 @@ def test_folder_of_a_model_with_tiny_numbers_asks_for_bfloat16(tmp_path, text, k
     assert np.abs(lost - exact).mean() > 2 * np.abs(found - exact).mean()
 
 
+@pytest.mark.parametrize(("make", "what"), [
+    (lambda path: faint(path, 1e-12), "keys"), (lambda path: loud(path, (1,), 1e-20), "values"),
+    (lambda path: faint(path, 1e-5), "keys")], ids=["keys", "values", "steps"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_unquantized_model_tells_of_tiny_numbers_once(tmp_path, bits, make, what):
+    checkpoint = sq.load_checkpoint(make(tmp_path / "tiny"))
+    layer = 1 if what == "values" else 0
+    expected = (rf"^tiny: layer {layer}: {what} are too small for float16 .*--kv-bits 32.*"
+                r"kv_dtype='bfloat16'")
+    model = Model(checkpoint, bits)
+    with pytest.warns(RuntimeWarning, match=expected) as told:
+        model.forward(TOKENS)
+    assert len(told) == 1
+    silent(model)
+    for kind in ({"kv_bits": 32}, {"kv_bits": bits, "kv_dtype": "bfloat16"}):
+        silent(Model(checkpoint, **kind))
+    session = Model(checkpoint, bits).new_session(2, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.append([TOKENS[0, :3]], [1])  # too few to tell
+    with pytest.warns(RuntimeWarning, match=expected):
+        session.append([TOKENS[1, :2], TOKENS[0, 3:20]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.append([TOKENS[1, 2:30], TOKENS[0, 20:22]])
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_unquantized_model_without_tiny_numbers_is_silent(tmp_path, bits):
+    """Nor does one whose values are all zeros lose any."""
+    silent(Model(sq.load_checkpoint(make_checkpoint(tmp_path / "usual")), bits))
+    dead = Model(sq.load_checkpoint(loud(tmp_path / "dead", factor=0)), bits)
+    silent(dead)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dead.new_session(1, 60).append([TOKENS[0]])
+
+
 def test_values_that_are_all_zeros_ask_for_nothing(tmp_path, text):
     out = sq.quantize_folder(loud(tmp_path / "dead", factor=0), tmp_path / "out",
                              sq.QuantConfig(**RECIPE), text).out

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ..config import QuantConfig
+from ..config import KV_FLOAT16_LARGEST, KV_FLOAT16_LEAST, QuantConfig
 from ..files import MAX_LISTING_BYTES, read_json, sync_folder, write_file
 from ..info import kernel_names
 from ..methods.registry import METHODS
@@ -57,11 +57,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelWriter", "estimate_size"]
 
-# float16 ends at 65504. The keys and values of a calibration text are not the largest of all texts:
-# beyond half of that, the cache takes bfloat16. float16 has steps of 2^-24 below 2^-14: where all
-# keys, or all values, are below 2^-10, at most 14 bits are left of the largest, fewer of others.
-KV_FLOAT16_LARGEST = 65504 / 2
-KV_FLOAT16_LEAST = 2.0**-10
 WIDE_CACHE = "kv_bfloat16"  # in the journal: a layer had such keys or values
 SHARD = "shard"  # in the journal: `file_facts` of a shard
 SEAL_LINES = 160  # bytes of recipe.json about a file

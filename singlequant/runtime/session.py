@@ -80,6 +80,7 @@ class Session:
         hidden = self.model.outer.embed(np.concatenate(tokens), position)
         self.model._decoder.forward(hidden, chosen[local], position, self._cache)
         self.model.warn_of_clamped(self._cache)
+        self.model.warn_of_faint(self._cache, places[int((starts + lengths).argmax())], longest)
         self.lengths[chosen] = starts + lengths
         if self._windows:
             self._slide(chosen, starts)

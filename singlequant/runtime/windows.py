@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ..config import KV_BITS, KV_DTYPES
+from ..config import KV_BITS, KV_DTYPES, KV_FLOAT16_LEAST
 from ..rows import token_ids
 from .layers import build_layer, flat_positions, new_cache
 from .outer import Outer
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
+
+FAINT_TOKENS = 16  # of a sequence, by which keys and values are judged
 
 
 class WindowModel:
@@ -41,6 +43,8 @@ class WindowModel:
             raise ValueError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, "
                              f"found {kv_dtype!r}")
         self._clamp_told = False
+        # a quantized folder's type is that of its calibration
+        self._faint_known = checkpoint.quantized or self.kv_bits == 32 or self.kv_dtype != "float16"
         self.spec = checkpoint.spec
         config = checkpoint.quant_config  # an unquantized head has no use for these bits
         self.outer = Outer(checkpoint, 16 if config is None else config.head_input_bits)
@@ -66,6 +70,9 @@ class WindowModel:
         for index in range(self.spec.layers):
             self.layer(index).forward(hidden, sequence, position, cache, 0)
             self.warn_of_clamped(cache, f"layer {index}: ")
+            if count and self._must_judge(length):
+                self._judge(cache, index, 0, 0)
+        self._faint_known |= count > 0 and length >= FAINT_TOKENS
         return self.outer.finish(hidden).reshape(count, length, -1)
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -96,6 +103,32 @@ class WindowModel:
                 f"the range of {self.kv_dtype} and were clamped (the largest is "
                 f"{cache.largest:.4g}): run it with 32 KV bits (--kv-bits 32) or with "
                 f"kv_dtype='bfloat16'", RuntimeWarning, stacklevel=3)
+
+    def warn_of_faint(self, cache: _C.KVCache, sequence: int, length: int) -> None:
+        """A RuntimeWarning if all keys or values of a layer are too small for float16, by the first
+        sequence of some tokens that the model decodes."""
+        if self._must_judge(length):
+            for index in range(self.spec.layers):
+                self._judge(cache, index, index, sequence)
+            self._faint_known = True
+
+    def _must_judge(self, length: int) -> bool:
+        return length >= FAINT_TOKENS and not self._faint_known
+
+    def _judge(self, cache: _C.KVCache, index: int, place: int, sequence: int) -> None:
+        """The warning about a layer, which has this place in the cache, where none was given."""
+        for role, part in zip("kv", cache.read(place, sequence, FAINT_TOKENS), strict=True):
+            largest = float(np.abs(part).max())
+            linear = self.checkpoint.layer(index).linears.get(role) if largest == 0 else None
+            # zeros of a linear of zeros have lost nothing
+            lost = linear is not None and bool(np.any(linear.weight))
+            if not self._faint_known and (lost or 0 < largest < KV_FLOAT16_LEAST):
+                self._faint_known = True
+                what = {"k": "keys", "v": "values"}[role]
+                warnings.warn(
+                    f"{self.checkpoint.path.name}: layer {index}: {what} are too small for float16 "
+                    f"(the largest becomes {largest:.4g}): run it with 32 KV bits (--kv-bits 32) "
+                    f"or with kv_dtype='bfloat16'", RuntimeWarning, stacklevel=4)
 
 
 def own_kv_bits(checkpoint) -> int:
