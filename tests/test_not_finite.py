@@ -164,3 +164,35 @@ def test_finite_weights_whose_activations_are_not_are_one_line(model, text, tmp_
                  "--calibration-tokens", "64"]) == 2
     assert capsys.readouterr().err == (
         "singlequant: layer 0: expected finite activations, found NaN or Inf\n")
+
+
+def grown(model, name, factor):
+    """The model, with a tensor of float32 that is larger by a factor."""
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return str(model)
+
+
+@pytest.mark.parametrize(("name", "factor", "where"), [
+    ("layers.1.mlp.down_proj", 1e38, "layer 1, site down: "),
+    ("layers.0.mlp.down_proj", 1e38, "layer 0, site down: "),
+    ("layers.1.self_attn.v_proj", 1e38, "layer 1, inputs of o: "),
+    ("layers.1.input_layernorm", 1e38, "layer 1, inputs of qkv: ")])
+def test_inspect_names_the_layer_and_site_beyond_float32(model, text, capsys, name, factor, where):
+    path = grown(model, f"model.{name}.weight", factor)
+    assert main(["inspect", path, "--calibration", str(text)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"singlequant: {where}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_eval_names_the_first_layer_beyond_float32(model, text, capsys, layer):
+    path = grown(model, f"model.layers.{layer}.input_layernorm.weight", 1e38)
+    assert main(["eval", path, "--text", str(text), "--seq-len", "32"]) == 2
+    assert capsys.readouterr().err == (
+        "singlequant: model: expected finite logits, found NaN or Inf (first in the activations of "
+        f"layer {layer})\n")
+    assert main(["generate", path, "--prompt", "def f"]) == 2
+    assert "expected finite logits, found NaN or Inf" in capsys.readouterr().err

@@ -55,7 +55,11 @@ def generate(
         logits = model.logits(last)
         remaining, fed = [], []
         for row, index in enumerate(alive):
-            token = _C.sample(logits[row], temperature, top_k, top_p, streams[index].random())
+            try:
+                token = _C.sample(logits[row], temperature, top_k, top_p, streams[index].random())
+            except ValueError:  # the arguments are right
+                raise ValueError(f"{model.checkpoint.path.name}: expected finite logits, found NaN "
+                                 f"or Inf") from None
             if token in stop:
                 continue
             out[index].append(token)

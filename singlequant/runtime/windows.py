@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,12 +60,26 @@ class WindowModel:
 
         ValueError when a token id is outside the vocabulary.
         """
+        *_, (_, hidden) = self._states(windows)
+        return self.outer.finish(hidden).reshape(*np.shape(windows), -1)
+
+    def first_not_finite(self, windows: NDArray[np.int64]) -> str | None:
+        """Where activations of windows first have NaN or Inf: "embedding", "layer 3"; else None."""
+        for index, hidden in self._states(windows):
+            if not np.isfinite(hidden).all():
+                return "embedding" if index < 0 else f"layer {index}"
+        return None
+
+    def _states(self, windows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Index and hidden states [count * length, hidden]: the embedding's, -1, and each layer's,
+        in one array."""
         windows = token_ids(windows, "windows")
         if windows.ndim != 2:
             raise ValueError(f"windows: expected 2 dimensions (count, length), got {windows.ndim}")
         count, length = windows.shape
         sequence, position = flat_positions(np.full(count, length))
         hidden = self.outer.embed(windows.reshape(-1), position)
+        yield -1, hidden
         # one layer's keys and values at a time: nothing is decoded after these windows
         cache = self.new_cache(count, length, layers=1)
         for index in range(self.spec.layers):
@@ -72,8 +87,8 @@ class WindowModel:
             self.warn_of_clamped(cache, f"layer {index}: ")
             if count and self._must_judge(length):
                 self._judge(cache, index, 0, 0)
+            yield index, hidden
         self._faint_known |= count > 0 and length >= FAINT_TOKENS
-        return self.outer.finish(hidden).reshape(count, length, -1)
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [..., vocab] of final hidden states, as `hidden_states` returns them.

@@ -199,10 +199,11 @@ def score_windows(
     """The scores of a group of windows [count, seq_len], which is run in one call."""
     nll, reference_nll, kl, same = [], [], [], []
     for target, logits, expected in _predictions(model, reference, windows):
-        nll.append(_finite(_C.negative_log_likelihood(logits, target), "model"))
+        likelihood = _C.negative_log_likelihood(logits, target)
+        nll.append(_finite(likelihood, "model", model, windows))
         if expected is not None:
             likelihood = _C.negative_log_likelihood(expected, target)
-            reference_nll.append(_finite(likelihood, "reference"))
+            reference_nll.append(_finite(likelihood, "reference", reference, windows))
             divergence, agree = _C.kl_divergence(expected, logits)
             kl.append(divergence)
             same.append(agree)
@@ -253,10 +254,16 @@ def perplexity(
     return evaluate(model, tokens, seq_len, reference, progress, workers)
 
 
-def _finite(nll: NDArray[np.float64], who: str) -> NDArray[np.float64]:
-    """nll itself; LogitsError when a model's logits made it NaN or Inf."""
+def _finite(
+    nll: NDArray[np.float64], who: str, model: Any, windows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """nll itself; LogitsError when a model's logits made it NaN or Inf, with the first layer that
+    has such activations where the model can tell."""
     if not np.isfinite(nll).all():
-        raise LogitsError(f"{who}: expected finite logits, found NaN or Inf")
+        tell = getattr(model, "first_not_finite", None)
+        where = tell(windows) if tell else None
+        first = f" (first in the activations of {where})" if where else ""
+        raise LogitsError(f"{who}: expected finite logits, found NaN or Inf{first}")
     return nll
 
 

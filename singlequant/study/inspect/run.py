@@ -69,7 +69,10 @@ def inspect_model(
     for statistics in calibrate(checkpoint, windows, progress=progress, skip=skip):
         for name in statistics.sites:
             if site in (None, name):
-                run.add(statistics.index, name, statistics.sites[name])
+                try:
+                    run.add(statistics.index, name, statistics.sites[name])
+                except ValueError as error:  # numbers beyond float32 or float64
+                    raise ValueError(f"layer {statistics.index}, site {name}: {error}") from None
     return Inspection(
         model=opened.name, methods=methods, bits=config.activation_bits,
         clip=config.activation_clip, weights=config.weights,
