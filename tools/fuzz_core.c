@@ -418,12 +418,10 @@ fuzz_matrices(struct input *in)
     double ratio, *wide = buffer(in, n < 4096 ? n * n : n, sizeof *wide);
     int64_t k1, k2;
     (void)sq_factor_sizes(n < MOST_BYTES ? n : MOST_BYTES, &k1, &k2);
-    if (!in->too_large) {
+    if (!in->too_large && (n < 4096 || n > INT32_MAX)) { /* between: too small buffers */
         (void)sq_orthogonality_error(matrices, count, n, &error);
         (void)sq_pivot_ratio(matrices, count, n, &ratio);
-        if (n < 4096 || n > INT32_MAX) { /* between them `wide` is too small */
-            (void)sq_hadamard_matrix(n, wide);
-        }
+        (void)sq_hadamard_matrix(n, wide);
     }
 }
 
