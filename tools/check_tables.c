@@ -222,8 +222,21 @@ check_panel(const struct sq_kernels *t, int bits, int w_bits, int64_t m, int64_t
             fill_sums((int8_t *)a + i * k, k, sums + i * blocks);
         }
     }
-    const struct sq_panel_args args = {m,      k,     g,        a, k,  a_scales,  sums,
-                                       blocks, panel, w_scales, y, nr, accumulate};
+    const struct sq_panel_args args = {.m = m,
+                                       .k = k,
+                                       .g = g,
+                                       .a = a,
+                                       .ld_a = k,
+                                       .a_scales = a_scales,
+                                       .a_sums = sums,
+                                       .ld_sums = blocks,
+                                       .panel = panel,
+                                       .next = panel,
+                                       .next_bytes = m % 2 * k * nr * w_bits / 8,
+                                       .w_scales = w_scales,
+                                       .y = y,
+                                       .ld_y = nr,
+                                       .accumulate = accumulate};
     for (int64_t i = 0; i < m * nr; i++) {
         const float value = expected_output(&args, weights, w_bits, i / nr, i % nr, bits);
         want[i] = accumulate ? y[i] + value : value;

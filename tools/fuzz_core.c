@@ -414,11 +414,12 @@ static void
 fuzz_matrices(struct input *in)
 {
     const int64_t n = number(in, up_to(in, 24)), count = number(in, up_to(in, 3));
-    float *matrices = floats(in, count, n * (n < 4096 ? n : 1)), error;
-    double ratio, *wide = buffer(in, n < 4096 ? n * n : n, sizeof *wide);
+    const int64_t columns = n > 0 && n < 4096 ? n : 1; /* the buffers are too small for more */
+    float *matrices = floats(in, count, n * columns), error;
+    double ratio, *wide = buffer(in, n * columns, sizeof *wide);
     int64_t k1, k2;
     (void)sq_factor_sizes(n < MOST_BYTES ? n : MOST_BYTES, &k1, &k2);
-    if (!in->too_large && (n < 4096 || n > INT32_MAX)) { /* between: too small buffers */
+    if (!in->too_large && (n < 4096 || n > INT32_MAX)) {
         (void)sq_orthogonality_error(matrices, count, n, &error);
         (void)sq_pivot_ratio(matrices, count, n, &ratio);
         (void)sq_hadamard_matrix(n, wide);
