@@ -327,8 +327,8 @@ fuzz_cache(struct input *in)
             position[t] = number(in, (int64_t)((uint64_t)position[t] % (uint64_t)shape.capacity));
         }
         const int64_t most = position[0] > position[1] ? position[0] : position[1];
-        const int64_t layers = last > first ? last - first : 0;
-        if (layers > 1000 || (most < shape.capacity && most > MOST_BYTES / (1 + layers))) {
+        const uint64_t layers = last > first ? (uint64_t)last - (uint64_t)first : 0;
+        if (layers > 1000 || (most < shape.capacity && most > MOST_BYTES / (1 + (int64_t)layers))) {
             continue; /* pages that there may be, in seconds */
         }
         if (sq_kv_cache_reserve(cache, first, last, sequence, position, 2) == SQ_OK &&

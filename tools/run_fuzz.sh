@@ -25,8 +25,9 @@ kernel_flags=-fno-sanitize=undefined # inlined code of thousands of lines, which
 sets=
 if [ "$(uname -m)" = x86_64 ]; then sets=${SETS-'avx2 avxvnni avx512vnni'}; fi
 build_core "$build" $sets
-compile -fsanitize=fuzzer tools/fuzz_core.c tools/fuzz_layer.c tools/plain_blas.c \
-    "$build/libcore.a" -lm -o "$build/fuzz_core"
+# Sizes that the fuzzer draws may overflow in its own sums: what is tested are the core's.
+compile -fsanitize=fuzzer -fwrapv -fno-sanitize=signed-integer-overflow tools/fuzz_core.c \
+    tools/fuzz_layer.c tools/plain_blas.c "$build/libcore.a" -lm -o "$build/fuzz_core"
 mkdir -p "$corpus"
 export ASAN_OPTIONS=allocator_may_return_null=1:detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
 "$build/fuzz_core" -max_total_time="$seconds" -rss_limit_mb=4096 -malloc_limit_mb=2048 \
