@@ -211,3 +211,19 @@ def test_importing_the_package_leaves_signals_alone():
     ([""], ["python"], False), ([], [], False)])
 def test_command_is_known_by_its_name(arguments, original, expected):
     assert is_command(arguments, original) is expected
+
+
+def test_interrupt_amid_a_text_that_exec_runs_keeps_the_exit_code(tmp_path):
+    """Dataclasses and named tuples run such texts while modules are imported."""
+    (tmp_path / "interrupted_command.py").write_text(
+        "import os, signal, sys\n"
+        "from singlequant import startup\n"
+        "from singlequant.cli import main\n"
+        "signal.signal(signal.SIGINT, startup.end)\n"
+        "text = 'os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**9): pass'\n"
+        "main.run_runtime = lambda _: exec(text, {'os': os, 'signal': signal})\n"
+        "sys.exit(main.main(['runtime']))\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "interrupted_command"], capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (run.returncode, run.stderr) == (130, "singlequant: interrupted\n")

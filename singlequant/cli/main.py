@@ -48,6 +48,11 @@ class Terminated(Stopped):
     number = signal.SIGTERM
 
 
+class Interrupted(KeyboardInterrupt):
+    """By SIGINT. Python ends by the signal, whatever the exit code is, where a KeyboardInterrupt
+    itself left a text that exec() ran (cpython, run_eval_code_obj): a subclass is left alone."""
+
+
 class HungUp(Stopped):
     """By SIGHUP: the terminal was closed."""
 
@@ -135,7 +140,7 @@ def drop_output() -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, SIGHUP `HungUp` and SIGINT KeyboardInterrupt, where this is the
+    """SIGTERM raises `Terminated`, SIGHUP `HungUp` and SIGINT `Interrupted`, where this is the
     main thread: others have no signals. A SIGINT that a shell has ignored stays so, and a SIGHUP
     of nohup. Where this is the command, one more signal, amid what the first one set off, ends the
     process at once."""
@@ -145,7 +150,7 @@ def stoppable() -> Iterator[None]:
             if handler is startup.end:
                 signal.signal(other, handler)
         stopped = (kind for kind in (Terminated, HungUp) if kind.number == number)
-        raise next(stopped, KeyboardInterrupt)
+        raise next(stopped, Interrupted)
 
     if threading.current_thread() is not threading.main_thread():
         yield
