@@ -89,6 +89,18 @@ sq_gemm_a8w6_f32_4x32__avx2(const struct sq_panel_args *args)
 }
 
 static void
+sq_gemm_a8w5_in_bytes_4x32__avx2(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, IN_BYTES(5), BLOCKS_W8)
+}
+
+static void
+sq_gemm_a8w6_in_bytes_4x32__avx2(const struct sq_panel_args *args)
+{
+    FOR_TILES(tile_codes, IN_BYTES(6), BLOCKS_W8)
+}
+
+static void
 sq_gemm_a8w8_f32_4x32__avx2(const struct sq_panel_args *args)
 {
     FOR_TILES(tile_codes, 8, BLOCKS_W8)
@@ -596,9 +608,11 @@ const struct sq_kernels sq_kernels_avx2 = {
     .sylvester = sq_sylvester__avx2,
     .sum_pairs = sq_sum_pairs__avx2,
     .rotate_pairs = sq_rotate_pairs__avx2,
-    .thin_rows = INT64_MAX,
+    .thin_rows = 2 * TILE_MR, /* with 8 rows both ways are as fast */
     .gemm_a8w5 = sq_gemm_a8w5_f32_4x32__avx2,
     .gemm_a8w6 = sq_gemm_a8w6_f32_4x32__avx2,
+    .gemm_a8w5_in_bytes = sq_gemm_a8w5_in_bytes_4x32__avx2,
+    .gemm_a8w6_in_bytes = sq_gemm_a8w6_in_bytes_4x32__avx2,
     .gemm_f32 = sq_gemm_f32_6x16__avx2,
     .gemm_page = sq_gemm_page__avx2,
     .gemm_half = sq_gemm_half__avx2,

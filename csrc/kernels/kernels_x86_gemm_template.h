@@ -463,7 +463,9 @@ tile_page(const struct sq_page_args *s, int64_t row, int64_t column, const int r
 {
     const float *a = s->a + row * s->ld_a;
     const uint16_t *b = s->b + column;
-    const uint16_t *next = s->next ? s->next + column : b + PAGE_AHEAD * s->ld_b;
+    /* The strips ask for the next page in the order of memory: its lines come one by one. */
+    const uint16_t *next = s->next ? s->next + column * s->k : b + PAGE_AHEAD * s->ld_b;
+    const int64_t step = s->next ? vecs * LANES : s->ld_b;
     float *c = s->c + row * s->ld_c + column;
     vec_f acc[PAGE_ROWS][PAGE_VECS];
     UNROLL
@@ -473,7 +475,7 @@ tile_page(const struct sq_page_args *s, int64_t row, int64_t column, const int r
             acc[r][v] = VEC(setzero_ps)();
         }
     }
-    for (int64_t p = 0; p < s->k; p++, b += s->ld_b, next += s->ld_b) {
+    for (int64_t p = 0; p < s->k; p++, b += s->ld_b, next += step) {
         vec_f wide[PAGE_VECS];
         UNROLL
         for (int v = 0; v < vecs; v++) {

@@ -173,10 +173,13 @@ _Static_assert((int64_t)15 * 128 * SQ_PACKED_K_MAX <= INT32_MAX, "32-bit sums ov
 _Static_assert((int64_t)255 * 128 * SQ_PACKED_K_MAX_W8 <= INT32_MAX, "and of 8-bit weights");
 #define BLOCKS_W8 SQ_PACKED_K_MAX_W8
 
+/* In place of `bits`: codes of 5 or 6 bits, each in a byte. */
+#define IN_BYTES(bits) (8 + (bits))
+#define CODE_BITS(bits) ((bits) > 8 ? (bits)-8 : (bits))
 /* Bytes of a block of 8 k of a sub-panel. */
-#define BLOCK_BYTES(bits) (SUB * (bits))
+#define BLOCK_BYTES(bits) (SUB * ((bits) > 8 ? 8 : (bits)))
 /* What was added to the codes. */
-#define CODE_OFFSET(bits) (1 << ((bits)-1))
+#define CODE_OFFSET(bits) (1 << (CODE_BITS(bits) - 1))
 #define IS_THIN(bits) ((bits) == 5 || (bits) == 6)
 
 static ALWAYS_INLINE vec_i
@@ -366,17 +369,20 @@ multiply_steps(const int rows, const int vecs, const struct code_rows *a, const 
 #endif
 }
 
-/* acc += 8 k, steps 2 pair and 2 pair + 1 of the thin run at w and of a. */
+/* acc += 8 k, steps 2 pair and 2 pair + 1 of the run at w and of a: codes of 5 or 6 bits, thin or
+ * in bytes. */
 static ALWAYS_INLINE void
-multiply_thin(const int rows, const int vecs, const struct code_rows *a, const int pair,
+multiply_pair(const int rows, const int vecs, const struct code_rows *a, const int pair,
               const uint8_t *w, int64_t sub_bytes, const int bits, vec_i acc[TILE_MR][VECS_MAX])
 {
     vec_i codes[2][VECS_MAX];
     UNROLL
     for (int i = 0; i < 2; i++) {
+        const int step = 2 * pair + i;
         UNROLL
         for (int v = 0; v < vecs; v++) {
-            codes[i][v] = load_thin(w, sub_bytes, v, 2 * pair + i, bits);
+            codes[i][v] = IS_THIN(bits) ? load_thin(w, sub_bytes, v, step, bits)
+                                        : load_block(w + step * SUB * 4, sub_bytes, v);
         }
     }
     multiply_steps(rows, vecs, a, 2 * pair, codes, 1, acc);
@@ -392,8 +398,8 @@ multiply_run(const int rows, const int vecs, const struct code_rows *a, const ui
 {
     UNROLL
     for (int i = 0; i < RUN_BLOCKS; i++) {
-        if (IS_THIN(bits)) {
-            multiply_thin(rows, vecs, a, i, w, sub_bytes, bits, acc);
+        if (IS_THIN(bits) || bits > 8) {
+            multiply_pair(rows, vecs, a, i, w, sub_bytes, bits, acc);
         }
         else {
             multiply_block(rows, vecs, a, i, w + i * BLOCK_BYTES(bits), sub_bytes, bits, acc);
@@ -575,6 +581,10 @@ WHOLE_TILE(whole_tile_4_g64, 4, 2 * RUN_BLOCKS)
 WHOLE_TILE(whole_tile_5, 5, args->g / BLOCK_K)
 WHOLE_TILE(whole_tile_6, 6, args->g / BLOCK_K)
 WHOLE_TILE(whole_tile_8, 8, args->g / BLOCK_K)
+#ifndef TILE_DOT8
+WHOLE_TILE(whole_tile_5_in_bytes, IN_BYTES(5), args->g / BLOCK_K)
+WHOLE_TILE(whole_tile_6_in_bytes, IN_BYTES(6), args->g / BLOCK_K)
+#endif
 
 /* Rows x two vectors (vecs, which FOR_TILES names, is 2). */
 static ALWAYS_INLINE void
@@ -586,6 +596,14 @@ tile_codes(const struct sq_panel_args *args, int64_t row, const int rows, const 
     if (rows < TILE_MR) {
         tile_body(args, row, rows, sub, bits, blocks, blocks_max);
     }
+#ifndef TILE_DOT8
+    else if (bits == IN_BYTES(5)) {
+        whole_tile_5_in_bytes(args, row, sub, blocks_max);
+    }
+    else if (bits == IN_BYTES(6)) {
+        whole_tile_6_in_bytes(args, row, sub, blocks_max);
+    }
+#endif
     else if (bits == 8) {
         whole_tile_8(args, row, sub, blocks_max);
     }
@@ -620,11 +638,11 @@ sum_chains(const int chains, struct code_rows *a, const uint8_t **w, int64_t sub
         }
     }
     int64_t b = 0;
-    for (; IS_THIN(bits) && b < blocks; b += RUN_BLOCKS) {
+    for (; (IS_THIN(bits) || bits > 8) && b < blocks; b += RUN_BLOCKS) {
         ask_lines(*w + SQ_PANEL_AHEAD, RUN_BLOCKS * BLOCK_BYTES(bits));
         UNROLL
         for (int i = 0; i < RUN_BLOCKS; i++) {
-            multiply_thin(1, VECS_OF_SUB, a, i, *w, sub_bytes, bits, acc[i % chains]);
+            multiply_pair(1, VECS_OF_SUB, a, i, *w, sub_bytes, bits, acc[i % chains]);
         }
         advance(a, 1, RUN_BLOCKS);
         *w += RUN_BLOCKS * BLOCK_BYTES(bits);

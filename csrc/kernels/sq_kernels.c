@@ -90,6 +90,10 @@ merged(const struct sq_kernels *own)
     SQ_TAKE(kv8_to_f32)
     SQ_TAKE(kv4_to_f32)
 #undef SQ_TAKE
+    if (own->gemm_a8w8) { /* what could stand in its place goes with it */
+        t.gemm_a8w5_in_bytes = own->gemm_a8w5_in_bytes;
+        t.gemm_a8w6_in_bytes = own->gemm_a8w6_in_bytes;
+    }
     return t;
 }
 

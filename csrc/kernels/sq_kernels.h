@@ -99,13 +99,16 @@ struct sq_kernels {
     void (*pack_panel_w8)(const int8_t *codes, int64_t k, uint8_t *panel);
     sq_panel_kernel gemm_a8w8, gemm_a16w8;
     /* Thin panels (thin_panels.h) of 5 and 6 bits: the bytes of such a panel that a block has, the
-     * byte of code 0 there (0 or 128; the others follow modulo 256), and how to make it wide. */
+     * byte of code 0 in the wide one (the others follow modulo 256), and how to make it wide. */
     int thin_block, w8_zero;
     void (*widen_panel)(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel);
     /* Codes against thin panels, for up to thin_rows rows; more are faster by way of gemm_a8w8. 0:
      * there are none. */
     int64_t thin_rows;
     sq_panel_kernel gemm_a8w5, gemm_a8w6;
+    /* gemm_a8w8 for panels whose codes have 5 and 6 bits, made wide with 2^(bits - 1) as the byte
+     * of code 0. NULL where it would gain nothing. */
+    sq_panel_kernel gemm_a8w5_in_bytes, gemm_a8w6_in_bytes;
 
     /* c [m][n] = a [m][k] b [k][n]: every element is one chain of fused (or, in the generic table,
      * plain) multiply-adds over k in ascending order, from zero, whatever m and n are. */

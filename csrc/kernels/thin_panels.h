@@ -67,8 +67,9 @@ widen_blocks(const uint8_t *restrict thin, int64_t bytes, int zero, uint8_t *res
     const int upper = bits - 4, planes = 8 / upper, words = block / planes / WORD;
     const int low_words = block / 2 / WORD;
     const uint64_t mask = SQ_EACH_BYTE((1 << bits) - 16);
-    const uint64_t bias = SQ_EACH_BYTE(128 - (1 << (bits - 1))); /* no sum exceeds a byte */
-    const uint64_t flip = SQ_EACH_BYTE(128 ^ zero);
+    const int is_raw = zero == 1 << (bits - 1);
+    const uint64_t bias = SQ_EACH_BYTE(is_raw ? 0 : 128 - (1 << (bits - 1))); /* no carry */
+    const uint64_t flip = SQ_EACH_BYTE(is_raw ? 0 : 128 ^ zero);
     for (int64_t b = 0; b < bytes; b += block) {
         const uint8_t *high = thin + block / 2;
         ask_lines(thin + SQ_PANEL_AHEAD, block / 8 * bits);
@@ -89,7 +90,7 @@ widen_blocks(const uint8_t *restrict thin, int64_t bytes, int zero, uint8_t *res
 }
 
 /* panel [bytes], a multiple of block, from the thin one of `bits` (5 or 6). zero: the byte of code
- * 0 in the panel, 0 or 128; the others follow it modulo 256. */
+ * 0 in the panel, 0, 128 or 2^(bits - 1); the others follow it modulo 256. */
 static ALWAYS_INLINE void
 widen_panel(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel, const int block)
 {

@@ -208,11 +208,24 @@ stored_panel(const sq_packed_t *w, int64_t p, int64_t begin)
     return w->panels + p * w->panel_stride_bytes + begin * w->kernels->nr * w->panel_bits / 8;
 }
 
-static void
-widen(const sq_packed_t *w, int64_t p, int64_t begin, int64_t end, uint8_t *wide)
+/* The kernel that multiplies integers with a thin panel made wide. */
+static sq_panel_kernel
+wide_kernel(const sq_packed_t *w)
 {
+    const struct sq_kernels *t = w->kernels;
+    const sq_panel_kernel in_bytes =
+        w->panel_bits == 5 ? t->gemm_a8w5_in_bytes : t->gemm_a8w6_in_bytes;
+    return in_bytes ? in_bytes : t->gemm_a8w8;
+}
+
+static void
+widen(const struct linear_job *job, int64_t p, int64_t begin, int64_t end, uint8_t *wide)
+{
+    const sq_packed_t *w = job->w;
+    const int is_raw = job->a->bits <= 8 && wide_kernel(w) != w->kernels->gemm_a8w8;
+    const int zero = is_raw ? 1 << (w->panel_bits - 1) : w->kernels->w8_zero;
     w->kernels->widen_panel(w->panel_bits, stored_panel(w, p, begin),
-                            w->kernels->nr * (end - begin), w->kernels->w8_zero, wide);
+                            w->kernels->nr * (end - begin), zero, wide);
 }
 
 /* The inputs begin .. end - 1 of panel p as the job's kernels read them; NULL: no memory. */
@@ -229,7 +242,7 @@ panel_of(const struct linear_job *job, int64_t p, int64_t begin, int64_t end)
     }
     uint8_t *wide = sq_thread_scratch((size_t)(nr * (end - begin)));
     if (wide) {
-        widen(w, p, begin, end, wide);
+        widen(job, p, begin, end, wide);
     }
     return wide;
 }
@@ -248,8 +261,8 @@ widen_chunk(struct linear_job *job, int64_t begin, int64_t end)
     job->wide = wide;
     job->wide_begin = begin;
     for (int64_t p = begin; p < end; p++, wide += bytes) {
-        widen(w, p, 0, w->int8_inputs, wide); /* a panel of its own */
-        widen(w, p, w->int8_inputs, w->k_padded, wide + int8_bytes);
+        widen(job, p, 0, w->int8_inputs, wide); /* a panel of its own */
+        widen(job, p, w->int8_inputs, w->k_padded, wide + int8_bytes);
     }
     return 1;
 }
@@ -394,6 +407,9 @@ kernel_for(const sq_packed_t *w, const struct sq_activations *a, int bits)
         return w->panel_bits == 5 ? t->gemm_a8w5 : t->gemm_a8w6;
     }
     const int wide = w->panel_bits > 4;
+    if (is_thin(w->panel_bits) && bits <= 8) {
+        return wide_kernel(w);
+    }
     switch (bits) {
         case 4:
             return wide ? t->gemm_a8w8 : t->gemm_a4w4;
