@@ -295,6 +295,17 @@ def test_bad_sampling_option_is_named(options, named, model, capsys):
     assert_fails_with(capsys, main(["generate", str(model), "--prompt", "a", *options]), named)
 
 
+@pytest.mark.parametrize("arguments", [
+    ["eval", ""], ["eval", "m", "--text", ""], ["quantize", "m", ""], ["inspect", "m", "--csv", ""],
+    ["quantize", "m", "out", "--calibration", ""], ["compare", "m", "--text", "a", ""],
+])
+def test_empty_path_is_no_path(arguments, capsys):
+    """What an unset variable of a script gives: Path("") would be the working directory."""
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "expected a path, found an empty text" in capsys.readouterr().err
+
+
 def test_quantizing_a_quantized_folder_is_refused(model, tmp_path, text, capsys):
     quantize(model, tmp_path / "out", text)
     capsys.readouterr()

@@ -6,15 +6,16 @@
     python tools/break_runs.py full [--step N]
 
 kill: every other point is a random time, the others are random calls that change the disk. Every
-other run that goes on is killed as well. stop: SIGINT or SIGTERM in place of SIGKILL, at a random
-time after the command has begun to import its modules. full: every call that changes the disk fails
-once, or every N-th one.
+other run that goes on is killed as well. stop: SIGINT, SIGTERM or SIGHUP in place of SIGKILL, at a
+random time after the command has begun to import its modules. full: every call that changes the
+disk fails once, or every N-th one.
 
 What must hold: no name of a result is ever there with other bytes than those of an undisturbed
-run. A full disk is one line on standard error that names the file, with exit code 2. SIGINT is one
-line with exit code 130, SIGTERM one with 143. The same command with --resume gives the bytes of the
-undisturbed run, and leaves nothing else. The calls are caught by fail_calls.c, which is compiled
-here and preloaded. Needs gcc. Exit code 1 and a line for each point where something else happened.
+run. A full disk is one line on standard error that names the file, with exit code 2. A signal is
+one line with exit code 130 (SIGINT), 143 (SIGTERM) or 129 (SIGHUP). The same command with --resume
+gives the bytes of the undisturbed run, and leaves nothing else. The calls are caught by
+fail_calls.c, which is compiled here and preloaded. Needs gcc. Exit code 1 and a line for each point
+where something else happened.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from singlequant.files import TEMPORARY
 
 SHIM = Path(__file__).with_name("fail_calls.c")
 ROUNDING = ["--calibration-tokens", "256"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START_SECONDS = 0.5  # to import modules, about
 MEMORY = "/dev/shm"  # a sync takes no time there; what a killed process wrote stays all the same
 CLOCK = ("seconds", "peak_memory", "machine")  # what differs from run to run in rows of `compare`
@@ -171,7 +173,7 @@ class Command:
     def stopped(self, draw: random.Random) -> str:
         """A run of its own process that a signal stops at a random time; what was wrong, or ""."""
         self._start()
-        number = draw.choice((signal.SIGINT, signal.SIGTERM))
+        number = draw.choice(SIGNALS)
         with open(os.devnull, "wb") as nowhere:
             child = subprocess.Popen([sys.executable, "-m", "singlequant", *self.arguments(False)],
                                      stdout=nowhere, stderr=subprocess.PIPE, text=True,
@@ -207,8 +209,8 @@ class Command:
 
 def usual_signals() -> None:
     """What a child starts with: this program may itself run with signals ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def catches_signals(process: int) -> bool:
@@ -248,7 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True)
     for name, what in (("kill", "SIGKILL at random times and calls"),
-                       ("stop", "SIGINT and SIGTERM at random times")):
+                       ("stop", "SIGINT, SIGTERM and SIGHUP at random times")):
         mode = modes.add_parser(name, help=what)
         mode.add_argument("--points", type=int, default=200, metavar="N")
         mode.add_argument("--seed", type=int, default=0, metavar="N")

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .shared import add_command, add_dequantize, add_kv_bits
+from .shared import add_command, add_dequantize, add_kv_bits, some_path
 
 SECONDS = 5.0  # default of --seconds
 
@@ -16,7 +15,7 @@ def add(commands) -> None:
     c = add_command(commands, "bench", run,
                     "Time the packed linears on this machine, against float32 and its peaks; or a "
                     "model, in the terms of llama-bench.")
-    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path, nargs="?",
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=some_path, nargs="?",
                    help="time prefill and decode of this model (default: the linears)")
     c.add_argument("-p", "--prompt-tokens", type=int, metavar="N",
                    help="with a model: tokens of the prefill (default 512; 0 leaves it out)")
@@ -27,7 +26,7 @@ def add(commands) -> None:
     c.add_argument("--seconds", type=float, metavar="S",
                    help="without a model: time to measure for, besides some to prepare (default "
                         f"{SECONDS:g})")
-    c.add_argument("--json", type=Path, metavar="FILE", help="figures and machine")
+    c.add_argument("--json", type=some_path, metavar="FILE", help="figures and machine")
     add_kv_bits(c)
     add_dequantize(c)
 

@@ -19,6 +19,7 @@ from .shared import (
     names,
     opened_workers,
     progress_bar,
+    some_path,
     writing_part,
 )
 
@@ -31,7 +32,7 @@ def add(commands) -> None:
     defaults = QuantConfig()
     c = add_command(commands, "compare", run,
                      "Methods x schemes side by side: quality, seconds, memory, size.")
-    c.add_argument("model", metavar="MODEL", type=Path)
+    c.add_argument("model", metavar="MODEL", type=some_path)
     c.add_argument("--methods", type=names, metavar="A,B",
                    help=f"among {', '.join(METHODS)} (default: all that need no extra)")
     c.add_argument("--schemes", type=names, metavar="A,B", default=["w4a8", "w4a4"],
@@ -46,11 +47,11 @@ def add(commands) -> None:
     c.add_argument("--group-size", type=int, metavar="G", default=0,
                    help="inputs that share a weight scale (default 0: the whole output channel)")
     add_table_bits(c)
-    c.add_argument("--learned", type=Path, metavar="FILE",
+    c.add_argument("--learned", type=some_path, metavar="FILE",
                    help="rotations of method spinquant, instead of learning them")
     c.add_argument("--no-default", action="store_true",
                    help="leave out the rows with the recipe's own rounding")
-    c.add_argument("--text", type=Path, metavar="FILE", nargs="+", action="extend",
+    c.add_argument("--text", type=some_path, metavar="FILE", nargs="+", action="extend",
                    help="texts to evaluate on (default: a bundled one)")
     c.add_argument("--seq-len", type=int, metavar="N",
                    help="tokens of a window (default: the model's maximum, 2048 at most)")
@@ -64,16 +65,16 @@ def add(commands) -> None:
     c.add_argument("--tasks", type=names, metavar="A,B", default=[],
                    help="zero-shot tasks of lm-evaluation-harness, paired with the original "
                         "question by question")
-    c.add_argument("--task-folder", type=Path, metavar="DIR", help="where local tasks are")
-    c.add_argument("--out", type=Path, metavar="DIR",
+    c.add_argument("--task-folder", type=some_path, metavar="DIR", help="where local tasks are")
+    c.add_argument("--out", type=some_path, metavar="DIR",
                    help="keep the packed models and the finished rows here; a rerun goes on")
     add_workers(c)
     add_dequantize(c)
-    c.add_argument("--csv", type=Path, metavar="FILE")
-    c.add_argument("--json", type=Path, metavar="FILE",
+    c.add_argument("--csv", type=some_path, metavar="FILE")
+    c.add_argument("--json", type=some_path, metavar="FILE",
                    help="rows and machine; without --out, a rerun goes on from FILE.partial")
-    c.add_argument("--picture", type=Path, metavar="FILE", help="KL of each method as a dot")
-    c.add_argument("--html", type=Path, metavar="PAGE",
+    c.add_argument("--picture", type=some_path, metavar="FILE", help="KL of each method as a dot")
+    c.add_argument("--html", type=some_path, metavar="PAGE",
                    help="all of it as one web page, which needs no other file")
 
 

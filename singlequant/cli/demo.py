@@ -6,14 +6,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .shared import add_command
+from .shared import add_command, some_path
 
 
 def add(commands) -> None:
     """Add the command to the parser's."""
     c = add_command(commands, "demo", run,
                      "Quantize the bundled model in several ways, compare, draw, write a sentence.")
-    c.add_argument("--picture", type=Path, default=Path("singlequant-demo.png"), metavar="FILE",
+    c.add_argument("--picture", type=some_path, metavar="FILE",
+                   default=Path("singlequant-demo.png"),
                    help="where the picture goes (default %(default)s)")
 
 

@@ -18,6 +18,7 @@ from .shared import (
     names,
     opened_workers,
     progress_bar,
+    some_path,
 )
 
 if TYPE_CHECKING:
@@ -28,25 +29,25 @@ def add(commands) -> None:
     """Add the command to the parser's."""
     c = add_command(commands, "eval", run,
                      "Perplexity and zero-shot accuracy of a folder, quantized or not.")
-    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
-    c.add_argument("--text", type=Path, metavar="FILE", help="perplexity on this text")
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=some_path)
+    c.add_argument("--text", type=some_path, metavar="FILE", help="perplexity on this text")
     c.add_argument("--seq-len", type=int, metavar="N",
                    help="tokens of a window (default: the model's maximum, 2048 at most)")
     c.add_argument("--windows", type=int, metavar="N",
                    help="the first N windows of the text (default: all)")
-    c.add_argument("--reference", type=Path, metavar="MODEL",
+    c.add_argument("--reference", type=some_path, metavar="MODEL",
                    help="also print the divergence from this model on the text")
     c.add_argument("--tasks", metavar="A,B",
                    help="zero-shot tasks: the package's own (stdlib_continuation, "
                         "stdlib_perplexity), those in --task-folder, and lm-evaluation-harness's; "
                         "needs pip install 'singlequant[evaluation]'")
-    c.add_argument("--task-folder", type=Path, metavar="DIR",
+    c.add_argument("--task-folder", type=some_path, metavar="DIR",
                    help="YAML task files of your own, with local data")
-    c.add_argument("--against", type=Path, metavar="MODEL",
+    c.add_argument("--against", type=some_path, metavar="MODEL",
                    help="also run the tasks on this model, and print the difference from it, "
                         "question by question, with its standard error")
     c.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
-    c.add_argument("--output", type=Path, metavar="DIR",
+    c.add_argument("--output", type=some_path, metavar="DIR",
                    help="write lm-evaluation-harness's own results file there, as lm_eval's "
                         "--output_path does")
     c.add_argument("--log-samples", action="store_true", default=None,

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..export.formats import DTYPES, FORMATS, FUSES
-from .shared import add_calibration, add_command, add_dequantize, progress_bar
+from .shared import add_calibration, add_command, add_dequantize, progress_bar, some_path
 
 
 def add(commands) -> None:
     """Add the command to the parser's."""
     c = add_command(commands, "export", run,
                     "Write a packed folder in a format that other programs open.")
-    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=some_path)
     c.add_argument("--to", choices=FORMATS, required=True,
                    help="; ".join(f"{row.name} = {row.summary}" for row in FORMATS.values()))
-    c.add_argument("--output", metavar="DIR", type=Path, required=True, help="the new folder")
+    c.add_argument("--output", metavar="DIR", type=some_path, required=True, help="the new folder")
     c.add_argument("--dtype", choices=DTYPES, default=DTYPES[0],
                    help=f"of the weights (default {DTYPES[0]})")
     c.add_argument("--fuse", choices=FUSES, default=None,

@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from .shared import add_command, add_dequantize, add_kv_bits
+from .shared import add_command, add_dequantize, add_kv_bits, some_path
 
 RENDER_OPTIONS = {"self", "checkpoint", "messages", "tools"}  # have a place of their own
 
@@ -17,7 +16,7 @@ RENDER_OPTIONS = {"self", "checkpoint", "messages", "tools"}  # have a place of 
 def add(commands) -> None:
     """Add the command to the parser's."""
     c = add_command(commands, "generate", run, "Continue a prompt, streamed.")
-    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=some_path)
     c.add_argument("--prompt", action="append", required=True, type=utf8,
                    help="may be repeated: a batch, printed when it is whole")
     c.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -29,7 +28,7 @@ def add(commands) -> None:
     c.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
     c.add_argument("--system", metavar="TEXT", type=utf8,
                    help="with --chat: a system message in front")
-    c.add_argument("--tools", type=Path, metavar="FILE",
+    c.add_argument("--tools", type=some_path, metavar="FILE",
                    help="with --chat: a JSON list of tools that the model may call")
     c.add_argument("--chat-template-kwargs", metavar="JSON",
                    help="with --chat: variables of the template, as '{\"enable_thinking\": false}'")

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from ..config import SCHEMES, QuantConfig
 from ..methods.registry import METHODS
-from .shared import add_calibration, add_command, add_dequantize, progress_bar
+from .shared import add_calibration, add_command, add_dequantize, progress_bar, some_path
 
 
 def add(commands) -> None:
@@ -17,8 +16,8 @@ def add(commands) -> None:
     defaults = QuantConfig()
     c = add_command(commands, "inspect", run,
                      "Outliers of every site before and after each step of its transformation.")
-    c.add_argument("model", metavar="MODEL_OR_OUT", type=Path)
-    c.add_argument("--original", type=Path, metavar="MODEL",
+    c.add_argument("model", metavar="MODEL_OR_OUT", type=some_path)
+    c.add_argument("--original", type=some_path, metavar="MODEL",
                    help="the model that OUT was made of; needed with a packed folder, which must "
                         "be of a method that folds nothing into the weights (not "
                         f"{', '.join(m.name for m in METHODS.values() if m.folds)})")
@@ -40,15 +39,15 @@ def add(commands) -> None:
     c.add_argument("--normal", type=float, metavar="T",
                    help="count channels beyond T times the token's rms (default 6) in 6 %% of the "
                         "tokens")
-    c.add_argument("--picture", type=Path, metavar="FILE",
+    c.add_argument("--picture", type=some_path, metavar="FILE",
                    help="heat maps of the peaks and bars of the errors")
-    c.add_argument("--surface", type=Path, metavar="FILE",
+    c.add_argument("--surface", type=some_path, metavar="FILE",
                    help="|activation| over tokens and channels in 3-D, of the site whose peak is "
                         "largest among those asked for")
-    c.add_argument("--html", type=Path, metavar="PAGE",
+    c.add_argument("--html", type=some_path, metavar="PAGE",
                    help="all of it as one web page, which needs no other file")
     add_dequantize(c)
-    c.add_argument("--csv", type=Path, metavar="FILE", help="every row and figure")
+    c.add_argument("--csv", type=some_path, metavar="FILE", help="every row and figure")
     c.add_argument("--json", action="store_true", help="print JSON alone")
 
 

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .shared import add_command, progress_bar
+from .shared import add_command, progress_bar, some_path
 
 
 def add(commands) -> None:
     """Add the command to the parser's."""
     c = add_command(commands, "push", run, "Upload a packed folder to the Hub.")
-    c.add_argument("out", metavar="OUT", type=Path)
+    c.add_argument("out", metavar="OUT", type=some_path)
     c.add_argument("repo_id", metavar="REPO_ID",
                    help="OWNER/NAME on the Hub; made if it is not there")
     c.add_argument("--private", action="store_true", help="make a private repository")

@@ -26,6 +26,7 @@ from .shared import (
     add_workers,
     opened_workers,
     progress_bar,
+    some_path,
     writing_part,
 )
 
@@ -35,8 +36,8 @@ def add(commands) -> None:
     defaults = QuantConfig()
     c = add_command(commands, "quantize", run,
                      "Quantize a save_pretrained folder in one sweep.")
-    c.add_argument("model", metavar="MODEL", type=Path)
-    c.add_argument("out", metavar="OUT", type=Path)
+    c.add_argument("model", metavar="MODEL", type=some_path)
+    c.add_argument("out", metavar="OUT", type=some_path)
     c.add_argument("--scheme", choices=SCHEMES,
                    help=f"bits of weights and activations (default {defaults.scheme}); w4a4 is the "
                         "paper's: further from the original and about as fast on most CPUs")
@@ -84,7 +85,7 @@ def add(commands) -> None:
     c.add_argument("--ignore", action="append", metavar="PATTERN",
                    help="linears, embedding or head to leave in 16 bits, such as '*.down_proj'; "
                         "may be repeated")
-    c.add_argument("--recipe", type=Path, metavar="FILE",
+    c.add_argument("--recipe", type=some_path, metavar="FILE",
                    help="the same options as JSON; those given here win")
     c.add_argument("--resume", action="store_true",
                    help="go on with the layers an interrupted run left in OUT.partial")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ..config import DEFAULT_TABLE_BITS, KV_BITS, TABLE_BITS
 from ..distributed import EXECUTORS, Workers, open_workers
@@ -48,7 +49,7 @@ def add_table_bits(c: argparse.ArgumentParser) -> None:
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
     """The option --calibration; a str, as a Path would make ./self of it the word self."""
-    command.add_argument("--calibration", metavar="FILE|self|mixed",
+    command.add_argument("--calibration", type=some_name, metavar="FILE|self|mixed",
                          help="UTF-8 text (default: a bundled one); self = text that the "
                               "unquantized model writes, mixed = half of it the bundled one; "
                               "./self is a file of that name")
@@ -82,6 +83,18 @@ def opened_workers(arguments: argparse.Namespace) -> Iterator[Workers | None]:
 def writing_part(bar: ProgressBar) -> Callable[[int, int], None]:
     """The part of a bar while the model writes its calibration text."""
     return bar.part("writing calibration text", "token")
+
+
+def some_name(text: str) -> str:
+    """The name of a file: an empty text, as an unset variable gives, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """The path of such a name."""
+    return Path(some_name(text))
 
 
 def names(text: str) -> list[str]:

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .shared import add_command, add_dequantize, progress_bar
+from .shared import add_command, add_dequantize, progress_bar, some_path
 
 EXIT_FAULTS = 1
 
@@ -16,8 +15,8 @@ def add(commands) -> None:
     c = add_command(commands, "verify", run,
                      "Check every hash and every number of a packed folder: a line for each fault, "
                      "and exit code 1 if there is one.")
-    c.add_argument("out", metavar="OUT", type=Path)
-    c.add_argument("--source", type=Path, metavar="MODEL",
+    c.add_argument("out", metavar="OUT", type=some_path)
+    c.add_argument("--source", type=some_path, metavar="MODEL",
                    help="also compare the model that OUT was made of with the hashes of what was "
                         "read")
     add_dequantize(c)
