@@ -225,8 +225,10 @@ def test_resume_refuses_what_was_made_of_other_values(wide, out, name, refused):
     assert contents(partial(out)) == before
 
 
-def test_file_that_is_written_to_while_it_is_read_is_named(wide, out):
-    """In place, its size the same. Layer 0 is whole before, and layer 1 does not count."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_file_that_is_written_to_while_it_is_read_is_named(wide, out, refused):
+    """In place, its size the same. Layer 0 is whole before, and layer 1 does not count. refused:
+    what is read of the other file is an error of its own."""
     path = wide.path / "model.safetensors"
 
     def run():
@@ -236,6 +238,8 @@ def test_file_that_is_written_to_while_it_is_read_is_named(wide, out):
                 file.seek(-1, os.SEEK_END)
                 file.write(b"x")
             os.utime(path, ns=(1, 1))  # clocks of files are coarse
+            if refused:
+                raise ValueError("model.layers.1.mlp.up_proj.weight: not finite")
             writer.write_layer(random_layer(wide, CONFIG, 1)[0])
 
     with pytest.raises(FormatError, match=f"{path}: the file changed while it was read; 1 finish"):

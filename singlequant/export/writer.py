@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from .._C import FormatError
 from ..config import KV_FLOAT16_LARGEST, KV_FLOAT16_LEAST, QuantConfig
 from ..files import MAX_LISTING_BYTES, read_json, sync_folder, write_file
 from ..info import kernel_names
@@ -49,7 +50,7 @@ from .packed import (
     outer_tensors,
     quantization_json,
 )
-from .partial import OUTER, PartialFolder, add_advice, content_digest
+from .partial import OUTER, PartialFolder, add_advice, content_digest, source_of
 from .seal import RECIPE_FILE, file_facts, files_facts, sealed, unsealed
 
 if TYPE_CHECKING:
@@ -253,7 +254,10 @@ class ModelWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave(error)
+        changed = _written_to(self._checkpoint, error)
+        self._leave(changed or error)
+        if changed is not None:
+            raise changed from error
 
     def _leave(self, error: BaseException | None) -> None:
         """Removes what this run made, unless it is to be resumed or was renamed."""
@@ -266,6 +270,17 @@ class ModelWriter:
             add_advice(error, f"{count} finished layer{'s are' if count > 1 else ' is'} in "
                               f"{self._partial}: the same run with resume (--resume) goes on")
         self._folder.release()
+
+
+def _written_to(checkpoint: Checkpoint, error: BaseException | None) -> FormatError | None:
+    """The better message where somebody wrote to a file of the source, and what was read of it is
+    refused for another reason: such as numbers that are not finite."""
+    if isinstance(error, ValueError):
+        try:
+            source_of(checkpoint).files.require_unchanged()
+        except FormatError as changed:
+            return None if str(error).startswith(str(changed)) else changed
+    return None
 
 
 def write_shard(
