@@ -181,6 +181,8 @@ _Static_assert((int64_t)255 * 128 * SQ_PACKED_K_MAX_W8 <= INT32_MAX, "and of 8-b
 /* What was added to the codes. */
 #define CODE_OFFSET(bits) (1 << (CODE_BITS(bits) - 1))
 #define IS_THIN(bits) ((bits) == 5 || (bits) == 6)
+/* Whether they have 5 or 6 bits, thin or in bytes. */
+#define IS_NARROW(bits) IS_THIN(CODE_BITS(bits))
 
 static ALWAYS_INLINE vec_i
 broadcast_codes(const int8_t *a)
@@ -398,7 +400,7 @@ multiply_run(const int rows, const int vecs, const struct code_rows *a, const ui
 {
     UNROLL
     for (int i = 0; i < RUN_BLOCKS; i++) {
-        if (IS_THIN(bits) || bits > 8) {
+        if (IS_NARROW(bits)) {
             multiply_pair(rows, vecs, a, i, w, sub_bytes, bits, acc);
         }
         else {
@@ -638,7 +640,7 @@ sum_chains(const int chains, struct code_rows *a, const uint8_t **w, int64_t sub
         }
     }
     int64_t b = 0;
-    for (; (IS_THIN(bits) || bits > 8) && b < blocks; b += RUN_BLOCKS) {
+    for (; IS_NARROW(bits) && b < blocks; b += RUN_BLOCKS) {
         ask_lines(*w + SQ_PANEL_AHEAD, RUN_BLOCKS * BLOCK_BYTES(bits));
         UNROLL
         for (int i = 0; i < RUN_BLOCKS; i++) {

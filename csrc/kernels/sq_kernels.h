@@ -102,8 +102,8 @@ struct sq_kernels {
      * byte of code 0 in the wide one (the others follow modulo 256), and how to make it wide. */
     int thin_block, w8_zero;
     void (*widen_panel)(int bits, const uint8_t *thin, int64_t bytes, int zero, uint8_t *panel);
-    /* Codes against thin panels, for up to thin_rows rows; more are faster by way of gemm_a8w8. 0:
-     * there are none. */
+    /* Codes against thin panels, for up to thin_rows rows (0: for none); more are faster with a
+     * wide panel. */
     int64_t thin_rows;
     sq_panel_kernel gemm_a8w5, gemm_a8w6;
     /* gemm_a8w8 for panels whose codes have 5 and 6 bits, made wide with 2^(bits - 1) as the byte

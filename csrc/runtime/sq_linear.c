@@ -185,6 +185,7 @@ struct linear_job {
     atomic_int *no_memory;
     const uint8_t *wide; /* a chunk's thin panels made wide, from panel wide_begin on; or NULL */
     int64_t wide_begin;
+    int wide_zero;           /* byte of code 0 in thin panels made wide, as kernel reads them */
     int64_t chunk_end, jump; /* behind the chunk of panels, and from there to this thread's next */
 };
 
@@ -208,24 +209,12 @@ stored_panel(const sq_packed_t *w, int64_t p, int64_t begin)
     return w->panels + p * w->panel_stride_bytes + begin * w->kernels->nr * w->panel_bits / 8;
 }
 
-/* The kernel that multiplies integers with a thin panel made wide. */
-static sq_panel_kernel
-wide_kernel(const sq_packed_t *w)
-{
-    const struct sq_kernels *t = w->kernels;
-    const sq_panel_kernel in_bytes =
-        w->panel_bits == 5 ? t->gemm_a8w5_in_bytes : t->gemm_a8w6_in_bytes;
-    return in_bytes ? in_bytes : t->gemm_a8w8;
-}
-
 static void
 widen(const struct linear_job *job, int64_t p, int64_t begin, int64_t end, uint8_t *wide)
 {
     const sq_packed_t *w = job->w;
-    const int is_raw = job->a->bits <= 8 && wide_kernel(w) != w->kernels->gemm_a8w8;
-    const int zero = is_raw ? 1 << (w->panel_bits - 1) : w->kernels->w8_zero;
     w->kernels->widen_panel(w->panel_bits, stored_panel(w, p, begin),
-                            w->kernels->nr * (end - begin), zero, wide);
+                            w->kernels->nr * (end - begin), job->wide_zero, wide);
 }
 
 /* The inputs begin .. end - 1 of panel p as the job's kernels read them; NULL: no memory. */
@@ -398,6 +387,15 @@ site_panels(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* The table's own kernel for codes against the thin panels of w made wide; NULL: gemm_a8w8. */
+static sq_panel_kernel
+in_bytes_kernel(const sq_packed_t *w)
+{
+    return w->panel_bits == 5   ? w->kernels->gemm_a8w5_in_bytes
+           : w->panel_bits == 6 ? w->kernels->gemm_a8w6_in_bytes
+                                : NULL;
+}
+
 /* For activations of so many bits and the panels of w; NULL: none. */
 static sq_panel_kernel
 kernel_for(const sq_packed_t *w, const struct sq_activations *a, int bits)
@@ -406,10 +404,10 @@ kernel_for(const sq_packed_t *w, const struct sq_activations *a, int bits)
     if (is_thin(w->panel_bits) && reads_thin(w, a)) {
         return w->panel_bits == 5 ? t->gemm_a8w5 : t->gemm_a8w6;
     }
-    const int wide = w->panel_bits > 4;
-    if (is_thin(w->panel_bits) && bits <= 8) {
-        return wide_kernel(w);
+    if (bits <= 8 && in_bytes_kernel(w)) {
+        return in_bytes_kernel(w);
     }
+    const int wide = w->panel_bits > 4;
     switch (bits) {
         case 4:
             return wide ? t->gemm_a8w8 : t->gemm_a4w4;
@@ -445,6 +443,8 @@ prepare_linear(const sq_packed_t *w, const struct sq_activations *a, float *y, i
         .a = a,
         .kernel = kernel,
         .int8_kernel = kernel_for(w, a, 8),
+        .wide_zero =
+            a->bits <= 8 && in_bytes_kernel(w) ? 1 << (w->panel_bits - 1) : w->kernels->w8_zero,
         .row_block = sq_max_i64(mr, w->kernels->row_block_bytes / row_bytes / mr * mr),
         .y = y,
         .ld_y = ld_y};
